@@ -1,0 +1,7 @@
+//! x86-64: registers and page tables.
+
+pub mod paging;
+pub mod regs;
+
+pub use paging::{AddressSpace, TranslateError, Translation, VirtError, VirtOutcome};
+pub use regs::{Reg, RegisterFile, Saved};

@@ -1,0 +1,4 @@
+//! A crash dump as a machine.
+
+/// An opened dump.
+pub struct Dump;

@@ -1,0 +1,44 @@
+//! Bounds-checked little-endian reads over byte slices: every field of an untrusted file goes through here.
+
+/// `N` bytes at `at`, or `None` past the end.
+pub fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+/// The little-endian `u16` at byte offset `at`, or `None` past the end.
+pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    array_at(bytes, at).map(u16::from_le_bytes)
+}
+
+/// The little-endian `u32` at byte offset `at`, or `None` past the end.
+pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    array_at(bytes, at).map(u32::from_le_bytes)
+}
+
+/// The little-endian `u64` at byte offset `at`, or `None` past the end.
+pub fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    array_at(bytes, at).map(u64::from_le_bytes)
+}
+
+/// The bytes from `at` up to the first NUL, at most `max` of them: a C string field of fixed width.
+pub fn cstr_at(bytes: &[u8], at: usize, max: usize) -> Option<&[u8]> {
+    let rest = bytes.get(at..)?;
+    let field = &rest[..rest.len().min(max)];
+    Some(field.split(|&b| b == 0).next().unwrap_or(field))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn past_the_end_is_none() {
+        let bytes = [1, 2, 3, 4];
+        assert_eq!(u32_at(&bytes, 0), Some(0x0403_0201));
+        assert_eq!(u32_at(&bytes, 1), None);
+        assert_eq!(u16_at(&bytes, usize::MAX), None);
+        assert_eq!(cstr_at(b"ab\0c", 0, 8), Some(&b"ab"[..]));
+        assert_eq!(cstr_at(b"abcd", 1, 2), Some(&b"bc"[..]));
+        assert_eq!(cstr_at(b"abcd", 5, 2), None);
+    }
+}

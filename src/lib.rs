@@ -1,0 +1,39 @@
+//! kstub speaks the GDB remote protocol over a Linux crash dump and knows the kernel in it.
+//!
+//! Bytes → address spaces → debug info → machines → the kernel's meaning → commands → the GDB protocol.
+//! Each row is a layer; a module imports only from lower rows, or from within its own folder.
+//! `tests/layering.rs` reads this crate's `use` paths and fails on any other edge.
+//!
+//! ```text
+//! 8  main
+//! 7  cli   server                     arguments | sockets
+//! 6  gdb                              gdbstub glue, RSP front
+//! 5  command                          text (or JSON) in, text (or JSON) out
+//! 4  kernel                           Linux meaning
+//! 3  backend                          machines
+//! 2  vmcore   arch   debuginfo        formats | page tables, registers | symbols, types
+//! 1  memory   vmcoreinfo
+//! 0  addr   bytes   rsp
+//! ```
+//!
+//! - `vmcore` and below know no symbol names, no tasks, no sockets.
+//! - `debuginfo` parses bytes it is *given*; it never reads a machine.
+//! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
+//! - `command` renders values; it knows neither gdbstub nor stdout.
+//! - Only `gdb` names gdbstub, only `server` names tokio, only `debuginfo` names gimli, anyhow is for `main`,
+//!   `cli` and `server`.
+
+pub mod addr;
+pub mod arch;
+pub mod backend;
+pub mod bytes;
+pub mod cli;
+pub mod command;
+pub mod debuginfo;
+pub mod gdb;
+pub mod kernel;
+pub mod memory;
+pub mod rsp;
+pub mod server;
+pub mod vmcore;
+pub mod vmcoreinfo;
