@@ -60,7 +60,7 @@ impl VmcoreInfo {
         self.get("OSRELEASE").filter(|release| !release.is_empty())
     }
 
-    /// `BUILD-ID` as lower-case hex. Since Linux commit 44e8a5e9120b ("kdump: append kernel build-id
+    /// `BUILD-ID` as lower-case hex. Since Linux commit 0935288c6e00 ("kdump: append kernel build-id
     /// string to VMCOREINFO") (in v5.9).
     pub fn build_id(&self) -> Option<String> {
         let id = self.get("BUILD-ID")?;

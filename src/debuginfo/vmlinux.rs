@@ -7,7 +7,7 @@ use super::btf::Btf;
 use super::dwarf::Dwarf;
 use super::{Error, Member, Symbol, SymbolTable, TypeSource};
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
-use object::{Endianness, Object, ObjectSection, ObjectSymbol, ReadCache, elf};
+use object::{Endianness, Object, ObjectSection, ReadCache, elf};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -147,7 +147,7 @@ impl DebugInfo {
         self.symbols.get_or_init(|| {
             self.read_symbols().unwrap_or_else(|error| {
                 tracing::warn!("{error}");
-                SymbolTable::new(std::iter::empty())
+                SymbolTable::default()
             })
         })
     }
@@ -178,17 +178,8 @@ impl DebugInfo {
     }
 
     fn read_symbols(&self) -> Result<SymbolTable, Error> {
-        let file = self.file.try_clone().map_err(|source| self.io(source))?;
-        let cache = ReadCache::new(file);
-        let elf = parse(&self.path, &cache)?;
-        let symbols = elf.symbols().filter_map(|symbol| {
-            let kind = symbol.kind();
-            let wanted = !symbol.is_undefined()
-                && !matches!(kind, object::SymbolKind::File | object::SymbolKind::Section);
-            let name = symbol.name().ok().filter(|name| wanted && !name.is_empty())?;
-            Some((name, symbol.address(), symbol.size()))
-        });
-        Ok(SymbolTable::new(symbols))
+        let symtab = self.section(".symtab")?.unwrap_or_default();
+        Ok(SymbolTable::from_elf(&symtab, self.section(".strtab")?.unwrap_or_default()))
     }
 
     /// BTF if it is there: it is a fiftieth of the size of DWARF.
@@ -232,16 +223,12 @@ impl DebugInfo {
         if !self.sections.contains_key(name) {
             return Ok(None);
         }
-        let file = self.file.try_clone().map_err(|source| self.io(source))?;
-        let cache = ReadCache::new(file);
+        let io = |source| Error::Io { path: self.path.display().to_string(), source };
+        let cache = ReadCache::new(self.file.try_clone().map_err(io)?);
         let elf = parse(&self.path, &cache)?;
         let data = elf.section_by_name(name).map(|section| section.uncompressed_data()).transpose();
         let data = data.map_err(|e| malformed(&self.path, format!("section {name}: {e}")))?;
         Ok(data.map(std::borrow::Cow::into_owned))
-    }
-
-    fn io(&self, source: std::io::Error) -> Error {
-        Error::Io { path: self.path.display().to_string(), source }
     }
 }
 

@@ -51,8 +51,9 @@ impl Kernel {
 
     /// The task that runs on `cpu`.
     pub fn current(&self, cpu: CpuId) -> Option<Task> {
-        // Since Linux commit e57ef2ed97c1 ("x86: Put hot per CPU variables into a struct") (in v6.2) until
-        // v6.15 the pointer is pcpu_hot.current_task; before and after it is a variable of its own.
+        // Since Linux commit e57ef2ed97c1 ("x86: Put hot per CPU variables into a struct") (in v6.2) and until
+        // a1e4cc0155ad ("x86/percpu: Move current_task to percpu hot section") (in v6.15) the pointer is
+        // pcpu_hot.current_task; before and after it is a variable of its own.
         let at = match self.per_cpu("pcpu_hot", cpu) {
             Some(hot) => hot.wrapping_add(self.member("pcpu_hot", "current_task")?.offset),
             None => self.per_cpu("current_task", cpu)?,

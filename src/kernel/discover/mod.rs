@@ -233,8 +233,7 @@ fn check(
     Ok(Found { by, vmcoreinfo: info, release, build_id, kaslr_offset, phys_base, space, text, problems })
 }
 
-/// Candidates for `phys_base`, best first. `NUMBER(phys_base)` came with Linux commit 401721ecd1dc
-/// ("kexec: export the value of phys_base instead of symbol address") (in v4.10); the format's hints serve before.
+/// Candidates for `phys_base`, best first: `NUMBER(phys_base)` (since about v4.10), then what the format hints at.
 fn phys_bases(backend: &dyn Backend, info: &VmcoreInfo) -> Vec<u64> {
     let mut bases: Vec<u64> = info.number("phys_base").into_iter().collect();
     for base in backend.phys_base_hints().into_iter().chain([0]) {
