@@ -128,7 +128,9 @@ pub fn run(cli: Cli) -> anyhow::Result<u8> {
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     let code = error.chain().find_map(|cause| {
         if let Some(error) = cause.downcast_ref::<vmcore::Error>() {
-            return Some(if error.is_io() { exit::UNREADABLE } else { exit::NOT_A_DUMP });
+            use vmcore::Error::{Denied, Io, Open};
+            let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
+            return Some(if unreadable { exit::UNREADABLE } else { exit::NOT_A_DUMP });
         }
         if let Some(error) = cause.downcast_ref::<OpenError>() {
             let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
