@@ -181,7 +181,6 @@ impl Kdump {
         self.style = Style::Qemu;
         self.dump_level = 1;
         self.utsname = ["", "", "", "", "x86_64", ""].map(str::to_owned);
-        self.status = self.codecs.first().map_or(0, |codec| codec.flag());
         self
     }
 
@@ -303,7 +302,8 @@ impl Kdump {
         }
         put_u64(out, 408, 1_700_000_000);
         put_u64(out, 416, 123_456);
-        put_u32(out, 424, self.status);
+        let codec = self.codecs.first().map_or(0, |codec| codec.flag());
+        put_u32(out, 424, self.status | codec);
         put_u32(out, 428, self.block_size);
         put_u32(out, 432, sub_blocks as u32);
         put_u32(out, 436, bitmap_blocks as u32);

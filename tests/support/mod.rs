@@ -9,6 +9,7 @@ pub mod flat_memory;
 pub mod flattened;
 pub mod kdump;
 pub mod lab;
+pub mod model;
 pub mod notes;
 pub mod page_tables;
 pub mod put;
@@ -16,6 +17,7 @@ pub mod rng;
 pub mod tiny_kernel;
 
 pub use flat_memory::FlatMemory;
+pub use model::Model;
 pub use rng::Rng;
 
 /// One page of data, boxed.
