@@ -76,12 +76,10 @@ fn all_formats() -> Vec<(String, Vec<u8>, Model)> {
         ),
     ];
     for codec in Codec::ALL {
-        if codec == Codec::Snappy {
-            continue;
+        if matches!(codec, Codec::Lzo | Codec::Snappy) {
+            continue; // See below: these may be refused.
         }
         all.push((format!("kdump, {codec:?}"), kdump(codec).build().bytes, model.clone()));
-        let always = Kdump { always_compress: true, ..kdump(codec) };
-        all.push((format!("kdump, {codec:?}, always"), always.build().bytes, model.clone()));
         all.push((format!("kdump of QEMU, {codec:?}"), kdump(codec).qemu().build().bytes, model.clone()));
     }
     let mixed = Kdump { codecs: vec![Codec::Zlib, Codec::Zstd, Codec::Raw], ..kdump(Codec::Raw) };
@@ -174,21 +172,28 @@ fn mutation_wrong_pages_are_noticed() {
 }
 
 #[test]
-fn snappy_pages_decode_or_are_named() {
-    let bytes = Kdump { always_compress: true, ..kdump(Codec::Snappy) }.build().bytes;
-    let (_file, dump) = open_bytes(&bytes);
-    let dump = match dump {
-        Ok(dump) => dump,
-        Err(error) => {
-            assert!(error.contains("snappy"), "{error}");
-            return;
-        }
-    };
-    let mut page = [0; 4096];
-    let got = dump.read_phys(PhysAddr(0x7000), &mut page);
-    match got.stopped {
-        None => Model::of(&memory()).check("snappy", &dump),
-        Some(error) => assert!(error.to_string().contains("snappy"), "{error}"),
+fn lzo_and_snappy_pages_decode_or_are_named() {
+    for (codec, name) in [(Codec::Lzo, "lzo"), (Codec::Snappy, "snappy")] {
+        let (_file, dump) = open_bytes(&kdump(codec).build().bytes);
+        let dump = match dump {
+            Ok(dump) => dump,
+            Err(error) => {
+                assert!(error.contains(name), "{error}");
+                continue;
+            }
+        };
+        let mut page = [0; 4096];
+        let got = dump.read_phys(PhysAddr(0x7000), &mut page);
+        let Some(error) = got.stopped else {
+            Model::of(&memory()).check(name, &dump);
+            continue;
+        };
+        eprintln!("{name}: {error}");
+        assert!(error.to_string().contains(name), "{error}");
+        assert_eq!(got.filled, 0, "{name}");
+        // Pages that were stored as they are need no decoder.
+        assert_eq!(dump.read_phys_exact(PhysAddr(0x6000), &mut page), Ok(()), "{name}");
+        assert_eq!(page[..], memory().pages[&6][..], "{name}");
     }
 }
 
@@ -509,7 +514,6 @@ fn corrupt_descriptors_are_told_apart_from_holes() {
         ("zstd cut short", len(&zstd) - 5, FLAG_ZSTD, zstd.clone(), None, "corrupt"),
         ("zstd said to be zlib", len(&zstd), FLAG_ZLIB, zstd, None, "corrupt"),
         ("zstd of noise", 500, FLAG_ZSTD, Rng::new(8).bytes(500), None, "corrupt"),
-        ("lzo of noise", 500, 2, Rng::new(8).bytes(500), None, "corrupt"),
         ("data beyond the file", len(&zlib), FLAG_ZLIB, zlib.clone(), Some(1 << 30), "truncated"),
         (
             "data across the end of the offset range",
@@ -721,7 +725,7 @@ fn flipped_bits_never_panic() {
     let mut rng = Rng::new(0xb17f11b5);
     let mut sources: Vec<(String, Vec<u8>, u64)> = Vec::new();
     for (what, bytes, model) in all_formats() {
-        if ["elf", "elf, counted in section 0", "kdump, Zlib", "kdump, Lzo", "kdump of QEMU, Zstd"]
+        if ["elf", "elf, counted in section 0", "kdump, Zlib", "kdump, Zstd", "kdump of QEMU, Zstd"]
             .contains(&&*what)
         {
             let flat = Flatten { shuffle: true, ..Flatten::default() }.apply(&bytes).bytes;
@@ -812,11 +816,14 @@ fn extreme_fields_never_panic_or_exhaust_memory() {
 #[test]
 fn damaged_zlib_pages_are_never_returned() {
     // zlib streams carry a checksum, so damage to a page or to its descriptor can always be told.
-    let mem = memory();
-    let built = Kdump { always_compress: true, ..kdump(Codec::Zlib) }.build();
+    let mut rng = Rng::new(0xda7a);
+    let mut mem = FlatMemory::new();
+    for pfn in 1..40 {
+        mem.pages.insert(pfn, rng.text_page());
+    }
+    let built = Kdump::of(&mem).codec(Codec::Zlib).build();
     let starts: Vec<u64> = built.data_of.values().map(|data| data.start).collect();
     let file = TempFile::new(&[]);
-    let mut rng = Rng::new(0xda7a);
     let mut told = 0;
     for round in 0..600u64 {
         let mut damaged = built.bytes.clone();
@@ -861,7 +868,15 @@ fn one_part_of_a_split_set_is_right_about_its_own_frames() {
     for (from, to) in [(0, 10), (10, 30), (30, 71)] {
         for version in [2, 6] {
             let part = Kdump { split: Some(from..to), version, ..kdump(Codec::Zlib) };
-            let (_file, dump) = must_open("part", &part.build().bytes);
+            let (_file, dump) = open_bytes(&part.build().bytes);
+            let dump = match dump {
+                Ok(dump) => dump,
+                Err(error) => {
+                    // Refusing a part is right too, if it says so and what to do.
+                    assert!(error.contains("split") && error.contains("part"), "{error}");
+                    continue;
+                }
+            };
             for (&pfn, want) in &mem.pages {
                 let mut page = [0; 4096];
                 let got = dump.read_phys(PhysAddr(pfn * 4096), &mut page);
@@ -902,14 +917,18 @@ fn files_that_are_no_dump_are_refused_with_a_reason() {
             b"#!/bin/sh\necho hello, this is no dump\n".repeat(500),
             &["not a", "format", "unknown", "recognised"],
         ),
-        ("zeros", vec![0; 1 << 16], &["not a", "format", "unknown", "recognised", "zero"]),
+        ("zeros", vec![0; 1 << 16], &["not a", "format", "unknown", "recognised", "zero", "raw memory"]),
         ("noise", Rng::new(1).bytes(1 << 16), &["not a", "format", "unknown", "recognised"]),
         (
             "32-bit ELF",
             ElfCore { machine: elf_core::EM_386, ..elf.clone() }.build_32bit(),
             &["32-bit", "32 bit", "class", "i386"],
         ),
-        ("big-endian ELF", ElfCore { data: 2, ..elf.clone() }.build().bytes, &["endian", "byte order"]),
+        (
+            "big-endian ELF",
+            ElfCore { data: 2, ..elf.clone() }.build().bytes,
+            &["endian", "byte order", "data 2"],
+        ),
         (
             "ELF of arm64",
             ElfCore { machine: elf_core::EM_AARCH64, ..elf.clone() }.build().bytes,
@@ -961,5 +980,24 @@ fn header_fields_that_make_no_sense_are_refused_or_survived() {
         let (_file, dump) = open_bytes(&bytes);
         let Err(text) = dump else { panic!("{what}: opened") };
         assert!(!text.is_empty(), "{what}");
+    }
+}
+
+/// The writers themselves: a codec under test must really be used, and shrink.
+#[test]
+fn the_written_pages_really_are_compressed() {
+    for codec in Codec::ALL {
+        let file = kdump(codec).build();
+        let flags: Vec<u32> = file
+            .descriptor_of
+            .values()
+            .map(|&at| u32::from_le_bytes(file.bytes[at as usize + 12..at as usize + 16].try_into().unwrap()))
+            .collect();
+        let used = flags.iter().filter(|&&flag| flag == codec.flag()).count();
+        assert!(used > flags.len() / 2, "{codec:?}: {used} of {} pages", flags.len());
+        if codec != Codec::Raw {
+            let raw = kdump(Codec::Raw).build().bytes.len();
+            assert!(file.bytes.len() < raw * 2 / 3, "{codec:?}: {} of {raw} bytes", file.bytes.len());
+        }
     }
 }

@@ -21,7 +21,7 @@ pub enum Codec {
     Raw,
     Zlib,
     Zstd,
-    /// As literals and one repeat, by the writers below.
+    /// By the writers below.
     Lzo,
     Snappy,
 }
@@ -43,7 +43,9 @@ impl Codec {
         match self {
             Self::Raw => page.to_vec(),
             Self::Zlib => {
-                let mut level = libdeflater::Compressor::new(libdeflater::CompressionLvl::fastest());
+                // Level 1, as makedumpfile's. The library's `fastest()` stores without compressing.
+                let level = libdeflater::CompressionLvl::new(1).expect("level");
+                let mut level = libdeflater::Compressor::new(level);
                 let mut out = vec![0; level.zlib_compress_bound(page.len())];
                 let n = level.zlib_compress(page, &mut out).expect("bound is enough");
                 out.truncate(n);
@@ -102,8 +104,6 @@ pub struct Kdump {
     /// Instead of a copy of its own, VMCOREINFO is this part of the notes.
     pub vmcoreinfo_in_notes: Option<Range<u64>>,
     pub style: Style,
-    /// Pages to store even though they do not shrink: kept compressed. For codecs under test.
-    pub always_compress: bool,
 }
 
 impl Default for Kdump {
@@ -126,7 +126,6 @@ impl Default for Kdump {
             vmcoreinfo: Vec::new(),
             vmcoreinfo_in_notes: None,
             style: Style::Makedumpfile,
-            always_compress: false,
         }
     }
 }
@@ -251,7 +250,7 @@ impl Kdump {
                 Slot::Data(page) => {
                     let mut codec = self.codecs[(pfn % self.codecs.len() as u64) as usize];
                     let mut stored = codec.encode(&page[..]);
-                    if stored.len() >= page.len() && !self.always_compress {
+                    if stored.len() >= page.len() {
                         (codec, stored) = (Codec::Raw, page.to_vec());
                     }
                     let at = out.len() as u64;
@@ -355,8 +354,8 @@ impl Kdump {
     }
 }
 
-/// A page in Snappy's raw format: length, then literals, with a copy for the longest tail that repeats the
-/// bytes 8 before it. Source: google/snappy `format_description.txt`.
+/// A page in Snappy's raw format: its length, then literals and copies from 8 bytes back.
+/// Source: google/snappy `format_description.txt`.
 fn snappy(page: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     let mut len = page.len();
@@ -365,64 +364,81 @@ fn snappy(page: &[u8]) -> Vec<u8> {
         len >>= 7;
     }
     out.push(len as u8);
-    let (literals, copies) = split_tail(page);
-    for chunk in literals.chunks(60) {
-        out.push(((chunk.len() - 1) << 2) as u8);
-        out.extend_from_slice(chunk);
-    }
-    let mut left = copies;
-    while left > 0 {
-        // A copy with a two-byte offset carries 1 to 64 bytes.
-        let n = left.min(64);
-        out.push((((n - 1) << 2) | 2) as u8);
-        out.extend_from_slice(&8u16.to_le_bytes());
-        left -= n;
+    for (literals, mut copies) in steps(page) {
+        for chunk in literals.chunks(60) {
+            out.push(((chunk.len() - 1) << 2) as u8);
+            out.extend_from_slice(chunk);
+        }
+        while copies > 0 {
+            // A copy with a two-byte offset carries 1 to 64 bytes.
+            let n = copies.min(64);
+            out.push((((n - 1) << 2) | 2) as u8);
+            out.extend_from_slice(&8u16.to_le_bytes());
+            copies -= n;
+        }
     }
     out
 }
 
-/// A page in LZO1X: one run of literals, one match for the repeating tail, the end mark.
+/// A page in LZO1X: literal runs and matches from 8 bytes back, then the end mark.
 /// Source: Linux `Documentation/staging/lzo.rst`.
 fn lzo1x(page: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let (literals, copies) = split_tail(page);
-    // State 0, instruction 0000LLLL with L = 0: 18 + 255 per further zero byte + last byte literals.
-    let mut rest = literals.len() - 18;
-    out.push(0);
-    while rest > 255 {
-        out.push(0);
-        rest -= 255;
-    }
-    out.push(rest as u8);
-    if rest == 0 {
-        // A zero byte here would read as one more step of 255.
-        unreachable!("split_tail keeps the run off that length");
-    }
-    out.extend_from_slice(literals);
-    if copies > 0 {
-        // 001LLLLL with L = 0: 33 + 255 per zero byte + last byte; then distance - 1 << 2 | no literals after.
-        out.push(0x20);
-        let mut rest = copies - 33;
+    /// The rest of a length: a zero byte for each 255, then one that is not zero.
+    fn long(out: &mut Vec<u8>, mut rest: usize) {
         while rest > 255 {
             out.push(0);
             rest -= 255;
         }
         out.push(rest as u8);
-        out.extend_from_slice(&((8u16 - 1) << 2).to_le_bytes());
+    }
+    let mut out = Vec::new();
+    for (literals, copies) in steps(page) {
+        // 0000LLLL: 3 + L literals, or with L = 0 18 + what follows.
+        if literals.len() <= 18 {
+            out.push((literals.len() - 3) as u8);
+        } else {
+            out.push(0);
+            long(&mut out, literals.len() - 18);
+        }
+        out.extend_from_slice(literals);
+        if copies > 0 {
+            // 001LLLLL: 2 + L bytes, or with L = 0 33 + what follows; then (distance - 1) << 2 with no literals after.
+            if copies <= 33 {
+                out.push(0x20 | (copies - 2) as u8);
+            } else {
+                out.push(0x20);
+                long(&mut out, copies - 33);
+            }
+            out.extend_from_slice(&((8u16 - 1) << 2).to_le_bytes());
+        }
     }
     out.extend_from_slice(&[0x11, 0, 0]);
     out
 }
 
-/// The page as literals and the length of a tail that repeats with a period of 8; the tail is empty or at least
-/// 34 bytes, and the literals are at least 19 bytes.
-fn split_tail(page: &[u8]) -> (&[u8], usize) {
-    let mut tail = 0;
-    while tail + 27 < page.len() && page[page.len() - 1 - tail] == page[page.len() - 1 - tail - 8] {
-        tail += 1;
+/// The page as (literals, then so many bytes that repeat those 8 before them). Each run of literals has at least
+/// 4 bytes; only the last copy can be empty.
+fn steps(page: &[u8]) -> Vec<(&[u8], usize)> {
+    let mut out: Vec<(usize, usize, usize)> = Vec::new();
+    let (mut from, mut at) = (0, 0);
+    while at < page.len() {
+        let repeats = (at..page.len()).take_while(|&i| i >= 8 && page[i] == page[i - 8]).count();
+        if repeats < 40 {
+            at += 1;
+            continue;
+        }
+        let short = 4usize.saturating_sub(at - from);
+        out.push((from, at + short, repeats - short));
+        at += repeats;
+        from = at;
     }
-    if tail < 34 {
-        tail = 0;
+    if from < page.len() {
+        let short = 4usize.saturating_sub(page.len() - from);
+        if let Some(last) = out.last_mut() {
+            last.2 -= short;
+            from -= short;
+        }
+        out.push((from, page.len(), 0));
     }
-    (&page[..page.len() - tail], tail)
+    out.into_iter().map(|(from, to, copies)| (&page[from..to], copies)).collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! Each writer follows the published definition of its format and shares no struct, constant or helper with
 //! kstub's own parsers, so a layout that is wrong in the parser cannot agree with itself here.
-#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(dead_code, unused_imports, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod elf_core;
 pub mod flat_memory;
