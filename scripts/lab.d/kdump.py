@@ -68,7 +68,7 @@ def _convert(makedumpfile, version, work, file, options, entry):
         with open(work / file, "wb") as out, open(work / "makedumpfile.log", "ab") as log:
             run([makedumpfile, *options, work / "vmcore"], stdout=out, stderr=log, cure="see makedumpfile.log")
     else:
-        output = run([makedumpfile, "--message-level", "7", *options, work / "vmcore", work / file])
+        output = run([makedumpfile, *options, work / "vmcore", work / file])
         with open(work / "makedumpfile.log", "a", encoding="utf-8") as log:
             log.write(f"== {file}: {' '.join(options)}\n{output}\n")
     size = (work / file).stat().st_size >> 20

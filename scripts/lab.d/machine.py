@@ -63,7 +63,7 @@ class Machine:
     """One guest. Its files (console.log, qemu.log, disks) lie in `directory`."""
 
     def __init__(self, directory, kernel, initrd, cmdline, *, memory, cpu="max", smp=4, vmcoreinfo=False,
-                 vmcore_disk=0, extra=(), low_memory=None):
+                 vmcore_disk=0, serial=True, machine_properties=""):
         self.directory = Path(directory)
         self.console = self.directory / "console.log"
         self.facts_disk = self.directory / "facts.disk"
@@ -72,10 +72,9 @@ class Machine:
         self.sockets = Path(tempfile.mkdtemp(prefix="kstub-lab."))
         self.process = None
         self.qmp = None
-        machine = "q35" + (f",max-ram-below-4g={low_memory}" if low_memory else "")
         self.argv = [
             QEMU, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
-            "-machine", machine, "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(smp), "-m", memory,
+            "-machine", f"q35{machine_properties}", "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(smp), "-m", memory,
             "-kernel", str(kernel), "-initrd", str(initrd), "-append", cmdline,
             "-qmp", f"unix:{self.sockets}/qmp,server=on,wait=off",
             *self._disk(self.facts_disk, "facts", FACTS_DISK_SIZE),
@@ -84,7 +83,8 @@ class Machine:
             self.argv += self._disk(self.vmcore_disk, "vmcore", vmcore_disk)
         if vmcoreinfo:
             self.argv += ["-device", "vmcoreinfo"]
-        self.argv += list(extra) or ["-serial", f"file:{self.console}"]
+        if serial:
+            self.argv += ["-serial", f"file:{self.console}"]
 
     @staticmethod
     def _disk(path, serial, size):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import initramfs
 import kdump
 import kernels
-from common import (LAB, LabError, fresh_directory, is_current, make_sparse, note_progress, read_json, recipe_hash,
+from common import (LAB, STAMP, LabError, fresh_directory, is_current, make_sparse, note_progress, read_json, recipe_hash,
                     say, step, write_json)
 from machine import Machine
 
@@ -71,7 +71,7 @@ class Recipe:
         return {
             "cpu": "max" if self.levels == 5 else "max,la57=off",
             "memory": "3G" if self.split else MEMORY,
-            "low_memory": "1G" if self.split else None,
+            "machine_properties": ",max-ram-below-4g=1G" if self.split else "",
             "smp": SMP,
             "vmcoreinfo": self.vmcoreinfo,
         }
@@ -206,6 +206,8 @@ def make(name, extra=False):
     with step(f"set {name}"), fresh_directory(final, stamp) as work:
         details = (_make_kdump if recipe.kind == "kdump" else _make_qemu)(recipe, kernel, work)
         release = kernels.info(kernel)["release"]
+        for entry in details["dumps"]:
+            (work / entry["file"]).chmod(0o644)  # tests need not run as root
         (work / f"vmlinux-{release}").symlink_to(f"../../kernels/{release}/vmlinux")
         write_json(work / "set.json", {
             "schema": SCHEMA,
@@ -228,3 +230,9 @@ def make(name, extra=False):
             **details,
         })
     note_progress(f"set {name}: {time.monotonic() - start:.0f} s")
+
+
+def listing():
+    """(name, manifest) of every set that is complete."""
+    return [(path.parent.name, read_json(path)) for path in sorted(SETS.glob("[!.]*/set.json"))
+            if (path.parent / STAMP).exists()]
