@@ -90,8 +90,10 @@ def fresh_directory(final, stamp):
     work.mkdir()
     try:
         yield work
-    except BaseException:
+    except BaseException as error:
         work.rename(failed)
+        if isinstance(error, LabError):
+            error.cure = error.cure.replace(str(work), str(failed))
         raise
     (work / STAMP).write_text(stamp, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)

@@ -17,8 +17,12 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 RELEASES = ["bullseye", "bookworm", "trixie", "forky", "sid", "experimental"]
 SUITES = RELEASES + ["bookworm-backports", "trixie-backports"]
 SECURITY_SUITES = ["bullseye-security", "bookworm-security", "trixie-security"]
-MAX_AGE = 24 * 3600
+MAX_AGE = 6 * 3600
 NO_MIRROR_CURE = "the lab needs a machine whose apt knows a Debian mirror (/etc/apt/sources.list*)"
+
+
+class NotThere(LabError):
+    """The lists name a package that the mirror does not have (any more)."""
 
 
 def _options():
@@ -68,7 +72,7 @@ def _write_sources():
 
 
 def update(force=False):
-    """Fetches the package lists unless they are of today. A suite that is gone stops nothing."""
+    """Fetches the package lists unless they are new. A suite that is gone stops nothing."""
     stamp = APT / "updated"
     if not force and stamp.exists() and time.time() - stamp.stat().st_mtime < MAX_AGE:
         return
@@ -117,10 +121,8 @@ def download(package, version, directory):
     argv = ["apt-get", *_options(), "-q", "download", f"{package}={version}"]
     try:
         run(argv, cwd=directory)
-    except LabError:
-        # The mirror has moved on since the lists were fetched.
-        update(force=True)
-        run(argv, cwd=directory, cure="that version left the mirror: run with --refresh to take the newest one")
+    except LabError as error:
+        raise NotThere(f"{package} {version} cannot be downloaded", "run with --refresh for new package lists") from error
     return next(directory.glob(f"{package}_*.deb"))
 
 

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 
 import debian
-from common import LAB, LabError, fresh_directory, is_current, read_json, run, say, step, write_json
+from common import LAB, LabError, fresh_directory, is_current, read_json, run, say, step, warn, write_json
 
 KERNELS = LAB / "kernels"
 # What the guest loads, and what tests of modules want; their dependencies come along.
@@ -15,6 +15,7 @@ MODULES = [
     "virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "qemu_fw_cfg", "xfs", "overlay", "loop",
     "fuse", "tun", "dummy", "dm-mod", "nf_tables", "null_blk", "brd", "vfat",
 ]
+MOST_TRIES = 6
 PACKAGE = re.compile(r"linux-image-(\d+\.\d+.*-cloud-amd64)-dbg$")
 SMALLEST_DEBUG_PACKAGE = 50 << 20  # the others are only names for the current one
 
@@ -34,7 +35,7 @@ class Candidate:
 
 def _pinned_dependencies(stanza):
     """Newer kernels are split: the image package depends on others of the very same version."""
-    return re.findall(r"(linux-(?:binary|modules)-\S+) \(= [^)]*\)", stanza.get("Depends", ""))
+    return re.findall(r"(linux-(?:base|binary|modules)-\S+) \(= [^)]*\)", stanza.get("Depends", ""))
 
 
 def _candidates():
@@ -52,8 +53,8 @@ def _candidates():
     return found
 
 
-def _choose(spec):
-    """The newest candidate of a series; one of the release's own suite before a backport."""
+def _choices(spec):
+    """The candidates of a series, newest first; a release's own kernels before backports to another."""
     found = _candidates()
     if spec != "newest":
         found = [c for c in found if re.match(re.escape(spec) + r"[.~-]", c.version)]
@@ -62,10 +63,10 @@ def _choose(spec):
             f"no kernel {spec} has both its image and its debug info on the mirror",
             "try another series, or --refresh for new package lists",
         )
+    found.sort(key=lambda candidate: debian.version_key(candidate.version), reverse=True)
     if spec != "newest":
-        own = [c for c in found if "~" not in c.version]
-        found = own or found
-    return max(found, key=lambda candidate: debian.version_key(candidate.version))
+        found.sort(key=lambda candidate: "~" in candidate.version)
+    return found
 
 
 def _unpack(package, work, place, patterns):
@@ -163,12 +164,12 @@ def _fetch(candidate, spec):
     if is_current(final, stamp):
         return
     with step(f"kernel {release} ({candidate.version})"), fresh_directory(final, stamp) as work:
-        for package in candidate.image_packages:
-            file = debian.download(package, candidate.version, work)
+        files = [debian.download(name, candidate.version, work)
+                 for name in (candidate.debug_package, *candidate.image_packages)]
+        for file in files[1:]:
             _unpack(file, work, lambda name: _image_path(name, release), ["*"])
         modules = _prune_modules(work, release)
-        file = debian.download(candidate.debug_package, candidate.version, work)
-        _unpack(file, work, lambda name: _debug_path(name, release, modules), _debug_patterns(release, modules))
+        _unpack(files[0], work, lambda name: _debug_path(name, release, modules), _debug_patterns(release, modules))
         for needed in ("vmlinuz", "vmlinux"):
             if not (work / needed).is_file():
                 raise LabError(f"the packages of {release} hold no {needed}", "report this: their layout changed")
@@ -182,6 +183,17 @@ def _fetch(candidate, spec):
         })
 
 
+def _fetch_first(candidates, spec):
+    """Fetches the first candidate that the mirror really has: lists and pool may disagree."""
+    for candidate in candidates:
+        try:
+            _fetch(candidate, spec)
+            return candidate
+        except debian.NotThere as error:
+            warn(f"{error}; trying an older version")
+    raise LabError(f"no version of kernel {spec} can be downloaded", "see the messages above; try --refresh")
+
+
 def fetch(spec, refresh=False):
     """Fetches the kernel of a series and returns its directory.
 
@@ -192,8 +204,7 @@ def fetch(spec, refresh=False):
     if not refresh and (link / "kernel.json").is_file():
         return link.resolve()
     debian.update(force=refresh)
-    candidate = _choose(spec)
-    _fetch(candidate, spec)
+    candidate = _fetch_first(_choices(spec)[:MOST_TRIES], spec)
     if link.name != candidate.release:
         link.unlink(missing_ok=True)
         link.symlink_to(candidate.release)
