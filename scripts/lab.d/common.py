@@ -76,22 +76,25 @@ def is_current(directory, stamp):
 
 
 @contextlib.contextmanager
-def fresh_directory(final, stamp):
+def fresh_directory(final, stamp, keep_failed=False):
     """Yields a directory that takes the place of `final` only when the block succeeds.
 
-    A failed block leaves its half-made directory under `<name>.failed`, since that is
-    where the console log of a guest that did not boot is found.
+    With `keep_failed` a half-made directory stays as `<name>.failed`, since that is where
+    the console log of a guest that did not boot is found.
     """
     work = final.with_name(f".{final.name}.new")
     failed = final.with_name(f"{final.name}.failed")
     final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(failed, ignore_errors=True)
+    for stale in (work, failed):
+        shutil.rmtree(stale, ignore_errors=True)
     work.mkdir()
     try:
         yield work
     except BaseException as error:
-        work.rename(failed)
+        if keep_failed:
+            work.rename(failed)
+        else:
+            shutil.rmtree(work)
         if isinstance(error, LabError):
             error.cure = error.cure.replace(str(work), str(failed))
         raise

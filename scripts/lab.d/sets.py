@@ -1,9 +1,9 @@
 """Dump sets: one guest, one moment, several dump files, and the truth to compare them with.
 
     qemu-<kernel>-<levels>l[-novmcoreinfo][-split]   a running guest, dumped by QEMU
-    qemu-panic-<kernel>                              panicked with no crash kernel, dumped by QEMU
-    qemu-kexec-<kernel>                              a second kernel after kexec, dumped by QEMU
-    kdump-<kernel>                                   a real kdump: /proc/vmcore and makedumpfile
+    qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
+    qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
+    kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
 """
 
 import re
@@ -25,7 +25,7 @@ BUSY_USER_CPU, BUSY_KERNEL_CPU, PANIC_CPU = 1, 2, 3  # as in qemu/init
 BOOT_TIMEOUT = 300
 NAME = re.compile(
     r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?$"
-    r"|(?P<kind>kdump|qemu-panic|qemu-kexec)-(?P<other_kernel>[\d.]+|newest)$"
+    r"|(?P<kind>kdump|qemu-panic|qemu-kexec)-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
 )
 
 
@@ -51,7 +51,7 @@ class Recipe:
             name=name,
             kind=kind,
             kernel=match["kernel"] or match["other_kernel"],
-            levels=int(match["levels"] or 4),
+            levels=5 if match["levels"] == "5" or match["five"] else 4,
             vmcoreinfo=kind in ("qemu", "qemu-panic") and not match["novmcoreinfo"],
             split=bool(match["split"]),
             extra=extra,
@@ -203,7 +203,7 @@ def make(name, extra=False):
         say(f"    set {name} is there")
         return
     start = time.monotonic()
-    with step(f"set {name}"), fresh_directory(final, stamp) as work:
+    with step(f"set {name}"), fresh_directory(final, stamp, keep_failed=True) as work:
         details = (_make_kdump if recipe.kind == "kdump" else _make_qemu)(recipe, kernel, work)
         release = kernels.info(kernel)["release"]
         for entry in details["dumps"]:
