@@ -1,14 +1,8 @@
-//! The command line: clap types, checked and turned into a call of a lower layer.
+//! The command line: what can be typed, its help, and the exit codes. Runs nothing.
 
-use crate::backend::Dump;
-use crate::command;
-use crate::kernel::{Machine, OpenError, Options};
-use crate::{debuginfo, server, vmcore};
-use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::ffi::OsString;
+use std::path::PathBuf;
 
 /// Exit codes; `--help` lists them.
 pub mod exit {
@@ -33,8 +27,9 @@ pub struct Cli {
     /// Say more about what is done; twice for everything. RUST_LOG overrides it.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
+    /// What to do.
     #[command(subcommand)]
-    command: Command,
+    pub command: Command,
 }
 
 const AFTER_HELP: &str = "\
@@ -53,10 +48,14 @@ Exit codes:
   5  cannot listen on the address
   6  a file cannot be read";
 
+/// What to do.
 #[derive(Subcommand, Debug)]
-enum Command {
+#[allow(missing_docs)] // The fields' docs are their help.
+pub enum Command {
     /// Start gdb on a dump: right vmlinux, KASLR offset, index cache
-    #[command(after_help = "Examples:\n  kstub gdb vmcore\n  kstub gdb vmcore -- -batch -ex 'thread apply all bt'")]
+    #[command(
+        after_help = "Examples:\n  kstub gdb vmcore\n  kstub gdb vmcore -- -batch -ex 'thread apply all bt'"
+    )]
     Gdb {
         #[command(flatten)]
         target: Target,
@@ -65,11 +64,13 @@ enum Command {
         gdb: PathBuf,
         /// Arguments for gdb, after '--'
         #[arg(last = true, value_name = "GDB ARGS")]
-        args: Vec<std::ffi::OsString>,
+        args: Vec<OsString>,
     },
     /// Serve a dump to gdb clients, any number at once
-    #[command(after_help = "Examples:\n  kstub serve vmcore\n  kstub serve vmcore --listen unix:/tmp/kstub.sock\n  \
-                            gdb vmlinux -ex 'target remote | kstub serve vmcore --listen -'")]
+    #[command(
+        after_help = "Examples:\n  kstub serve vmcore\n  kstub serve vmcore --listen unix:/tmp/kstub.sock\n  \
+                            gdb vmlinux -ex 'target remote | kstub serve vmcore --listen -'"
+    )]
     Serve {
         #[command(flatten)]
         target: Target,
@@ -91,95 +92,13 @@ enum Command {
     },
 }
 
+/// The dump and what belongs to it.
 #[derive(Args, Debug)]
-struct Target {
+pub struct Target {
     /// The dump: ELF vmcore or kdump-compressed, flattened or not
-    dump: PathBuf,
+    pub dump: PathBuf,
     /// The kernel's vmlinux with debug info [default: found by build-id or release under /usr/lib/debug, or beside
     /// the dump]
     #[arg(long, value_name = "FILE")]
-    vmlinux: Option<PathBuf>,
-}
-
-/// Runs the command and returns the exit code.
-pub fn run(cli: Cli) -> anyhow::Result<u8> {
-    match cli.command {
-        Command::Gdb { target, gdb, args } => {
-            let machine = open(&target)?;
-            Ok(server::gdb(Arc::new(machine), &gdb, &args)?)
-        }
-        Command::Serve { target, listen, allow_remote } => {
-            let listen = server::Listen::parse(&listen, allow_remote)?;
-            let machine = Arc::new(open(&target)?);
-            report_problems(&machine);
-            server::serve(machine, listen, &|ready| eprintln!("{ready}"))?;
-            Ok(0)
-        }
-        Command::Info { target, json } => {
-            let output = command::render_info(&open(&target)?);
-            let text = if json { format!("{:#}\n", output.json) } else { output.text };
-            print(&text)?;
-            Ok(0)
-        }
-    }
-}
-
-/// The exit code for an error: the first cause that has one decides.
-pub fn exit_code(error: &anyhow::Error) -> u8 {
-    let code = error.chain().find_map(|cause| {
-        if let Some(error) = cause.downcast_ref::<vmcore::Error>() {
-            use vmcore::Error::{Denied, Io, Open};
-            let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
-            return Some(if unreadable { exit::UNREADABLE } else { exit::NOT_A_DUMP });
-        }
-        if let Some(error) = cause.downcast_ref::<OpenError>() {
-            let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
-            return Some(if io { exit::UNREADABLE } else { exit::VMLINUX });
-        }
-        cause.downcast_ref::<server::ListenError>().map(|_| exit::LISTEN)
-    });
-    code.unwrap_or(exit::FAILURE)
-}
-
-fn open(target: &Target) -> anyhow::Result<Machine> {
-    let dump = Dump::open(&target.dump)?;
-    // A dump reached through a link has its vmlinux beside the link or beside the file.
-    let beside = target.dump.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
-    let options = Options { vmlinux: target.vmlinux.clone(), beside: beside.map(Path::to_owned) };
-    let bar = scan_bar();
-    let machine = Machine::open(Arc::new(dump), &options, &|done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    Ok(machine?)
-}
-
-/// A bar for the scan of RAM; hidden where standard error is no terminal.
-fn scan_bar() -> indicatif::ProgressBar {
-    let bar = indicatif::ProgressBar::new(0);
-    if !std::io::stderr().is_terminal() {
-        bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
-    }
-    if let Ok(style) =
-        indicatif::ProgressStyle::with_template("looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}")
-    {
-        bar.set_style(style);
-    }
-    bar
-}
-
-fn report_problems(machine: &Machine) {
-    for problem in machine.problems() {
-        eprintln!("kstub: {}", command::printable(&problem));
-    }
-}
-
-/// Writes to standard output; a reader that has gone away (`| head`) is no error.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("writing to standard output failed"),
-    }
+    pub vmlinux: Option<PathBuf>,
 }

@@ -47,7 +47,8 @@ fn what_is_not_a_dump_is_refused_by_name() {
         (b"hello, this is not a dump\n".repeat(1000), "not a kernel dump"),
         (elf(2, 1, ET_CORE, 183), "aarch64"),
         (elf(2, 2, ET_CORE, 22), "s390"),
-        (elf(1, 1, ET_CORE, 3), "32-bit"),
+        (elf(1, 1, ET_CORE, 3), "i386"),
+        (elf(1, 1, ET_CORE, 40), "arm"),
         (elf(2, 1, ET_EXEC, 62), "vmlinux"),
         (vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0], "gzip"),
         (b"KDUMP   ".to_vec(), "cut"),
@@ -93,7 +94,9 @@ fn an_unreadable_file_is_not_called_a_bad_dump() {
 
 #[test]
 fn wrong_arguments_are_a_usage_error() {
-    for arguments in [&["frobnicate"][..], &[], &["info"], &["serve", "x", "--listen"], &["info", "--nope", "x"]] {
+    for arguments in
+        [&["frobnicate"][..], &[], &["info"], &["serve", "x", "--listen"], &["info", "--nope", "x"]]
+    {
         let output = kstub(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
     }

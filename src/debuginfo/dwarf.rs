@@ -1,7 +1,8 @@
 //! DWARF: structure layouts by name, for kernels without BTF.
 //!
 //! Reads one compilation unit at a time and stops at the first complete definition; a vmlinux has hundreds
-//! of megabytes of DWARF, but what kstub asks for stands in its first units. Source: the DWARF standard,
+//! of megabytes of DWARF, but what kstub asks for stands in its first units. Types in units of their own
+//! (-fdebug-types-section; no kernel is built so) keep their offsets and lose their sizes. Source: the DWARF standard,
 //! version 5, sections 5.7 (structures) and 7.5 (units).
 
 use super::vmlinux::SectionReader;
@@ -59,7 +60,7 @@ impl Dwarf {
             };
             let mut units = dwarf.units();
             if let Some(header) = units.next().map_err(failed)? {
-                let unit = dwarf.unit(header).map_err(failed)?;
+                let unit = bare_unit(&dwarf, header).map_err(failed)?;
                 if let Some(found) = visit(&dwarf, &unit).map_err(failed)? {
                     return Ok(Some(found));
                 }
@@ -82,6 +83,35 @@ impl Dwarf {
         len.filter(|&len| len <= self.info.len() - at)
             .ok_or_else(|| malformed(at, "unit runs past the section"))
     }
+}
+
+/// A unit for looking at types: gimli's own constructor also wants the sections with lines and addresses.
+fn bare_unit<'a>(
+    dwarf: &gimli::Dwarf<Slice<'a>>,
+    header: gimli::UnitHeader<Slice<'a>>,
+) -> gimli::Result<Unit<'a>> {
+    let abbreviations = dwarf.abbreviations(&header)?;
+    let mut str_offsets_base =
+        gimli::DebugStrOffsetsBase::default_for_encoding_and_file(header.encoding(), dwarf.file_type);
+    let mut cursor = header.entries(&abbreviations);
+    cursor.next_dfs()?;
+    let declared = cursor.current().and_then(|root| root.attr_value(gimli::DW_AT_str_offsets_base));
+    if let Some(AttributeValue::DebugStrOffsetsBase(base)) = declared {
+        str_offsets_base = base;
+    }
+    Ok(gimli::Unit {
+        header,
+        abbreviations,
+        name: None,
+        comp_dir: None,
+        low_pc: 0,
+        str_offsets_base,
+        addr_base: gimli::DebugAddrBase(0),
+        loclists_base: gimli::DebugLocListsBase(0),
+        rnglists_base: gimli::DebugRngListsBase(0),
+        line_program: None,
+        dwo_id: None,
+    })
 }
 
 fn malformed(offset: u64, what: impl Into<String>) -> Error {

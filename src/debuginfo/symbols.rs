@@ -52,8 +52,11 @@ impl SymbolTable {
             let kind = record.get(4)? & 0xf;
             let name = u32_at(record, 0)?;
             let wanted = u16_at(record, 6)? != SHN_UNDEF && kind != STT_SECTION && kind != STT_FILE;
-            (wanted && strings.get(name as usize).is_some_and(|&first| first != 0))
-                .then_some(Entry { addr: u64_at(record, 8)?, size: u64_at(record, 16)?, name })
+            (wanted && strings.get(name as usize).is_some_and(|&first| first != 0)).then_some(Entry {
+                addr: u64_at(record, 8)?,
+                size: u64_at(record, 16)?,
+                name,
+            })
         };
         let mut entries: Vec<Entry> = symtab.chunks_exact(RECORD).filter_map(entry).collect();
         entries.sort_unstable_by_key(|entry| (entry.addr, entry.name));
@@ -70,7 +73,8 @@ impl SymbolTable {
             }
             table
         });
-        let named = |i: &&u32| self.entries.get(**i as usize).is_some_and(|e| self.name(e) == name.as_bytes());
+        let named =
+            |i: &&u32| self.entries.get(**i as usize).is_some_and(|e| self.name(e) == name.as_bytes());
         let wanted = self.hasher.hash_one(Some(name.as_bytes()));
         let first = by_name.iter_hash(wanted).filter(named).min()?;
         self.entries.get(*first as usize).and_then(|entry| self.symbol(entry))
@@ -118,7 +122,8 @@ mod tests {
 
     #[test]
     fn by_name_and_by_address() {
-        let table = table(&[("b", 0x20, 8), ("a", 0x10, 4), ("label", 0x20, 0), ("tail", 0x40, 0), ("a", 0x8, 1)]);
+        let table =
+            table(&[("b", 0x20, 8), ("a", 0x10, 4), ("label", 0x20, 0), ("tail", 0x40, 0), ("a", 0x8, 1)]);
         assert_eq!(table.lookup("a").unwrap().addr, 0x8);
         assert_eq!(table.lookup("tail").unwrap().addr, 0x40);
         assert_eq!(table.lookup("zz"), None);

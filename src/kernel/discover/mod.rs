@@ -11,8 +11,9 @@ mod page_tables;
 mod scan;
 
 use crate::addr::{PhysAddr, VirtAddr};
-use crate::arch::x86_64::{AddressSpace, Reg};
+use crate::arch::x86_64::{AddressSpace, Reg, TranslateError};
 use crate::backend::Backend;
+use crate::memory::Unreadable;
 use crate::vmcoreinfo::VmcoreInfo;
 use std::fmt;
 
@@ -94,13 +95,14 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 pub fn discover(backend: &dyn Backend, progress: Progress<'_>) -> Result<Found, DiscoverError> {
     let roots = cr3_tables(backend);
     let mut rejected = None;
+    let mut accepted: Vec<Found> = Vec::new();
     if let Some(note) = backend.vmcoreinfo_note() {
         match check(backend, VmcoreInfo::parse(note), FoundBy::Note, &roots) {
-            Ok(found) => return Ok(found),
+            Ok(found) if found.problems.is_empty() => return Ok(found),
+            Ok(found) => accepted.push(found),
             Err(why) => rejected = Some(format!("the dump's note: {why}")),
         }
     }
-    let mut accepted: Vec<Found> = Vec::new();
     let decided = |found: &Found| !roots.is_empty() && found.problems.is_empty();
     scan::for_each_vmcoreinfo(backend, progress, &mut |at, info| match check(
         backend,
@@ -197,10 +199,11 @@ fn check(
         let root = PhysAddr(image_offset.wrapping_add(phys_base));
         [declared, 9 - declared].map(|levels| (phys_base, AddressSpace { root, levels, sme_mask }))
     });
-    // The tables must map themselves where the text says they are.
+    // The tables must map themselves where the text says they are. A table that lies outside all RAM
+    // contradicts; one that the dump lost decides nothing.
     let maps_itself = |space: &AddressSpace| match space.translate(backend, table) {
         Ok(translation) => Some(translation.phys == space.root),
-        Err(crate::arch::x86_64::TranslateError::TableUnreadable { .. }) => None,
+        Err(TranslateError::TableUnreadable { source, .. }) if source.why != Unreadable::NotRam => None,
         Err(_) => Some(false),
     };
     let mut undecided = None;
