@@ -1,7 +1,8 @@
 //! A machine and, where one was found, the kernel in it: what gdb and the commands work on.
 
+use crate::addr::PhysAddr;
 use crate::addr::VirtAddr;
-use crate::arch::x86_64::{RegisterFile, VirtOutcome};
+use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError, VirtOutcome};
 use crate::backend::Backend;
 use std::path::Path;
 use std::sync::Arc;
@@ -29,9 +30,21 @@ pub struct Cpu {
 pub struct Machine {
     backend: Arc<dyn Backend>,
     cpus: Vec<Cpu>,
+    first: CpuId,
+    text_base: Option<VirtAddr>,
 }
 
 impl Machine {
+    /// A machine without a known kernel; virtual memory is read through each CPU's CR3.
+    pub fn from_parts(
+        backend: Arc<dyn Backend>,
+        cpus: Vec<Cpu>,
+        first: CpuId,
+        text_base: Option<VirtAddr>,
+    ) -> Machine {
+        Machine { backend, cpus, first, text_base }
+    }
+
     /// The memory and saved registers underneath.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend
@@ -44,18 +57,27 @@ impl Machine {
 
     /// The CPU a debugger should start on: the one that panicked, else the first.
     pub fn first_cpu(&self) -> CpuId {
-        CpuId(0)
+        self.first
     }
 
     /// Reads virtual memory as `cpu` should see it: kernel addresses through the kernel's tables, user
     /// addresses through those of the task that ran on `cpu`. Stops exactly at the first unreadable byte.
-    pub fn read_virt(&self, _cpu: CpuId, _at: VirtAddr, _buf: &mut [u8]) -> VirtOutcome {
-        VirtOutcome { filled: 0, stopped: None }
+    pub fn read_virt(&self, cpu: CpuId, at: VirtAddr, buf: &mut [u8]) -> VirtOutcome {
+        let regs = self.cpus.iter().find(|c| c.id == cpu).map(|c| &c.regs);
+        let Some(cr3) = regs.and_then(|regs| regs.u64(Reg::Cr3)) else {
+            let why = format!("cr3 of CPU {} was not saved", cpu.0);
+            return VirtOutcome { filled: 0, stopped: Some(TranslateError::NoTables { at, why }.into()) };
+        };
+        const CR4_LA57: u64 = 1 << 12;
+        let la57 = regs.and_then(|regs| regs.u64(Reg::Cr4)).is_some_and(|cr4| cr4 & CR4_LA57 != 0);
+        let tables =
+            AddressSpace { root: PhysAddr(cr3 & !0xfff), levels: if la57 { 5 } else { 4 }, sme_mask: 0 };
+        tables.read(&*self.backend, at, buf)
     }
 
     /// Run-time address of the kernel's first loaded segment (`_text` with KASLR): what `qOffsets` reports.
     pub fn text_base(&self) -> Option<VirtAddr> {
-        None
+        self.text_base
     }
 
     /// The vmlinux that belongs to this kernel, if one was found.
