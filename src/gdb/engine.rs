@@ -12,7 +12,8 @@ use gdbstub::stub::GdbStub;
 use gdbstub::stub::state_machine::GdbStubStateMachine;
 use std::convert::Infallible;
 
-/// gdbstub scans its whole buffer for each packet, so it is kept small: long packets are the front's own.
+/// gdbstub scans its whole buffer for each packet, so it starts small (and grows if it must): the packets that
+/// are long by nature are the front's own.
 const BUFFER: usize = 4096;
 
 type Stub = GdbStubStateMachine<'static, Target, Outbox>;
