@@ -30,7 +30,7 @@ fn a_session_over_tcp_and_over_a_unix_socket() {
     let path = dir.path().join("kstub.sock");
     let unix = server(&format!("unix:{}", path.display()));
     assert_eq!(Path::new(&unix), path);
-    for mut client in [RspClient::tcp(&server("127.0.0.1:0")).as_gdb(), RspClient::unix(&path).as_gdb()] {
+    for mut client in [RspClient::tcp(&server("127.0.0.1:0")).like_gdb(), RspClient::unix(&path).like_gdb()] {
         assert_eq!(client.ask("?"), "T05thread:p1.4;");
         assert_eq!(from_hex(&client.ask(format!("m{OWN:x},f"))), b"memory of CPU 3");
         assert_eq!(client.ask("D;1"), "OK");
@@ -40,7 +40,7 @@ fn a_session_over_tcp_and_over_a_unix_socket() {
 
 #[test]
 fn large_reads_are_whole() {
-    let mut client = RspClient::tcp(&server(":0")).as_gdb();
+    let mut client = RspClient::tcp(&server(":0")).like_gdb();
     let wanted: Vec<u8> = (0..BULK_PAGES * 4096).map(pattern).collect();
     for binary in [false, true] {
         let mut bytes = Vec::new();
@@ -59,7 +59,7 @@ fn large_reads_are_whole() {
 
 #[test]
 fn requests_sent_in_one_go_are_all_answered() {
-    let mut client = RspClient::tcp(&server(":0")).as_gdb();
+    let mut client = RspClient::tcp(&server(":0")).like_gdb();
     client
         .send_raw(&[packet("qC"), b"\n\x03+".to_vec(), packet("Hgp1.1"), packet("?"), packet("qC")].concat());
     for answer in ["QCp1.4", "OK", "T05thread:p1.4;", "QCp1.1"] {
@@ -70,8 +70,8 @@ fn requests_sent_in_one_go_are_all_answered() {
 #[test]
 fn clients_do_not_see_each_other() {
     let address = server(":0");
-    let mut one = RspClient::tcp(&address).as_gdb();
-    let mut two = RspClient::tcp(&address).as_gdb();
+    let mut one = RspClient::tcp(&address).like_gdb();
+    let mut two = RspClient::tcp(&address).like_gdb();
     assert_eq!(one.ask("Hgp1.1"), "OK");
     assert_eq!(one.ask("Qqemu.PhyMemMode:1"), "OK");
     assert_eq!(two.ask("qC"), "QCp1.4");
@@ -79,10 +79,10 @@ fn clients_do_not_see_each_other() {
     // Killing the dump is leaving it.
     assert_eq!(one.ask("vKill;1"), "OK");
     assert_eq!(two.ask("qC"), "QCp1.4");
-    assert_eq!(RspClient::tcp(&address).as_gdb().ask("qC"), "QCp1.4");
+    assert_eq!(RspClient::tcp(&address).like_gdb().ask("qC"), "QCp1.4");
     let readers: Vec<_> = (0..4)
         .map(|_| {
-            let mut client = RspClient::tcp(&address).as_gdb();
+            let mut client = RspClient::tcp(&address).like_gdb();
             std::thread::spawn(move || {
                 (0..200).all(|_| client.ask(format!("m{DATA:x},2000")).len() == 0x4000)
             })
@@ -94,7 +94,7 @@ fn clients_do_not_see_each_other() {
 #[test]
 fn a_client_that_stalls_floods_or_vanishes_holds_up_nobody() {
     let address = server(":0");
-    let mut stalled = RspClient::tcp(&address).as_gdb();
+    let mut stalled = RspClient::tcp(&address).like_gdb();
     // Asks for 64 KiB over and over and reads nothing, until nothing more can be sent.
     let flood = std::thread::spawn(move || {
         let request = packet(format!("m{BULK:x},7000")).repeat(64);
@@ -108,18 +108,18 @@ fn a_client_that_stalls_floods_or_vanishes_holds_up_nobody() {
     let mut half_a_packet = RspClient::tcp(&address);
     half_a_packet.send_raw(b"$qSuppo");
     for _ in 0..20 {
-        let mut vanished = RspClient::tcp(&address).as_gdb();
+        let mut vanished = RspClient::tcp(&address).like_gdb();
         vanished.send_raw(&packet(format!("m{BULK:x},7000")));
         drop(vanished);
     }
-    let mut giant = RspClient::tcp(&address).as_gdb();
+    let mut giant = RspClient::tcp(&address).like_gdb();
     giant.send_raw(b"$");
     (0..100).for_each(|_| giant.send_raw(&[b'a'; 100_000]));
     giant.send_raw(b"#00");
     assert_eq!(giant.receive().unwrap(), b"E07");
     assert_eq!(giant.ask("qC"), "QCp1.4");
     let started = Instant::now();
-    let mut client = RspClient::tcp(&address).as_gdb();
+    let mut client = RspClient::tcp(&address).like_gdb();
     (0..100).for_each(|_| assert_eq!(client.ask(format!("m{DATA:x},1000")).len(), 0x2000));
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     drop(client);

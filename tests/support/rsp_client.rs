@@ -40,7 +40,7 @@ impl RspClient {
     }
 
     /// What gdb does first.
-    pub fn as_gdb(mut self) -> Self {
+    pub fn like_gdb(mut self) -> Self {
         let features = self.ask("qSupported:multiprocess+;QThreadEvents+;no-resumed+;xmlRegisters=i386");
         assert!(features.contains("PacketSize="), "{features}");
         assert_eq!(self.ask("QStartNoAckMode"), "OK");
