@@ -1,5 +1,5 @@
 //! What a session answers, byte by byte, without any socket.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 #[path = "support/fake_machine.rs"]
 mod fake_machine;
