@@ -1,1 +1,65 @@
-//! To come.
+//! Listeners, sessions and shutdown: how clients reach a machine.
+//!
+//! Knows sockets and processes, not what a packet means. tokio waits for clients, signals and children; each
+//! client then has a thread of its own, so one that stalls, floods or vanishes holds up nobody but itself.
+//! Only this module names tokio.
+
+mod debugger;
+mod listen;
+mod session;
+
+pub use debugger::{Debugger, gdb};
+pub use listen::Listen;
+
+use crate::kernel::Machine;
+use anyhow::Context;
+use listen::Listener;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Serves `machine` until SIGINT or SIGTERM, or for `-` until the one client leaves.
+///
+/// Once clients can connect, `on_ready` gets what gdb's `target remote` wants to hear; it is not called for
+/// `-`, where nobody connects.
+pub fn serve(machine: Arc<Machine>, listen: Listen, on_ready: impl FnOnce(&str)) -> anyhow::Result<()> {
+    if listen == Listen::Stdio {
+        return session::over_stdio(machine);
+    }
+    let runtime = runtime()?;
+    // Sessions that are still at work when this returns end with the process.
+    runtime.block_on(async {
+        // Before anyone is told that we are ready, so that a signal from then on ends us cleanly.
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let listener = Listener::bind(&listen).await?;
+        on_ready(&listener.address());
+        tokio::select! {
+            never = accept(&listener, &machine) => match never {},
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        Ok(())
+    })
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    // It only waits; the work is done on the sessions' threads.
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")
+}
+
+/// Gives every client a session, for ever.
+async fn accept(listener: &Listener, machine: &Arc<Machine>) -> Infallible {
+    loop {
+        match listener.accept().await {
+            Ok(client) => session::start(Arc::clone(machine), client),
+            Err(error) => {
+                // Such as too many open files: passes when a client leaves.
+                tracing::warn!("cannot accept a client: {error}");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}

@@ -1,1 +1,16 @@
-//! To come.
+//! The GDB side: what a debugger asks of a machine and how the answers are worded.
+//!
+//! [`Front`] holds one client's session: packets in, bytes out. It answers itself what gdbstub lacks or gets
+//! wrong for a target that cannot run, and asks gdbstub for the rest. Knows no socket and no async runtime;
+//! it is the only layer that names gdbstub. Source: GDB manual, appendix E "Remote Serial Protocol".
+
+mod description;
+mod engine;
+mod front;
+pub mod index;
+mod memory;
+mod registers;
+mod target;
+mod threads;
+
+pub use front::{Flow, Front, MAX_REQUEST};

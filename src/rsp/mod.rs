@@ -1,1 +1,17 @@
-//! To come.
+//! The GDB remote protocol as bytes: packets out of a stream, checksums, escapes, hex.
+//!
+//! Knows no packet's meaning, no socket and no machine. Every input is untrusted: nothing here can panic or
+//! grow without bound. Source: GDB manual, appendix E.1 "Overview" and E.2 "Packets".
+
+mod encode;
+mod framer;
+mod hex;
+
+pub use encode::{escape, frame};
+pub use framer::{Event, Framer};
+pub use hex::{decode, encode, parse_u64};
+
+/// The sum of the body's bytes modulo 256, as sent after `#`.
+fn checksum(body: &[u8]) -> u8 {
+    body.iter().fold(0, |sum, &byte| sum.wrapping_add(byte))
+}

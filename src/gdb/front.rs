@@ -1,0 +1,329 @@
+//! One client's session: every packet it sends gets exactly one answer, whatever it is.
+//!
+//! Owns acknowledgement, the packets that gdbstub lacks or that need other words for a target that cannot
+//! run, and all bulk memory; asks [`Engine`] for the rest. Knows no socket.
+//! Source: GDB manual, E.2 "Packets", E.3 "Stop Reply Packets", E.4 "General Query Packets", E.12 "Packet
+//! Acknowledgment"; QEMU `gdbstub/gdbstub.c` for `qqemu.*`.
+
+use super::engine::Engine;
+use super::memory::{self, Space};
+use super::target::{Target, errno};
+use super::threads::{self, Choice};
+use crate::kernel::{CpuId, Machine};
+use crate::rsp::{self, Event};
+use std::sync::Arc;
+
+/// The longest packet the client may send, announced as `PacketSize`.
+pub const MAX_REQUEST: usize = 0x10000;
+
+/// The most bytes one reply carries, so that even fully escaped or in hex it stays within `PacketSize`.
+const MAX_PAYLOAD: usize = MAX_REQUEST / 2 - 8;
+
+const CANNOT_RUN: &str = "This is a crash dump: it cannot run or step.\n";
+const CANNOT_WRITE: &[u8] = b"E.this is a crash dump, its registers cannot be changed";
+
+/// Whether the session goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Flow {
+    /// More packets may come.
+    Continue,
+    /// The client has said goodbye (`D`, `k`, `vKill`): send what was written, then close.
+    End,
+}
+
+/// What the client said of itself in `qSupported`.
+#[derive(Clone, Copy, Default)]
+struct Client {
+    /// Thread ids carry a process: `p1.2`.
+    multiprocess: bool,
+    /// It is gdb. lldb takes some replies otherwise, and only gdb announces thread events.
+    gdb: bool,
+}
+
+/// One client's session.
+pub struct Front {
+    machine: Arc<Machine>,
+    engine: Engine,
+    client: Client,
+    /// Our answer to the first `qSupported` that named features; repeated to later ones.
+    supported: Option<Vec<u8>>,
+    acknowledge: bool,
+    /// The last packet sent, for a client that asks for it again.
+    last_packet: Vec<u8>,
+    physical: bool,
+}
+
+/// The packets to send for one request: rarely more than one.
+enum Reply {
+    One(Vec<u8>),
+    /// Console text for the user, then the answer.
+    Console(String, Vec<u8>),
+}
+
+impl From<&[u8]> for Reply {
+    fn from(body: &[u8]) -> Self {
+        Self::One(body.to_vec())
+    }
+}
+
+impl From<Vec<u8>> for Reply {
+    fn from(body: Vec<u8>) -> Self {
+        Self::One(body)
+    }
+}
+
+/// `Enn`: failed for the reason that the errno gives.
+fn error(errno: u8) -> Vec<u8> {
+    let mut body = b"E".to_vec();
+    rsp::encode(&[errno], &mut body);
+    body
+}
+
+impl Front {
+    /// A session on `machine`.
+    pub fn new(machine: Arc<Machine>) -> Self {
+        let target = Target { machine: Arc::clone(&machine), selected: machine.first_cpu(), console: None };
+        Self {
+            machine,
+            engine: Engine::new(target),
+            client: Client::default(),
+            supported: None,
+            acknowledge: true,
+            last_packet: Vec::new(),
+            physical: false,
+        }
+    }
+
+    /// Handles one event and appends what is to be sent to `out`.
+    pub fn handle(&mut self, event: Event, out: &mut Vec<u8>) -> Flow {
+        match event {
+            Event::Packet(body) => return self.packet(&body, out),
+            Event::TooLong => {
+                self.ack(out);
+                self.send(error(errno::E2BIG), out);
+            }
+            Event::BadChecksum if self.acknowledge => out.push(b'-'),
+            // Without acknowledgement the client does not send it again: it must not wait for an answer.
+            Event::BadChecksum => self.send(error(errno::EINVAL), out),
+            Event::Nak if self.acknowledge => out.extend_from_slice(&self.last_packet),
+            // Nothing ever runs that Ctrl-C could stop.
+            Event::Nak | Event::Ack | Event::Interrupt => {}
+        }
+        Flow::Continue
+    }
+
+    fn packet(&mut self, body: &[u8], out: &mut Vec<u8>) -> Flow {
+        self.ack(out);
+        if body == b"QStartNoAckMode" {
+            self.acknowledge = false;
+        }
+        match self.answer(body) {
+            Reply::One(body) => self.send(body, out),
+            Reply::Console(text, body) => {
+                let mut console = b"O".to_vec();
+                rsp::encode(text.as_bytes(), &mut console);
+                self.send(console, out);
+                self.send(body, out);
+            }
+        }
+        if is_goodbye(body) { Flow::End } else { Flow::Continue }
+    }
+
+    fn ack(&self, out: &mut Vec<u8>) {
+        if self.acknowledge {
+            out.push(b'+');
+        }
+    }
+
+    fn send(&mut self, body: Vec<u8>, out: &mut Vec<u8>) {
+        let packet = rsp::frame(&body);
+        out.extend_from_slice(&packet);
+        self.last_packet = packet;
+    }
+
+    fn answer(&mut self, body: &[u8]) -> Reply {
+        match body {
+            b"QStartNoAckMode" => b"OK"[..].into(),
+            b"qSupported" => self.supported(b""),
+            [b'q', b'S', b'u', b'p', b'p', b'o', b'r', b't', b'e', b'd', b':', features @ ..] => {
+                self.supported(features)
+            }
+            b"?" => self.stopped(b"T05", self.machine.first_cpu()).into(),
+            b"qC" => [b"QC", self.id(self.engine.target.selected).as_bytes()].concat().into(),
+            b"vCont?" => b"vCont;c;C;s;S"[..].into(),
+            [b'H', operation, thread @ ..] => self.select(*operation, thread).into(),
+            [b'm', request @ ..] => self.read_hex(request).into(),
+            [b'x', request @ ..] => self.read_binary(request).into(),
+            // Empty would make gdb try another way to write; an error ends it with a sentence of gdb's own.
+            [b'M' | b'X', ..] => error(errno::EROFS).into(),
+            [b'P' | b'G', ..] if self.client.gdb => CANNOT_WRITE.into(),
+            [b'P' | b'G', ..] => error(errno::EROFS).into(),
+            [b'c' | b'C' | b's' | b'S', ..] => self.refuse_to_run(b""),
+            _ if body.starts_with(b"vCont;") => self.refuse_to_run(body),
+            _ if is_goodbye(body) => b"OK"[..].into(),
+            _ if body.starts_with(b"qRcmd,") => self.monitor(body),
+            _ if body.starts_with(b"qXfer:threads:read:") => self.thread_list(body).into(),
+            _ => self.qemu(body).unwrap_or_else(|| self.ask(body)).into(),
+        }
+    }
+
+    fn ask(&mut self, body: &[u8]) -> Vec<u8> {
+        self.engine.ask(body).unwrap_or_else(|_| error(errno::EINVAL))
+    }
+
+    fn id(&self, cpu: CpuId) -> String {
+        threads::id_text(cpu, self.client.multiprocess)
+    }
+
+    /// `qSupported`. Tools send it again, without features, in the middle of a session: that must change
+    /// nothing. Empty features, which gdbstub takes for malformed, are dropped.
+    fn supported(&mut self, features: &[u8]) -> Reply {
+        if let Some(reply) = &self.supported {
+            return reply.clone().into();
+        }
+        let features: Vec<&[u8]> = features.split(|&b| b == b';').filter(|f| !f.is_empty()).collect();
+        let negotiated = match features.is_empty() {
+            // gdbstub wants at least one feature.
+            true => self.engine.ask(b"qSupported:kstub-"),
+            false => self.engine.negotiate([b"qSupported:", &features.join(&b';')[..]].concat()),
+        };
+        let Ok(theirs) = negotiated else { return error(errno::EINVAL).into() };
+        let client = Client {
+            multiprocess: features.contains(&&b"multiprocess+"[..]),
+            gdb: features.contains(&&b"QThreadEvents+"[..]),
+        };
+        let mut reply = format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+").into_bytes();
+        if client.gdb {
+            reply.extend_from_slice(b";binary-upload+");
+        }
+        for feature in theirs.split(|&b| b == b';').filter(|f| !f.starts_with(b"PacketSize=")) {
+            reply.push(b';');
+            reply.extend_from_slice(feature);
+        }
+        if !features.is_empty() {
+            self.client = client;
+            self.supported = Some(reply.clone());
+        }
+        reply.into()
+    }
+
+    /// `Hg` and `Hc`: the latter chooses what would run, and nothing does.
+    fn select(&mut self, operation: u8, thread: &[u8]) -> Vec<u8> {
+        let cpu = match Choice::parse(thread) {
+            Some(Choice::Whichever) => self.machine.first_cpu(),
+            Some(Choice::One(cpu)) => cpu,
+            None => return error(errno::EINVAL),
+        };
+        if threads::find(&self.machine, cpu).is_none() {
+            return error(errno::ESRCH);
+        }
+        match operation {
+            b'g' => self.engine.select(cpu).unwrap_or_else(|_| error(errno::EINVAL)),
+            b'c' => b"OK".to_vec(),
+            _ => error(errno::EINVAL),
+        }
+    }
+
+    fn read(&self, request: &[u8]) -> Result<Vec<u8>, u8> {
+        let space = if self.physical { Space::Physical } else { Space::Virtual(self.engine.target.selected) };
+        memory::read(&self.machine, space, request, MAX_PAYLOAD)
+    }
+
+    fn read_hex(&self, request: &[u8]) -> Vec<u8> {
+        match self.read(request) {
+            Ok(bytes) => {
+                let mut body = Vec::new();
+                rsp::encode(&bytes, &mut body);
+                body
+            }
+            Err(errno) => error(errno),
+        }
+    }
+
+    /// `x`. Only gdb knows our form of it; an old lldb probes for another form with an empty read.
+    fn read_binary(&self, request: &[u8]) -> Vec<u8> {
+        if !self.client.gdb {
+            return Vec::new();
+        }
+        match self.read(request) {
+            Ok(bytes) => {
+                let mut body = b"b".to_vec();
+                rsp::escape(&bytes, &mut body);
+                body
+            }
+            Err(errno) => error(errno),
+        }
+    }
+
+    /// A stop reply. It must name a thread, or gdb warns and selects the first one.
+    fn stopped(&self, signal: &[u8], cpu: CpuId) -> Vec<u8> {
+        [signal, b"thread:", self.id(cpu).as_bytes(), b";"].concat()
+    }
+
+    /// Says why, then reports a stop at once, on the thread that was to run.
+    ///
+    /// Signal 0 lets gdb print just "stopped"; lldb takes it for a request to go on, so others get SIGTRAP.
+    fn refuse_to_run(&self, request: &[u8]) -> Reply {
+        let named = request.split(|&b| b == b';').find_map(|action| {
+            let colon = action.iter().position(|&b| b == b':')?;
+            match Choice::parse(action.get(colon + 1..)?)? {
+                Choice::One(cpu) => threads::find(&self.machine, cpu).map(|cpu| cpu.id),
+                Choice::Whichever => None,
+            }
+        });
+        let cpu = named.unwrap_or(self.engine.target.selected);
+        let signal: &[u8] = if self.client.gdb { b"T00" } else { b"T05" };
+        Reply::Console(CANNOT_RUN.to_owned(), self.stopped(signal, cpu))
+    }
+
+    /// `qRcmd`. To gdb its output goes as the answer itself: with `O` packets before it, Ctrl-C in gdb would
+    /// leave some behind as answers to later requests. Other clients know only `O` packets.
+    fn monitor(&mut self, request: &[u8]) -> Reply {
+        let answer = self.ask(request);
+        match self.engine.target.console.take() {
+            Some(text) if text.is_empty() => answer.into(),
+            Some(text) if self.client.gdb => {
+                let mut body = Vec::new();
+                rsp::encode(text.as_bytes(), &mut body);
+                body.into()
+            }
+            Some(text) => Reply::Console(text, answer),
+            None => answer.into(),
+        }
+    }
+
+    /// `qXfer:threads:read::OFFSET,LENGTH`
+    fn thread_list(&self, request: &[u8]) -> Vec<u8> {
+        let window = request.rsplit(|&b| b == b':').next().unwrap_or_default();
+        let mut numbers = window.splitn(2, |&b| b == b',').map(rsp::parse_u64);
+        let (Some(Some(offset)), Some(Some(length))) = (numbers.next(), numbers.next()) else {
+            return error(errno::EINVAL);
+        };
+        let xml = threads::list(&self.machine, self.client.multiprocess);
+        let clamp = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let rest = xml.as_bytes().get(clamp(offset)..).unwrap_or_default();
+        let part = &rest[..clamp(length).min(MAX_PAYLOAD).min(rest.len())];
+        let mut body = if part.len() == rest.len() { b"l".to_vec() } else { b"m".to_vec() };
+        rsp::escape(part, &mut body);
+        body
+    }
+
+    /// QEMU's own packets, by which tools made for QEMU know it and read physical memory.
+    fn qemu(&mut self, body: &[u8]) -> Option<Vec<u8>> {
+        match body {
+            b"qqemu.Supported" => Some(b"sstepbits;PhyMemMode".to_vec()),
+            b"qqemu.sstepbits" | b"Qqemu.sstepbits" => Some(b"ENABLE=1,NOIRQ=2,NOTIMER=4".to_vec()),
+            b"qqemu.PhyMemMode" => Some(if self.physical { b"1" } else { b"0" }.to_vec()),
+            b"Qqemu.PhyMemMode:0" | b"Qqemu.PhyMemMode:1" => {
+                self.physical = body.ends_with(b"1");
+                Some(b"OK".to_vec())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// `k`, `vKill;…`, `D`, `D;…`: the client leaves. The dump stays, and so do other clients.
+fn is_goodbye(body: &[u8]) -> bool {
+    matches!(body, b"k" | b"vKill" | b"D") || body.starts_with(b"vKill;") || body.starts_with(b"D;")
+}

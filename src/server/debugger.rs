@@ -1,0 +1,93 @@
+//! `kstub gdb`: a server for one gdb, which gets the terminal.
+//!
+//! Source: GDB manual, 2.1.1 "Choosing Files" (`-iex`), 20.1 "Types of Remote Connections".
+
+use super::listen::{Listen, Listener};
+use crate::gdb::index;
+use crate::kernel::Machine;
+use anyhow::Context;
+use std::ffi::OsString;
+use std::io::ErrorKind;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A gdb to be started.
+#[derive(Clone, Debug)]
+pub struct Debugger {
+    /// `gdb`, or the path of one.
+    pub program: PathBuf,
+    /// What gdb loads symbols from, if there is anything.
+    pub vmlinux: Option<PathBuf>,
+    /// What the user adds to gdb's command line: `-batch`, `-ex bt`, …
+    pub args: Vec<OsString>,
+}
+
+/// Runs `debugger` on `machine` and returns its exit code once it has ended (128 + the signal, if killed).
+pub fn gdb(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<u8> {
+    super::runtime()?.block_on(run(machine, debugger)).map(exit_code)
+}
+
+async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitStatus> {
+    // Ctrl-C and Ctrl-\ go from the terminal to gdb and to us; they are meant for gdb. Handled rather than
+    // ignored, because an ignored signal would stay ignored in gdb.
+    let _interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let _quit = signal(SignalKind::quit()).context("cannot handle SIGQUIT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+    // Only we and our child can reach a socket in a directory of mode 0700.
+    let private =
+        tempfile::Builder::new().prefix("kstub-").tempdir().context("cannot make a private directory")?;
+    let socket = private.path().join("gdb");
+    let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
+    let mut child = command(debugger, &socket).spawn().map_err(|error| cannot_start(debugger, error))?;
+    tokio::select! {
+        status = child.wait() => status.context("cannot wait for gdb"),
+        // gdb then finds the connection closed; the directory is removed.
+        _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
+        _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
+        never = super::accept(&listener, &machine) => match never {},
+    }
+}
+
+fn command(debugger: &Debugger, socket: &Path) -> Command {
+    let mut command = Command::new(&debugger.program);
+    command.arg("-q");
+    if let Some(enable) = index::enable_command(&debugger.program) {
+        command.args(["-iex", enable]);
+    }
+    command.args(&debugger.vmlinux);
+    let mut connect = OsString::from("target remote ");
+    connect.push(socket);
+    command.arg("-ex").arg(connect).args(&debugger.args);
+    command
+}
+
+fn cannot_start(debugger: &Debugger, error: std::io::Error) -> anyhow::Error {
+    let program = debugger.program.display();
+    match error.kind() {
+        ErrorKind::NotFound => anyhow::anyhow!(
+            "there is no '{program}'; install gdb (apt install gdb, dnf install gdb) or name one with --gdb PATH"
+        ),
+        _ => anyhow::Error::new(error).context(format!("cannot start '{program}'")),
+    }
+}
+
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    u8::try_from(code).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_as_a_shell_has_them() {
+        assert_eq!(exit_code(ExitStatus::from_raw(3 << 8)), 3);
+        assert_eq!(exit_code(ExitStatus::from_raw(9)), 137);
+    }
+}
