@@ -4,6 +4,7 @@ use anyhow::Context;
 use clap::Parser;
 use kstub::backend::Dump;
 use kstub::cli::{Cli, Command, Target, exit};
+use kstub::gdb::index;
 use kstub::kernel::{Machine, OpenError, Options};
 use kstub::{command, debuginfo, server, vmcore};
 use std::io::{IsTerminal, Write};
@@ -30,14 +31,17 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
         Command::Gdb { target, gdb, args } => {
-            let machine = open(&target)?;
-            Ok(server::gdb(Arc::new(machine), &gdb, &args)?)
+            let machine = Arc::new(open(&target)?);
+            let vmlinux = machine.vmlinux().map(Path::to_owned);
+            report_problems(&machine);
+            fill_gdb_index(&machine, &gdb);
+            server::gdb(machine, &server::Debugger { program: gdb, vmlinux, args })
         }
         Command::Serve { target, listen, allow_remote } => {
-            let listen = server::Listen::parse(&listen, allow_remote)?;
+            let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
             let machine = Arc::new(open(&target)?);
             report_problems(&machine);
-            server::serve(machine, listen, &|ready| eprintln!("{ready}"))?;
+            server::serve(machine, listen, |address| eprintln!("kstub: in gdb: target remote {address}"))?;
             Ok(0)
         }
         Command::Info { target, json } => {
@@ -51,6 +55,9 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
 
 /// The exit code for an error: the first cause that has one decides.
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<server::CannotListen>() {
+        return exit::LISTEN;
+    }
     let code = error.chain().find_map(|cause| {
         if let Some(error) = cause.downcast_ref::<vmcore::Error>() {
             use vmcore::Error::{Denied, Io, Open};
@@ -61,7 +68,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
             return Some(if io { exit::UNREADABLE } else { exit::VMLINUX });
         }
-        cause.downcast_ref::<server::ListenError>().map(|_| exit::LISTEN)
+        None
     });
     code.unwrap_or(exit::FAILURE)
 }
@@ -81,16 +88,36 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
     Ok(machine?)
 }
 
-/// A bar for the scan of RAM; hidden where standard error is no terminal.
+/// A bar for the scan of RAM.
 fn scan_bar() -> indicatif::ProgressBar {
-    let bar = indicatif::ProgressBar::new(0);
+    let bar = terminal(indicatif::ProgressBar::new(0));
+    if let Ok(style) =
+        indicatif::ProgressStyle::with_template("looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}")
+    {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Makes the index that lets gdb start fast, with something to show meanwhile. Without one only speed is lost.
+fn fill_gdb_index(machine: &Machine, gdb: &Path) {
+    let info = machine.kernel().and_then(|kernel| kernel.debug_info()).filter(|info| info.has_dwarf());
+    let Some((info, build_id)) = info.and_then(|info| Some((info, info.build_id()?))) else { return };
+    let spinner = terminal(indicatif::ProgressBar::new_spinner());
+    let made = index::prepare(gdb, info.path(), build_id, &mut |_| {
+        spinner.set_message(format!("gdb indexes {} (once)", info.path().display()));
+        spinner.tick();
+    });
+    spinner.finish_and_clear();
+    if let Err(error) = made {
+        eprintln!("kstub: no index, so gdb starts slowly: {error}");
+    }
+}
+
+/// Hides `bar` where standard error is no terminal.
+fn terminal(bar: indicatif::ProgressBar) -> indicatif::ProgressBar {
     if !std::io::stderr().is_terminal() {
         bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
-    }
-    if let Ok(style) = indicatif::ProgressStyle::with_template(
-        "looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}",
-    ) {
-        bar.set_style(style);
     }
     bar
 }
