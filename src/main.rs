@@ -91,9 +91,9 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
 /// A bar for the scan of RAM.
 fn scan_bar() -> indicatif::ProgressBar {
     let bar = terminal(indicatif::ProgressBar::new(0));
-    if let Ok(style) =
-        indicatif::ProgressStyle::with_template("looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}")
-    {
+    if let Ok(style) = indicatif::ProgressStyle::with_template(
+        "looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}",
+    ) {
         bar.set_style(style);
     }
     bar
