@@ -10,6 +10,7 @@ from machine import Machine
 
 BOOT_TIMEOUT = 300
 CRASH_MEMORY = "256M"
+MESSAGES = "22"  # common messages, errors and the report; no progress bars
 SPLIT_BLOCK = "4096"  # KiB; the default of 1 GiB would put all of a small guest in one part
 VMCORE_DISK_SIZE = 4 << 30  # sparse
 # One CPU and no waiting for devices that the panic left in disorder.
@@ -32,21 +33,26 @@ def _formats(extra):
         ("vmcore.kdump-lzo-d31", ["-l", "-d", "31"], {"format": "kdump", "compression": "lzo", "filter_level": 31}),
         ("vmcore.kdump-zstd-d31", ["-z", "-d", "31"], {"format": "kdump", "compression": "zstd", "filter_level": 31}),
         ("vmcore.elf-d31", ["-E", "-d", "31"], {"format": "elf", "filter_level": 31}),
-        ("vmcore.flat-zlib-d31", ["-F", "-c", "-d", "31"],
-         {"format": "kdump", "compression": "zlib", "filter_level": 31, "flattened": True}),
+        (
+            "vmcore.flat-zlib-d31",
+            ["-F", "-c", "-d", "31"],
+            {"format": "kdump", "compression": "zlib", "filter_level": 31, "flattened": True},
+        ),
         ("vmcore.flat-elf-d31", ["-F", "-E", "-d", "31"], {"format": "elf", "filter_level": 31, "flattened": True}),
     ]
     if extra:
-        plan += [("vmcore.kdump-zlib-d1", ["-c", "-d", "1"],
-                  {"format": "kdump", "compression": "zlib", "filter_level": 1})]
+        plan += [
+            ("vmcore.kdump-zlib-d1", ["-c", "-d", "1"], {"format": "kdump", "compression": "zlib", "filter_level": 1})
+        ]
     return plan
 
 
 def _crash_and_copy(kernel, work, cmdline, options):
     """Boots, lets the guest crash, and waits until its crash kernel has copied /proc/vmcore out."""
     images = initramfs.build(kernel)
-    with Machine(work, kernel / "vmlinuz", images / "kexec.cpio", cmdline, vmcore_disk=VMCORE_DISK_SIZE,
-                 **options) as machine:
+    with Machine(
+        work, kernel / "vmlinuz", images / "kexec.cpio", cmdline, vmcore_disk=VMCORE_DISK_SIZE, **options
+    ) as machine:
         with step("guest boots and plants"):
             machine.wait_for("KSTUB-GUEST-READY", BOOT_TIMEOUT)
             machine.unpack_facts()
@@ -70,21 +76,48 @@ def _convert(makedumpfile, version, work, file, options, entry):
         with open(work / file, "wb") as out, open(work / "makedumpfile.log", "ab") as log:
             run([makedumpfile, *options, work / "vmcore"], stdout=out, stderr=log, cure="see makedumpfile.log")
     else:
-        output = run([makedumpfile, *options, work / "vmcore", work / file])
+        output = run([makedumpfile, "--message-level", MESSAGES, *options, work / "vmcore", work / file])
         with open(work / "makedumpfile.log", "a", encoding="utf-8") as log:
             log.write(f"== {file}: {' '.join(options)}\n{output}\n")
     size = (work / file).stat().st_size >> 20
     say(f"    {file}: {size} MiB in {time.monotonic() - start:.1f} s")
-    return {"file": file, "maker": f"makedumpfile {version}", "dump_format": entry.pop("format"),
-            "vmcoreinfo": True, **entry}
+    return {
+        "file": file,
+        "maker": f"makedumpfile {version}",
+        "dump_format": entry.pop("format"),
+        "vmcoreinfo": True,
+        **entry,
+    }
 
 
 def _split(makedumpfile, version, work):
     """One dump in three files, as makedumpfile --split writes them."""
     files = [f"vmcore.split-{number}" for number in (1, 2, 3)]
-    run([makedumpfile, "--split", "--splitblock-size", SPLIT_BLOCK, "-c", "-d", "31", work / "vmcore", *(work / file for file in files)])
-    return [{"file": file, "maker": f"makedumpfile {version}", "dump_format": "kdump", "compression": "zlib",
-             "filter_level": 31, "vmcoreinfo": True, "split": files} for file in files]
+    run(
+        [
+            makedumpfile,
+            "--split",
+            "--splitblock-size",
+            SPLIT_BLOCK,
+            "-c",
+            "-d",
+            "31",
+            work / "vmcore",
+            *(work / file for file in files),
+        ]
+    )
+    return [
+        {
+            "file": file,
+            "maker": f"makedumpfile {version}",
+            "dump_format": "kdump",
+            "compression": "zlib",
+            "filter_level": 31,
+            "vmcoreinfo": True,
+            "split": files,
+        }
+        for file in files
+    ]
 
 
 def _incomplete(makedumpfile, version, work):
@@ -98,8 +131,15 @@ def _incomplete(makedumpfile, version, work):
     except LabError:
         if not (work / file).exists():
             raise
-    return {"file": file, "maker": f"makedumpfile {version}", "dump_format": "kdump", "compression": "zlib",
-            "filter_level": 31, "vmcoreinfo": True, "complete": False}
+    return {
+        "file": file,
+        "maker": f"makedumpfile {version}",
+        "dump_format": "kdump",
+        "compression": "zlib",
+        "filter_level": 31,
+        "vmcoreinfo": True,
+        "complete": False,
+    }
 
 
 def make(kernel, work, cmdline, options, extra):
