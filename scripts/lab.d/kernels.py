@@ -100,7 +100,7 @@ def _unpack(package, work, place, patterns):
         )
     if stream.returncode != 0:
         raise LabError(f"{package.name} cannot be unpacked", "run the step again; is the disk full?")
-    for path in scratch.rglob("*"):
+    for path in list(scratch.rglob("*")):
         target = place(str(path.relative_to(scratch))) if path.is_file() and not path.is_symlink() else None
         if target:
             (work / target).parent.mkdir(parents=True, exist_ok=True)
