@@ -62,9 +62,7 @@ def _write_sources():
     if security:
         pairs += [(security, suite) for suite in SECURITY_SUITES]
     # target=Packages: no translations, no desktop metadata.
-    text = "".join(
-        f"deb [arch=amd64 target=Packages signed-by={KEYRING}] {uri} {suite} main\n" for uri, suite in pairs
-    )
+    text = "".join(f"deb [arch=amd64 target=Packages signed-by={KEYRING}] {uri} {suite} main\n" for uri, suite in pairs)
     for directory in ("lists/partial", "cache/archives/partial"):
         (APT / directory).mkdir(parents=True, exist_ok=True)
     (APT / "status").touch()
@@ -122,7 +120,9 @@ def download(package, version, directory):
     try:
         run(argv, cwd=directory)
     except LabError as error:
-        raise NotThere(f"{package} {version} cannot be downloaded", "run with --refresh for new package lists") from error
+        raise NotThere(
+            f"{package} {version} cannot be downloaded", "run with --refresh for new package lists"
+        ) from error
     return next(directory.glob(f"{package}_*.deb"))
 
 
@@ -132,8 +132,18 @@ def download_with_dependencies(package, suite):
     shutil.rmtree(archives, ignore_errors=True)
     (archives / "partial").mkdir(parents=True)
     run(
-        ["apt-get", *_options(), "-q", "-y", "--no-install-recommends", "--download-only",
-         "-t", suite, "install", package],
+        [
+            "apt-get",
+            *_options(),
+            "-q",
+            "-y",
+            "--no-install-recommends",
+            "--download-only",
+            "-t",
+            suite,
+            "install",
+            package,
+        ],
         cure=f"see whether {package} is in {suite}; run with --refresh for new package lists",
     )
     files = sorted(archives.glob("*.deb"))

@@ -12,8 +12,22 @@ from common import LAB, LabError, fresh_directory, is_current, read_json, run, s
 KERNELS = LAB / "kernels"
 # What the guest loads, and what tests of modules want; their dependencies come along.
 MODULES = [
-    "virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "qemu_fw_cfg", "xfs", "overlay", "loop",
-    "fuse", "tun", "dummy", "dm-mod", "nf_tables", "null_blk", "brd", "vfat",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "qemu_fw_cfg",
+    "xfs",
+    "overlay",
+    "loop",
+    "fuse",
+    "tun",
+    "dummy",
+    "dm-mod",
+    "nf_tables",
+    "null_blk",
+    "brd",
+    "vfat",
 ]
 MOST_TRIES = 6
 PACKAGE = re.compile(r"linux-image-(\d+\.\d+.*-cloud-amd64)-dbg$")
@@ -80,11 +94,13 @@ def _unpack(package, work, place, patterns):
         # tar also fails for a pattern without a match; a file that was needed is missed later.
         subprocess.run(
             ["tar", "-x", "-C", scratch, "--wildcards", *patterns],
-            stdin=stream.stdout, stderr=subprocess.DEVNULL, check=False,
+            stdin=stream.stdout,
+            stderr=subprocess.DEVNULL,
+            check=False,
         )
     if stream.returncode != 0:
         raise LabError(f"{package.name} cannot be unpacked", "run the step again; is the disk full?")
-    for path in scratch.rglob("*"):
+    for path in list(scratch.rglob("*")):
         target = place(str(path.relative_to(scratch))) if path.is_file() and not path.is_symlink() else None
         if target:
             (work / target).parent.mkdir(parents=True, exist_ok=True)
@@ -164,8 +180,10 @@ def _fetch(candidate, spec):
     if is_current(final, stamp):
         return
     with step(f"kernel {release} ({candidate.version})"), fresh_directory(final, stamp) as work:
-        files = [debian.download(name, candidate.version, work)
-                 for name in (candidate.debug_package, *candidate.image_packages)]
+        files = [
+            debian.download(name, candidate.version, work)
+            for name in (candidate.debug_package, *candidate.image_packages)
+        ]
         for file in files[1:]:
             _unpack(file, work, lambda name: _image_path(name, release), ["*"])
         modules = _prune_modules(work, release)
@@ -173,14 +191,17 @@ def _fetch(candidate, spec):
         for needed in ("vmlinuz", "vmlinux"):
             if not (work / needed).is_file():
                 raise LabError(f"the packages of {release} hold no {needed}", "report this: their layout changed")
-        write_json(work / "kernel.json", {
-            "release": release,
-            "spec": spec,
-            "package_version": candidate.version,
-            "packages": [*candidate.image_packages, candidate.debug_package],
-            "suite": debian.suite_of(candidate.debug_package, candidate.version),
-            "modules": sorted(modules),
-        })
+        write_json(
+            work / "kernel.json",
+            {
+                "release": release,
+                "spec": spec,
+                "package_version": candidate.version,
+                "packages": [*candidate.image_packages, candidate.debug_package],
+                "suite": debian.suite_of(candidate.debug_package, candidate.version),
+                "modules": sorted(modules),
+            },
+        )
 
 
 def _fetch_first(candidates, spec):

@@ -38,8 +38,10 @@ def start(kernel_spec, name, levels, memory, smp, vmcoreinfo):
     """Boots a guest in the background, waits until it is ready, and says how to reach it."""
     running = _description(name)
     if running and _alive(running):
-        raise LabError(f"a guest called {name} runs already (pid {running['pid']})",
-                       f"stop it: scripts/lab guest --stop --name {name}")
+        raise LabError(
+            f"a guest called {name} runs already (pid {running['pid']})",
+            f"stop it: scripts/lab guest --stop --name {name}",
+        )
     kernel = kernels.fetch(kernel_spec)
     images = initramfs.build(kernel)
     directory = _directory(name)
@@ -48,27 +50,50 @@ def start(kernel_spec, name, levels, memory, smp, vmcoreinfo):
     cmdline = "console=ttyS0 panic=0"
     ram = directory / "ram"
     machine = Machine(
-        directory, kernel / "vmlinuz", images / "base.cpio", cmdline, memory=memory, smp=smp,
-        cpu="max" if levels == 5 else "max,la57=off", vmcoreinfo=vmcoreinfo,
-        serial=False, machine_properties=",memory-backend=ram",
+        directory,
+        kernel / "vmlinuz",
+        images / "base.cpio",
+        cmdline,
+        memory=memory,
+        smp=smp,
+        cpu="max" if levels == 5 else "max,la57=off",
+        vmcoreinfo=vmcoreinfo,
+        serial=False,
+        machine_properties=",memory-backend=ram",
     )
     sockets = machine.sockets
     machine.argv += [
         # RAM in a shared file: what kstub maps to read a live guest.
-        "-object", f"memory-backend-file,id=ram,size={memory},mem-path={ram},share=on",
-        "-qmp", f"unix:{sockets}/qmp-kstub,server=on,wait=off",
-        "-gdb", f"unix:{sockets}/gdb,server=on,wait=off",
-        "-chardev", f"socket,id=console,path={sockets}/console,server=on,wait=off,logfile={machine.console}",
-        "-serial", "chardev:console",
+        "-object",
+        f"memory-backend-file,id=ram,size={memory},mem-path={ram},share=on",
+        "-qmp",
+        f"unix:{sockets}/qmp-kstub,server=on,wait=off",
+        "-gdb",
+        f"unix:{sockets}/gdb,server=on,wait=off",
+        "-chardev",
+        f"socket,id=console,path={sockets}/console,server=on,wait=off,logfile={machine.console}",
+        "-serial",
+        "chardev:console",
     ]
     release = kernels.info(kernel)["release"]
     description = {
-        "name": name, "kernel": kernel_spec, "release": release,
-        "vmlinux": str(kernel / "vmlinux"), "modules": str(kernel / "lib/modules" / release),
-        "cmdline": cmdline, "page_table_levels": levels, "smp": smp, "memory": memory,
-        "vmcoreinfo_device": vmcoreinfo, "directory": str(directory), "ram": str(ram),
-        "qmp": f"{sockets}/qmp-kstub", "gdb": f"{sockets}/gdb", "console": f"{sockets}/console",
-        "console_log": str(machine.console), "facts": str(directory / "facts"),
+        "name": name,
+        "kernel": kernel_spec,
+        "release": release,
+        "vmlinux": str(kernel / "vmlinux"),
+        "modules": str(kernel / "lib/modules" / release),
+        "cmdline": cmdline,
+        "page_table_levels": levels,
+        "smp": smp,
+        "memory": memory,
+        "vmcoreinfo_device": vmcoreinfo,
+        "directory": str(directory),
+        "ram": str(ram),
+        "qmp": f"{sockets}/qmp-kstub",
+        "gdb": f"{sockets}/gdb",
+        "console": f"{sockets}/console",
+        "console_log": str(machine.console),
+        "facts": str(directory / "facts"),
     }
     try:
         with step(f"guest {name} ({release})"):
@@ -86,14 +111,14 @@ def start(kernel_spec, name, levels, memory, smp, vmcoreinfo):
 
 def _explain(description):
     name = description["name"]
-    say(f"""guest {name} is ready: Linux {description['release']}, pid {description['pid']}
-  QMP      {description['qmp']}
-  gdbstub  {description['gdb']}
-  console  {description['console']}   (a shell; log: {description['console_log']})
-  RAM      {description['ram']}
-  vmlinux  {description['vmlinux']}
-  facts    {description['facts']}   (what the guest says of itself)
-  all of it as JSON: {description['directory']}/guest.json
+    say(f"""guest {name} is ready: Linux {description["release"]}, pid {description["pid"]}
+  QMP      {description["qmp"]}
+  gdbstub  {description["gdb"]}
+  console  {description["console"]}   (a shell; log: {description["console_log"]})
+  RAM      {description["ram"]}
+  vmlinux  {description["vmlinux"]}
+  facts    {description["facts"]}   (what the guest says of itself)
+  all of it as JSON: {description["directory"]}/guest.json
 stop it: scripts/lab guest --stop --name {name}""")
 
 

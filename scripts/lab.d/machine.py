@@ -62,8 +62,21 @@ def _die_with_parent():
 class Machine:
     """One guest. Its files (console.log, qemu.log, disks) lie in `directory`."""
 
-    def __init__(self, directory, kernel, initrd, cmdline, *, memory, cpu="max", smp=4, vmcoreinfo=False,
-                 vmcore_disk=0, serial=True, machine_properties=""):
+    def __init__(
+        self,
+        directory,
+        kernel,
+        initrd,
+        cmdline,
+        *,
+        memory,
+        cpu="max",
+        smp=4,
+        vmcoreinfo=False,
+        vmcore_disk=0,
+        serial=True,
+        machine_properties="",
+    ):
         self.directory = Path(directory)
         self.console = self.directory / "console.log"
         self.facts_disk = self.directory / "facts.disk"
@@ -73,10 +86,30 @@ class Machine:
         self.process = None
         self.qmp = None
         self.argv = [
-            QEMU, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
-            "-machine", f"q35{machine_properties}", "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(smp), "-m", memory,
-            "-kernel", str(kernel), "-initrd", str(initrd), "-append", cmdline,
-            "-qmp", f"unix:{self.sockets}/qmp,server=on,wait=off",
+            QEMU,
+            "-no-user-config",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-machine",
+            f"q35{machine_properties}",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            cpu,
+            "-smp",
+            str(smp),
+            "-m",
+            memory,
+            "-kernel",
+            str(kernel),
+            "-initrd",
+            str(initrd),
+            "-append",
+            cmdline,
+            "-qmp",
+            f"unix:{self.sockets}/qmp,server=on,wait=off",
             *self._disk(self.facts_disk, "facts", FACTS_DISK_SIZE),
         ]
         if vmcore_disk:
@@ -90,15 +123,23 @@ class Machine:
     def _disk(path, serial, size):
         with open(path, "wb") as file:
             file.truncate(size)
-        return ["-drive", f"file={path},format=raw,if=none,id={serial}",
-                "-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
+        return [
+            "-drive",
+            f"file={path},format=raw,if=none,id={serial}",
+            "-device",
+            f"virtio-blk-pci,drive={serial},serial={serial}",
+        ]
 
     def start(self, keep=False):
         """Starts QEMU; with `keep` it outlives this process."""
         self.console.touch()
         with open(self.directory / "qemu.log", "wb") as log:
             self.process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=keep,
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=keep,
                 preexec_fn=None if keep else _die_with_parent,
             )
         deadline = time.monotonic() + 30
@@ -155,7 +196,9 @@ class Machine:
                 problem = f"no {marker} within {timeout} s"
             if problem:
                 tail = "\n".join(text.splitlines()[-15:])
-                raise LabError(f"{problem}; the console's last lines:\n{tail}", f"the whole console is in {self.console}")
+                raise LabError(
+                    f"{problem}; the console's last lines:\n{tail}", f"the whole console is in {self.console}"
+                )
             time.sleep(0.25)
 
     def wait_exit(self, timeout):
@@ -181,8 +224,7 @@ class Machine:
         for _ in range(tries):
             self.qmp.command("stop")
             text = self.registers()
-            levels = {int(cpu): int(level) for cpu, level in
-                      re.findall(r"CPU#(\d+)\n.*?CPL=(\d)", text, re.DOTALL)}
+            levels = {int(cpu): int(level) for cpu, level in re.findall(r"CPU#(\d+)\n.*?CPL=(\d)", text, re.DOTALL)}
             if all(levels.get(cpu) == level for cpu, level in wanted.items()):
                 return text
             self.qmp.command("cont")
@@ -192,7 +234,7 @@ class Machine:
     def memory_ranges(self):
         """Guest RAM in physical address space, merged: [(first, last + 1)]."""
         text = self.qmp.human("info mtree -f")
-        view = text[text.index(' AS "memory"'):].split("FlatView")[0]
+        view = text[text.index(' AS "memory"') :].split("FlatView")[0]
         found = re.findall(r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): pc\.ram", view, re.MULTILINE)
         merged = []
         for first, last in sorted((int(a, 16), int(b, 16) + 1) for a, b in found):

@@ -1,9 +1,9 @@
 """Dump sets: one guest, one moment, several dump files, and the truth to compare them with.
 
-    qemu-<kernel>-<levels>l[-novmcoreinfo][-split]   a running guest, dumped by QEMU
-    qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
-    qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
-    kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
+qemu-<kernel>-<levels>l[-novmcoreinfo][-split]   a running guest, dumped by QEMU
+qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
+qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
+kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
 """
 
 import re
@@ -13,15 +13,27 @@ from dataclasses import asdict, dataclass
 import initramfs
 import kdump
 import kernels
-from common import (LAB, STAMP, LabError, fresh_directory, is_current, make_sparse, note_progress, read_json, recipe_hash,
-                    say, step, write_json)
+from common import (
+    LAB,
+    STAMP,
+    LabError,
+    fresh_directory,
+    is_current,
+    make_sparse,
+    note_progress,
+    read_json,
+    recipe_hash,
+    say,
+    step,
+    write_json,
+)
 from machine import Machine
 
 SETS = LAB / "sets"
 SCHEMA = 1
 SMP = 4
 MEMORY = "1G"
-BUSY_USER_CPU, BUSY_KERNEL_CPU, PANIC_CPU = 1, 2, 3  # as in qemu/init
+BUSY_USER_CPU, BUSY_KERNEL_CPU = 1, 2  # as in qemu/init
 BOOT_TIMEOUT = 300
 NAME = re.compile(
     r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?$"
@@ -79,8 +91,17 @@ class Recipe:
 
 def _dump_file(file, maker, dump_format, **more):
     """One entry of the manifest's `dumps`."""
-    entry = {"file": file, "maker": maker, "format": dump_format, "compression": None, "flattened": False,
-             "filter_level": None, "paging": False, "vmcoreinfo": False, "complete": True}
+    entry = {
+        "file": file,
+        "maker": maker,
+        "format": dump_format,
+        "compression": None,
+        "flattened": False,
+        "filter_level": None,
+        "paging": False,
+        "vmcoreinfo": False,
+        "complete": True,
+    }
     entry.update(more)
     return entry
 
@@ -88,12 +109,16 @@ def _dump_file(file, maker, dump_format, **more):
 def _qemu_dumps(machine, work, recipe):
     """Has the stopped guest's memory written in QEMU's formats; returns the manifest entries."""
     known = {"vmcoreinfo": recipe.vmcoreinfo}
-    plan = [("dump.elf", "elf", False, {}),
-            ("dump.kdump-zlib.flat", "kdump-zlib", False, {"compression": "zlib", "flattened": True})]
+    plan = [
+        ("dump.elf", "elf", False, {}),
+        ("dump.kdump-zlib.flat", "kdump-zlib", False, {"compression": "zlib", "flattened": True}),
+    ]
     if recipe.extra:
-        plan += [("dump.kdump-lzo.flat", "kdump-lzo", False, {"compression": "lzo", "flattened": True}),
-                 ("dump.kdump-snappy.flat", "kdump-snappy", False, {"compression": "snappy", "flattened": True}),
-                 ("dump.paging.elf", "elf", True, {"paging": True})]
+        plan += [
+            ("dump.kdump-lzo.flat", "kdump-lzo", False, {"compression": "lzo", "flattened": True}),
+            ("dump.kdump-snappy.flat", "kdump-snappy", False, {"compression": "snappy", "flattened": True}),
+            ("dump.paging.elf", "elf", True, {"paging": True}),
+        ]
     supported = machine.dump_formats()
     entries = []
     for file, dump_format, paging, more in plan:
@@ -122,7 +147,7 @@ def panic_facts(console):
     message = re.search(r"Kernel panic - not syncing: (.*)", console)
     where = re.search(r"CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (.+?) (?:Not tainted|Tainted|Kdump)", console)
     if not message or not where:
-        return None
+        raise LabError("the console shows no panic message that the lab understands", "see console.log in the set")
     return {"how": "sysrq-c", "message": message[1], "cpu": int(where[1]), "pid": int(where[2]), "comm": where[3]}
 
 
@@ -135,8 +160,10 @@ def _planted_levels(work):
 def _check_levels(work, recipe):
     found = _planted_levels(work)
     if found != recipe.levels:
-        raise LabError(f"{recipe.name}: the guest uses {found} page-table levels, not {recipe.levels}",
-                       "does this kernel have CONFIG_X86_5LEVEL, and this QEMU la57?")
+        raise LabError(
+            f"{recipe.name}: the guest uses {found} page-table levels, not {recipe.levels}",
+            "does this kernel have CONFIG_X86_5LEVEL, and this QEMU la57?",
+        )
 
 
 def _wait_until_interesting(machine, recipe):
@@ -170,8 +197,13 @@ def _make_qemu(recipe, kernel, work):
         "dumps": dumps,
         "panic": panic_facts(machine.console_text()) if recipe.kind == "qemu-panic" else None,
         "boots": 2 if recipe.kind == "qemu-kexec" else 1,
-        "truth": {"registers": "registers.txt", "console": "console.log", "facts": "facts", "ram": ram,
-                  "memory_tree": "mtree.txt"},
+        "truth": {
+            "registers": "registers.txt",
+            "console": "console.log",
+            "facts": "facts",
+            "ram": ram,
+            "memory_tree": "mtree.txt",
+        },
     }
 
 
@@ -209,30 +241,36 @@ def make(name, extra=False):
         for entry in details["dumps"]:
             (work / entry["file"]).chmod(0o644)  # tests need not run as root
         (work / f"vmlinux-{release}").symlink_to(f"../../kernels/{release}/vmlinux")
-        write_json(work / "set.json", {
-            "schema": SCHEMA,
-            "name": name,
-            "kind": recipe.kind,
-            "kernel": recipe.kernel,
-            "release": release,
-            "package_version": kernels.info(kernel)["package_version"],
-            "vmlinux": f"kernels/{release}/vmlinux",
-            "modules": f"kernels/{release}/lib/modules/{release}",
-            "cmdline": recipe.command_line(),
-            "page_table_levels": recipe.levels,
-            "smp": SMP,
-            "memory": recipe.machine_options()["memory"],
-            "vmcoreinfo_device": recipe.vmcoreinfo,
-            "extra": extra,
-            "busy_user_cpu": BUSY_USER_CPU,
-            "busy_kernel_cpu": BUSY_KERNEL_CPU,
-            "seconds": round(time.monotonic() - start, 1),
-            **details,
-        })
+        write_json(
+            work / "set.json",
+            {
+                "schema": SCHEMA,
+                "name": name,
+                "kind": recipe.kind,
+                "kernel": recipe.kernel,
+                "release": release,
+                "package_version": kernels.info(kernel)["package_version"],
+                "vmlinux": f"kernels/{release}/vmlinux",
+                "modules": f"kernels/{release}/lib/modules/{release}",
+                "cmdline": recipe.command_line(),
+                "page_table_levels": recipe.levels,
+                "smp": SMP,
+                "memory": recipe.machine_options()["memory"],
+                "vmcoreinfo_device": recipe.vmcoreinfo,
+                "extra": extra,
+                "busy_user_cpu": BUSY_USER_CPU,
+                "busy_kernel_cpu": BUSY_KERNEL_CPU,
+                "seconds": round(time.monotonic() - start, 1),
+                **details,
+            },
+        )
     note_progress(f"set {name}: {time.monotonic() - start:.0f} s")
 
 
 def listing():
     """(name, manifest) of every set that is complete."""
-    return [(path.parent.name, read_json(path)) for path in sorted(SETS.glob("[!.]*/set.json"))
-            if (path.parent / STAMP).exists()]
+    return [
+        (path.parent.name, read_json(path))
+        for path in sorted(SETS.glob("[!.]*/set.json"))
+        if (path.parent / STAMP).exists()
+    ]

@@ -5,7 +5,7 @@ any other Debian release: $LAB/tools/bin/<tool>-new starts it.
 """
 
 import debian
-from common import LAB, LabError, fresh_directory, run, say, step, write_json, read_json
+from common import LAB, LabError, fresh_directory, read_json, run, say, step, write_json
 
 TOOLS = LAB / "tools"
 SUITE = "sid"
@@ -25,10 +25,13 @@ def _wrapper(name, tree):
     """A script that starts the tool with the tree's loader and libraries, and python's files there."""
     loader = _find(tree, "ld-linux-x86-64.so.2", "the dynamic loader").relative_to(tree)
     binary = _find(tree, f"bin/{name}", name).relative_to(tree)
-    library_directories = sorted({
-        str(path.parent.relative_to(tree)) for path in tree.rglob("*.so.*")
-        if "x86_64-linux-gnu" in str(path) or "/llvm-" in str(path)
-    })
+    library_directories = sorted(
+        {
+            str(path.parent.relative_to(tree))
+            for path in tree.rglob("*.so.*")
+            if "x86_64-linux-gnu" in str(path) or "/llvm-" in str(path)
+        }
+    )
     arguments = " ".join(f'"{word.format(tree="$tree")}"' for word in ARGUMENTS.get(name, []))
     libraries = ":".join(f"$tree/{directory}" for directory in library_directories)
     return f"""#!/bin/sh
@@ -56,8 +59,16 @@ def install(name, refresh=False):
                 (work / "usr" / link).mkdir(parents=True, exist_ok=True)
                 (work / link).symlink_to(f"usr/{link}")
             for package in packages:
-                run(["sh", "-c", 'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"',
-                     "sh", package, work])
+                run(
+                    [
+                        "sh",
+                        "-c",
+                        'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"',
+                        "sh",
+                        package,
+                        work,
+                    ]
+                )
                 package.unlink()
             upstream = version.partition(":")[2] or version
             write_json(work / "tool.json", {"name": name, "version": upstream.partition("-")[0], "package": version})
