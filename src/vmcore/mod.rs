@@ -13,6 +13,8 @@ mod notes;
 mod probe;
 mod qemu_note;
 mod segments;
+#[cfg(test)]
+mod tests;
 
 pub use error::Error;
 pub use file::{DiskFile, FileRead, ReadAt, Stop};
@@ -29,7 +31,7 @@ use probe::Format;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Decoded pages kept by default.
+/// Pages kept by default.
 pub const DEFAULT_CACHE_BYTES: u64 = 64 << 20;
 
 /// An opened dump file.
@@ -53,7 +55,7 @@ impl Vmcore {
         Self::open_with_cache(path, DEFAULT_CACHE_BYTES)
     }
 
-    /// Opens the dump at `path`, keeping up to `cache_bytes` of decoded pages.
+    /// Opens the dump at `path`, keeping up to `cache_bytes` of pages.
     pub fn open_with_cache(path: &Path, cache_bytes: u64) -> Result<Self, Error> {
         Self::from_file(path, Arc::new(DiskFile::open(path)?), cache_bytes)
     }
@@ -82,7 +84,7 @@ impl Vmcore {
             facts: vec![("format", format.name().to_string())],
             problems,
             body: match format {
-                Format::Elf => Body::Elf(Box::new(ElfCore::open(source)?)),
+                Format::Elf => Body::Elf(Box::new(ElfCore::open(source, cache_bytes)?)),
                 Format::Kdump => Body::Kdump(Box::new(Kdump::open(source, cache_bytes)?)),
             },
         };

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use std::sync::Arc;
 
 /// A PT_LOAD: offset, vaddr, paddr, filesz, memsz.
 type Load = (u64, u64, u64, u64, u64);
@@ -41,7 +40,7 @@ fn core(loads: &[Load], len: usize) -> Vec<u8> {
 }
 
 fn open(bytes: Vec<u8>) -> Result<ElfCore, Error> {
-    ElfCore::open(Source { path: "dump".into(), file: Arc::new(bytes) })
+    ElfCore::open(Source { path: "dump".into(), file: Arc::new(bytes) }, 1 << 20)
 }
 
 fn read(core: &ElfCore, at: u64, len: usize) -> (ReadOutcome, Vec<u8>) {

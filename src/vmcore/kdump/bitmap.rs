@@ -21,7 +21,7 @@ const SCAN: usize = 1 << 20;
 pub(super) struct Bitmaps {
     /// Page frames with a bit in each bitmap.
     pub pages: u64,
-    pub ram_offset: u64,
+    ram_offset: u64,
     pub dumped_offset: u64,
     /// Offset of the first page descriptor.
     pub descriptors: u64,
@@ -147,15 +147,21 @@ pub(super) fn clear_from(bytes: &mut [u8], bits: u64) {
 }
 
 fn ones(bytes: &[u8]) -> u64 {
-    bytes.iter().map(|byte| u64::from(byte.count_ones())).sum()
+    // By words: the baseline x86-64 counts bits in software, and this is on the way to every page.
+    let (words, rest) = bytes.as_chunks::<8>();
+    let words = words.iter().map(|word| u64::from(u64::from_le_bytes(*word).count_ones()));
+    words.sum::<u64>() + rest.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>()
 }
 
-/// The bit of `index` in `chunk` and how many bits are set before it.
-pub(super) fn bit_and_rank(chunk: &[u8], index: u64) -> Option<(bool, u64)> {
+/// How many bits of `chunk` are set before the one of `index`, if that one is set.
+pub(super) fn rank_if_set(chunk: &[u8], index: u64) -> Option<u64> {
     let byte = usize::try_from(index / 8).ok()?;
     let bits = *chunk.get(byte)?;
     let mask = 1u8 << (index % 8);
-    Some((bits & mask != 0, ones(chunk.get(..byte)?) + u64::from((bits & (mask - 1)).count_ones())))
+    (bits & mask != 0).then(|| {
+        let before = chunk.get(..byte).unwrap_or_default();
+        ones(before) + u64::from((bits & (mask - 1)).count_ones())
+    })
 }
 
 /// Runs of set bits, in ascending order.
@@ -225,10 +231,10 @@ mod tests {
             let mut count = 0;
             for index in 0..CHUNK_PAGES {
                 let set = chunk[index as usize / 8] >> (index % 8) & 1 == 1;
-                assert_eq!(bit_and_rank(&chunk, index), Some((set, count)));
+                assert_eq!(rank_if_set(&chunk, index), set.then_some(count));
                 count += u64::from(set);
             }
-            assert_eq!(bit_and_rank(&chunk, CHUNK_PAGES), None);
+            assert_eq!(rank_if_set(&chunk, CHUNK_PAGES), None);
         }
     }
 

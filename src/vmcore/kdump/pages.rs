@@ -3,7 +3,7 @@
 //! Two paths: a page at a time through the cache, and runs of pages whose bytes lie one after the other in the
 //! file, read with one pread. Source: makedumpfile `diskdump_mod.h`, `struct page_desc`.
 
-use super::bitmap::{Bitmaps, CHUNK, CHUNK_PAGES, bit_and_rank, clear_from};
+use super::bitmap::{Bitmaps, CHUNK, CHUNK_PAGES, clear_from, rank_if_set};
 use super::codec::{Codec, CodecError, Decoder};
 use super::header::flags;
 use crate::addr::PhysAddr;
@@ -330,7 +330,7 @@ impl Pages {
         let chunk = self.bitmap_chunk(pfn / CHUNK_PAGES)?;
         let index = pfn % CHUNK_PAGES;
         let before = self.bitmaps.dumped_before_chunk(pfn);
-        let (Some((true, rank)), Some(before)) = (bit_and_rank(&chunk, index), before) else {
+        let (Some(rank), Some(before)) = (rank_if_set(&chunk, index), before) else {
             return Err(self.why_not_dumped(pfn));
         };
         let rank = before + rank;
@@ -344,14 +344,15 @@ impl Pages {
         Ok(Run { rank, len })
     }
 
-    /// The bit of the first bitmap tells what the second one left out from what never was.
+    /// The first bitmap tells what the second one left out from what never was.
     fn why_not_dumped(&self, pfn: u64) -> Unreadable {
-        let mut byte = [0];
-        let at = self.bitmaps.ram_offset.saturating_add(pfn / 8);
-        match self.source.file.read_at(at, &mut byte).stopped {
-            Some(stop) => stop.into(),
-            None if byte[0] >> (pfn % 8) & 1 == 1 => Unreadable::Excluded,
-            None => Unreadable::NotRam,
+        let Some(at) = pfn.checked_mul(self.page_size as u64).map(PhysAddr) else {
+            return Unreadable::NotRam;
+        };
+        let ranges = &self.bitmaps.ranges;
+        match ranges.get(ranges.partition_point(|range| range.end <= at)) {
+            Some(range) if range.contains(at) => Unreadable::Excluded,
+            _ => Unreadable::NotRam,
         }
     }
 
