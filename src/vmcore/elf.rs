@@ -109,8 +109,8 @@ impl ElfCore {
         if needed > size {
             core.complete = false;
             core.problems.push(format!(
-                "the file ends at offset {size:#x}, {} bytes before the end of the memory that its headers list: \
-                 it was cut, and pages beyond read as truncated; copy or take the dump again",
+                "the file ends at offset {size:#x}, {} bytes before the end of the memory that its \
+                 headers list: it was cut, and pages beyond read as truncated; copy or take the dump again",
                 needed - size
             ));
         }
@@ -187,8 +187,8 @@ impl ElfCore {
         self.notes.add(&bytes, phdr.offset);
         if stopped.is_some() {
             self.problems.push(format!(
-                "the file ends inside its ELF notes at offset {:#x}: registers or VMCOREINFO may be missing; copy \
-                 or take the dump again",
+                "the file ends inside its ELF notes at offset {:#x}: registers or VMCOREINFO may be \
+                 missing; copy or take the dump again",
                 phdr.offset
             ));
         }
@@ -209,8 +209,8 @@ impl ElfCore {
             }
             let Some(range) = PhysRange::new(PhysAddr(phdr.paddr), phdr.memsz) else {
                 self.problems.push(format!(
-                    "segment {index} runs past the end of the address space (p_paddr {:#x}, p_memsz {:#x}): it is \
-                     left out; copy or take the dump again",
+                    "segment {index} runs past the end of the address space (p_paddr {:#x}, p_memsz \
+                     {:#x}): it is left out; copy or take the dump again",
                     phdr.paddr, phdr.memsz
                 ));
                 continue;
@@ -254,8 +254,8 @@ impl ElfCore {
         }
     }
 
-    /// Walks of page tables and lists come back to the same pages: ten times faster than a pread for each word.
-    /// `None` if `buf` is not a part of one whole page.
+    /// Walks of page tables and lists come back to the same pages: ten times faster than a pread for each
+    /// word. `None` if `buf` is not a part of one whole page.
     fn read_from_cached_page(&self, at: PhysAddr, buf: &mut [u8]) -> Option<ReadOutcome> {
         let from = usize::try_from(at.page_offset()).ok()?;
         let to = from.checked_add(buf.len())?;

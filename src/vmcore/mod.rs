@@ -1,8 +1,8 @@
 //! Dump files: what they hold of a machine's physical memory, and the raw notes about its CPUs.
 //!
 //! Told apart by content, never by name. Knows no symbol, no register and no page table: `backend` reads the
-//! notes' registers. Files are hostile: every count is bounded by the file's length. Each format's module names
-//! its source.
+//! notes' registers. Files are hostile: every count is bounded by the file's length. Each format's module
+//! names its source.
 
 mod elf;
 mod error;
@@ -69,8 +69,8 @@ impl Vmcore {
             let stream = Arc::new(Flattened::open(&source)?);
             if let Some(Cut { offset, why }) = stream.cut() {
                 problems.push(format!(
-                    "the flattened stream is incomplete: {why} (offset {offset:#x}), and what it did not write reads as \
-                     truncated; copy or take the dump again"
+                    "the flattened stream is incomplete: {why} (offset {offset:#x}), and what it did not \
+                     write reads as truncated; copy or take the dump again"
                 ));
             }
             source.file = Arc::clone(&stream) as Arc<dyn ReadAt>;
@@ -164,8 +164,8 @@ impl Vmcore {
     }
 }
 
-/// The kernel is loaded at a multiple of 2 MiB (`MIN_KERNEL_ALIGN`). QEMU takes the decimal `phys_base` of VMCOREINFO
-/// for hexadecimal, so its header often has another value.
+/// The kernel is loaded at a multiple of 2 MiB (`MIN_KERNEL_ALIGN`). QEMU takes the decimal `phys_base` of
+/// VMCOREINFO for hexadecimal, so its header often has another value.
 fn plausible_phys_base(hint: u64) -> bool {
     hint.is_multiple_of(2 << 20)
 }

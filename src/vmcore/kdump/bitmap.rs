@@ -54,8 +54,8 @@ impl Bitmaps {
         let mut problems = Vec::new();
         if pages < header.max_mapnr {
             problems.push(format!(
-                "the header says {:#x} page frames but the bitmaps have room for {pages:#x}: memory above is left out; \
-                 copy or take the dump again",
+                "the header says {:#x} page frames but the bitmaps have room for {pages:#x}: memory \
+                 above is left out; copy or take the dump again",
                 header.max_mapnr
             ));
         }
@@ -101,8 +101,8 @@ impl Bitmaps {
         ranges.close(self.pages);
         if ranges.merged {
             self.problems.push(
-                "the bitmap of RAM is implausible (more than 65536 ranges): the memory map is approximate; copy or take \
-                 the dump again"
+                "the bitmap of RAM is implausible (more than 65536 ranges): the memory map is \
+                 approximate; copy or take the dump again"
                     .into(),
             );
         }
@@ -118,8 +118,8 @@ impl Bitmaps {
     }
 }
 
-/// Calls `see` with the page frame number of the first bit and the bytes, in pieces of whole chunks; bits from
-/// `pages` on are cleared.
+/// Calls `see` with the page frame number of the first bit and the bytes, in pieces of whole chunks; bits
+/// from `pages` on are cleared.
 fn scan(source: &Source, offset: u64, pages: u64, mut see: impl FnMut(u64, &[u8])) -> Result<(), Error> {
     let mut buf = vec![0; SCAN];
     let mut first = 0;

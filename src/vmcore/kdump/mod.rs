@@ -79,7 +79,8 @@ impl Kdump {
         let header = &self.header;
         if header.version > header::NEWEST_VERSION {
             self.problems.push(format!(
-                "header version {} is newer than this kstub knows ({}): read as that, some of it may be missed",
+                "header version {} is newer than this kstub knows ({}): read as that, some of it may be \
+                 missed",
                 header.version,
                 header::NEWEST_VERSION
             ));
@@ -87,15 +88,17 @@ impl Kdump {
         if header.status & header::flags::INCOMPLETE != 0 {
             self.complete = false;
             self.problems.push(
-                "the header marks the dump as incomplete: makedumpfile ran out of space while writing, and pages it \
-                 could not write read as truncated; dump again with more space or a higher dump level"
+                "the header marks the dump as incomplete: makedumpfile ran out of space while writing, \
+                 and pages it could not write read as truncated; dump again with more space or a higher \
+                 dump level"
                     .into(),
             );
         }
         let dumped = self.pages.bitmaps.dumped_pages;
         if dumped > self.pages.bitmaps.ram_pages {
             self.problems.push(format!(
-                "the bitmaps disagree: {dumped:#x} pages dumped of {:#x} pages of RAM; copy or take the dump again",
+                "the bitmaps disagree: {dumped:#x} pages dumped of {:#x} pages of RAM; copy or take the \
+                 dump again",
                 self.pages.bitmaps.ram_pages
             ));
         }
@@ -121,8 +124,8 @@ impl Kdump {
         if let Some(what) = cut {
             self.complete = false;
             self.problems.push(format!(
-                "the file ends before its last {what}: it was cut, and pages beyond its end read as truncated; copy or \
-                 take the dump again"
+                "the file ends before its last {what}: it was cut, and pages beyond its end read as \
+                 truncated; copy or take the dump again"
             ));
         }
         for codec in self.sampled.keys() {
@@ -206,7 +209,8 @@ fn read_extent(source: &Source, at: Extent, max: u64, what: &str, problems: &mut
     let (bytes, stopped) = source.read_up_to(at.offset, at.size, max);
     if stopped.is_some() || at.size > max {
         problems.push(format!(
-            "only {:#x} of the {:#x} bytes of {what} at offset {:#x} could be read; copy or take the dump again",
+            "only {:#x} of the {:#x} bytes of {what} at offset {:#x} could be read; copy or take the \
+             dump again",
             bytes.len(),
             at.size,
             source.file.origin(at.offset)

@@ -1,7 +1,7 @@
 //! Finding, reading and decoding the pages of a compressed dump.
 //!
-//! Two paths: a page at a time through the cache, and runs of pages whose bytes lie one after the other in the
-//! file, read with one pread. Source: makedumpfile `diskdump_mod.h`, `struct page_desc`.
+//! Two paths: a page at a time through the cache, and runs of pages whose bytes lie one after the other in
+//! the file, read with one pread. Source: makedumpfile `diskdump_mod.h`, `struct page_desc`.
 
 use super::bitmap::{Bitmaps, CHUNK, CHUNK_PAGES, clear_from, rank_if_set};
 use super::codec::{Codec, CodecError, Decoder};
@@ -169,8 +169,8 @@ impl Pages {
         Ok(page)
     }
 
-    /// Fills the start of `out`, which is whole pages from `pfn` on, as far as their bytes lie one after the other
-    /// in the file; how many bytes, at least one page. An error is about the first page.
+    /// Fills the start of `out`, which is whole pages from `pfn` on, as far as their bytes lie one after
+    /// the other in the file; how many bytes, at least one page. An error is about the first page.
     fn read_run(&self, pfn: u64, out: &mut [u8], keep: bool) -> Result<usize, Unreadable> {
         let run = self.find(pfn, out.len() / self.page_size)?;
         let batch = self.batch(&run)?;
@@ -228,7 +228,8 @@ impl Pages {
         })
     }
 
-    /// The first pages of `run` whose bytes lie one after the other; none if the first descriptor is unusable.
+    /// The first pages of `run` whose bytes lie one after the other; none if the first descriptor is
+    /// unusable.
     fn batch(&self, run: &Run) -> Result<Batch, Unreadable> {
         let block = self.descriptor_block(run.rank / DESCRIPTORS_PER_BLOCK)?;
         let first = (run.rank % DESCRIPTORS_PER_BLOCK) as usize;
