@@ -4,7 +4,7 @@
 //! a page's place among the descriptors is that count plus the bits before it in its chunk.
 //! Source: makedumpfile `IMPLEMENTATION`, "1st-bitmap" and "2nd-bitmap".
 
-use super::header::Header;
+use super::header::{BITMAP_BLOCKS, Header};
 use crate::addr::{PhysAddr, PhysRange};
 use crate::vmcore::error::Error;
 use crate::vmcore::file::Source;
@@ -40,35 +40,28 @@ impl Bitmaps {
         // Products of 32-bit fields cannot overflow 64 bits.
         let start = (1 + u64::from(header.sub_header_blocks)) * block;
         let total = u64::from(header.bitmap_blocks) * block;
-        let whole_blocks = header.max_mapnr.div_ceil(8).div_ceil(block);
-        // Writers of full dumps without a filter once wrote one bitmap only.
-        let two = u64::from(header.bitmap_blocks) >= whole_blocks.saturating_mul(2);
-        let each = if two { total / 2 } else { total };
-        let pages = header.max_mapnr.min(each * 8);
+        let each = total / 2;
+        if u64::from(header.bitmap_blocks) < header.max_mapnr.div_ceil(8).div_ceil(block).saturating_mul(2) {
+            let (blocks, pages) = (header.bitmap_blocks, header.max_mapnr);
+            let what = format!("{blocks} blocks have no room for two bitmaps of {pages:#x} page frames");
+            return Err(source.invalid(BITMAP_BLOCKS as u64, what));
+        }
         let end = start + total;
         let have = source.file.size().min(start.saturating_add(source.file.stored()));
         if end > have {
             let offset = source.file.origin(have);
             return Err(Error::Truncated { path: source.path.clone(), offset, what: "the page bitmaps" });
         }
-        let mut problems = Vec::new();
-        if pages < header.max_mapnr {
-            problems.push(format!(
-                "the header says {:#x} page frames but the bitmaps have room for {pages:#x}: memory \
-                 above is left out; copy or take the dump again",
-                header.max_mapnr
-            ));
-        }
         let mut bitmaps = Self {
-            pages,
+            pages: header.max_mapnr,
             ram_offset: start,
-            dumped_offset: if two { start + each } else { start },
+            dumped_offset: start + each,
             descriptors: end,
             dumped_before: Vec::new(),
             ram_pages: 0,
             dumped_pages: 0,
             ranges: Vec::new(),
-            problems,
+            problems: Vec::new(),
         };
         bitmaps.count_dumped(source)?;
         bitmaps.count_ram(source, block)?;
@@ -278,9 +271,13 @@ mod tests {
             block_size: 4096,
             sub_header_blocks: 1,
             bitmap_blocks: u32::MAX,
-            max_mapnr: u64::MAX,
+            max_mapnr: 1 << 44,
             ..Header::default()
         };
         assert!(matches!(Bitmaps::read(&source, &header), Err(Error::Truncated { .. })));
+        for (bitmap_blocks, max_mapnr) in [(u32::MAX, u64::MAX), (2, 32769), (1, 1), (0, 1)] {
+            let header = Header { bitmap_blocks, max_mapnr, ..header.clone() };
+            assert!(matches!(Bitmaps::read(&source, &header), Err(Error::Invalid { offset: 436, .. })));
+        }
     }
 }

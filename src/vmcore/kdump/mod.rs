@@ -24,8 +24,6 @@ use std::collections::BTreeMap;
 
 /// The first bytes of the format.
 pub(super) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
-/// Its predecessor's: same pages, another sub header.
-pub(super) const OLD_SIGNATURE: &[u8; 8] = b"DISKDUMP";
 
 /// The notes of 8192 CPUs fit many times.
 const MAX_NOTES: u64 = 64 << 20;
@@ -49,7 +47,7 @@ pub(super) struct Kdump {
 }
 
 impl Kdump {
-    /// Reads the headers of `source`, which starts with either signature; decoded pages are kept in up to
+    /// Reads the headers of `source`, which starts with [`SIGNATURE`]; decoded pages are kept in up to
     /// `cache_bytes`.
     pub fn open(source: Source, cache_bytes: u64) -> Result<Self, Error> {
         let header = Header::read(&source)?;

@@ -34,36 +34,24 @@ struct Builder {
     machine: &'static str,
     split: u32,
     notes: Vec<u8>,
-    one_bitmap: bool,
 }
 
 impl Builder {
     fn new(pages: &[Page]) -> Self {
         let pages = pages.to_vec();
-        Self {
-            pages,
-            version: 6,
-            status: 1,
-            machine: "x86_64",
-            split: 0,
-            notes: Vec::new(),
-            one_bitmap: false,
-        }
+        Self { pages, version: 6, status: 1, machine: "x86_64", split: 0, notes: Vec::new() }
     }
 
     /// Block 0: header; 1: sub header and notes; 2, 3: bitmaps; 4: descriptors and pages.
     fn build(&self) -> Vec<u8> {
-        let mut file = vec![0u8; BLOCK * if self.one_bitmap { 3 } else { 4 }];
+        let mut file = vec![0u8; BLOCK * 4];
         let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, SIGNATURE);
         put(8, &self.version.to_le_bytes());
         put(142, b"6.1.0-test");
         put(272, self.machine.as_bytes());
         let count = self.pages.len() as u32;
-        let bitmap_blocks = if self.one_bitmap { 1 } else { 2 };
-        for (at, value) in
-            [(424, self.status), (428, BLOCK as u32), (432, 1), (436, bitmap_blocks), (440, count)]
-        {
+        for (at, value) in [(424, self.status), (428, BLOCK as u32), (432, 1), (436, 2), (440, count)] {
             put(at, &value.to_le_bytes());
         }
         put(BLOCK, &0x20_0000u64.to_le_bytes());
@@ -88,7 +76,7 @@ impl Builder {
                 file[2 * BLOCK + pfn / 8] |= bit;
             }
             if !matches!(page, Hole | Excluded) {
-                file[if self.one_bitmap { 2 } else { 3 } * BLOCK + pfn / 8] |= bit;
+                file[3 * BLOCK + pfn / 8] |= bit;
             }
         }
         let dumped: Vec<usize> =
@@ -317,18 +305,6 @@ fn older_headers_have_fewer_fields() {
         assert_eq!(kdump.problems.len(), usize::from(version > 6), "{:?}", kdump.problems);
         assert_eq!(read(&kdump, 0, 4096).1, contents(0));
     }
-}
-
-#[test]
-fn one_bitmap_means_that_nothing_was_excluded() {
-    let mut builder = Builder::new(&[Raw, Hole, Raw]);
-    builder.one_bitmap = true;
-    let mut file = builder.build();
-    // Sized as for many pages: one block of bitmap is all that is needed.
-    file[BLOCK + 96..BLOCK + 104].copy_from_slice(&(BLOCK as u64 * 8).to_le_bytes());
-    let kdump = open(file).unwrap();
-    assert_eq!(read(&kdump, 2 * 4096, 4096).1, contents(2));
-    assert_eq!(why(&kdump, 1), Unreadable::NotRam);
 }
 
 #[test]
