@@ -5,7 +5,7 @@
 //! (`ELF_CORE_COPY_REGS`); QEMU `target/i386/arch_dump.c`.
 
 use super::{RegisterSource, SavedCpu};
-use crate::arch::x86_64::{Reg, RegisterFile};
+use crate::arch::x86_64::{Reg, RegisterFile, Saved};
 use crate::bytes::{u32_at, u64_at};
 use crate::vmcore::{Notes, QemuCpu};
 
@@ -72,7 +72,8 @@ pub(super) fn saved_cpus(notes: &Notes) -> (Vec<SavedCpu>, Vec<String>) {
     }
     if notes.qemu.len() != notes.prstatus.len() {
         problems.push(format!(
-            "QEMU wrote {} states of CPUs but {} NT_PRSTATUS notes: CPUs without both lack registers; take the dump again",
+            "QEMU wrote {} states of CPUs but {} NT_PRSTATUS notes: CPUs without both lack registers; \
+             take the dump again",
             notes.qemu.len(),
             notes.prstatus.len()
         ));
@@ -85,7 +86,8 @@ pub(super) fn saved_cpus(notes: &Notes) -> (Vec<SavedCpu>, Vec<String>) {
         match notes.qemu.get(index).map(|desc| QemuCpu::parse(desc)) {
             Some(Some(cpu)) => add_qemu(&mut regs, &cpu),
             Some(None) => problems.push(format!(
-                "QEMU's state of vCPU {index} is of a version unknown to kstub: its control registers are missing"
+                "QEMU's state of vCPU {index} is of a version unknown to kstub: its control registers \
+                 are missing"
             )),
             None => {}
         }
@@ -114,12 +116,12 @@ fn of_prstatus(desc: &[u8]) -> RegisterFile {
 /// `ELF_CORE_COPY_REGS` reads the *inactive* gs base.
 fn of_kernel(desc: &[u8]) -> RegisterFile {
     let mut regs = of_prstatus(desc);
-    // A CPU that was interrupted in user mode will have that base again when it goes back; for one that was in
-    // the kernel it is the base that user space will get, and its own is known only to the kernel.
+    // A CPU that was interrupted in user mode will have that base again when it goes back; for one that was
+    // in the kernel it is the base that user space will get, and its own is known only to the kernel.
     if regs.in_user_mode() == Some(false) {
         let inactive = regs.get(Reg::GsBase);
         regs.set(Reg::KGsBase, inactive);
-        regs.set(Reg::GsBase, crate::arch::x86_64::Saved::NotSaved);
+        regs.set(Reg::GsBase, Saved::NotSaved);
     }
     regs
 }
@@ -148,7 +150,6 @@ fn add_qemu(regs: &mut RegisterFile, cpu: &QemuCpu) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arch::x86_64::Saved;
 
     /// Every word of `pr_reg` holds its offset in the note, but for `cs`.
     fn prstatus(cs: u64) -> Vec<u8> {

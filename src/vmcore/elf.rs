@@ -8,10 +8,12 @@
 use super::error::Error;
 use super::file::Source;
 use super::notes::Notes;
+use super::plausible_phys_base;
 use super::segments::{Backing, SegmentMap};
-use crate::addr::{PhysAddr, PhysRange, join_ranges};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange, join_ranges};
 use crate::bytes::{u16_at, u32_at, u64_at};
-use crate::memory::{ReadOutcome, Unreadable};
+use crate::memory::{PageCache, ReadOutcome, Unreadable};
+use std::sync::Arc;
 
 const HEADER_SIZE: usize = 64;
 const PHDR_SIZE: u64 = 56;
@@ -23,8 +25,11 @@ const ET_CORE: u16 = 4;
 const DUMP_ELF_INCOMPLETE: u32 = 1;
 /// Where the kernel image is mapped (`__START_KERNEL_map`, `arch/x86/include/asm/page_64_types.h`).
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// The image, slide included, lies in the first GiB above (`KERNEL_IMAGE_SIZE`); modules follow.
+const KERNEL_IMAGE_SIZE: u64 = 1 << 30;
 /// QEMU with paging on lists every virtual mapping; more than this is no dump.
 const MAX_SEGMENTS: u64 = 1 << 20;
+const MAX_HINTS: usize = 16;
 /// The notes of 8192 CPUs fit many times.
 const MAX_NOTES: u64 = 64 << 20;
 
@@ -32,10 +37,13 @@ const MAX_NOTES: u64 = 64 << 20;
 pub(super) struct ElfCore {
     source: Source,
     map: SegmentMap,
+    cache: PageCache,
     pub ranges: Vec<PhysRange>,
     pub notes: Notes,
     pub phys_base_hints: Vec<u64>,
     pub problems: Vec<String>,
+    /// Whether all that was to be written is there.
+    pub complete: bool,
     /// Program headers of type PT_LOAD with memory in them.
     pub segments: usize,
     /// Bytes of RAM that the file really holds.
@@ -66,8 +74,9 @@ impl Phdr {
 }
 
 impl ElfCore {
-    /// Reads the headers of `source`, which starts with the ELF magic.
-    pub fn open(source: Source) -> Result<Self, Error> {
+    /// Reads the headers of `source`, which starts with the ELF magic; pages read in part are kept in up to
+    /// `cache_bytes`.
+    pub fn open(source: Source, cache_bytes: u64) -> Result<Self, Error> {
         let mut ident = [0; 20];
         source.read_exact(0, &mut ident, "the ELF header")?;
         check_kind(&source, &ident)?;
@@ -76,10 +85,12 @@ impl ElfCore {
 
         let mut core = Self {
             map: SegmentMap::default(),
+            cache: PageCache::new(cache_bytes, PAGE_SIZE),
             ranges: Vec::new(),
             notes: Notes::default(),
             phys_base_hints: Vec::new(),
             problems: Vec::new(),
+            complete: true,
             segments: 0,
             bytes_held: 0,
             source,
@@ -96,13 +107,15 @@ impl ElfCore {
         core.add_loads(&loads)?;
         let size = core.source.file.size();
         if needed > size {
+            core.complete = false;
             core.problems.push(format!(
-                "the file ends at offset {size:#x}, {} bytes before the end of the memory that its headers list: \
-                 it was cut, and pages beyond read as truncated; copy or take the dump again",
+                "the file ends at offset {size:#x}, {} bytes before the end of the memory that its \
+                 headers list: it was cut, and pages beyond read as truncated; copy or take the dump again",
                 needed - size
             ));
         }
         if u32_at(&header, 48).is_some_and(|flags| flags & DUMP_ELF_INCOMPLETE != 0) {
+            core.complete = false;
             core.problems.push(
                 "makedumpfile marked the dump as incomplete: it ran out of space while writing; dump again \
                  with more space or a higher dump level"
@@ -174,8 +187,8 @@ impl ElfCore {
         self.notes.add(&bytes, phdr.offset);
         if stopped.is_some() {
             self.problems.push(format!(
-                "the file ends inside its ELF notes at offset {:#x}: registers or VMCOREINFO may be missing; copy \
-                 or take the dump again",
+                "the file ends inside its ELF notes at offset {:#x}: registers or VMCOREINFO may be \
+                 missing; copy or take the dump again",
                 phdr.offset
             ));
         }
@@ -196,8 +209,8 @@ impl ElfCore {
             }
             let Some(range) = PhysRange::new(PhysAddr(phdr.paddr), phdr.memsz) else {
                 self.problems.push(format!(
-                    "segment {index} runs past the end of the address space (p_paddr {:#x}, p_memsz {:#x}): it is \
-                     left out; copy or take the dump again",
+                    "segment {index} runs past the end of the address space (p_paddr {:#x}, p_memsz \
+                     {:#x}): it is left out; copy or take the dump again",
                     phdr.paddr, phdr.memsz
                 ));
                 continue;
@@ -210,12 +223,7 @@ impl ElfCore {
             backings.push((at(0), at(held), Backing::File { offset: phdr.offset }));
             backings.push((at(held), at(filesz), Backing::CutOff));
             backings.push((at(filesz), range.end, Backing::Absent));
-            if phdr.vaddr >= START_KERNEL_MAP {
-                let hint = phdr.paddr.wrapping_sub(phdr.vaddr - START_KERNEL_MAP);
-                if !self.phys_base_hints.contains(&hint) && self.phys_base_hints.len() < 16 {
-                    self.phys_base_hints.push(hint);
-                }
-            }
+            self.add_phys_base_hint(phdr);
         }
         if ranges.is_empty() {
             return Err(self.source.invalid(32, "no program header lists memory"));
@@ -226,8 +234,52 @@ impl ElfCore {
         Ok(())
     }
 
+    /// A segment of the kernel image tells how far it was moved.
+    fn add_phys_base_hint(&mut self, phdr: &Phdr) {
+        let image = phdr.vaddr.checked_sub(START_KERNEL_MAP).filter(|&offset| offset < KERNEL_IMAGE_SIZE);
+        let hint = image.map(|offset| phdr.paddr.wrapping_sub(offset));
+        if let Some(hint) = hint.filter(|&hint| plausible_phys_base(hint))
+            && !self.phys_base_hints.contains(&hint)
+            && self.phys_base_hints.len() < MAX_HINTS
+        {
+            self.phys_base_hints.push(hint);
+        }
+    }
+
     /// As [`crate::memory::PhysicalMemory::read_phys`].
     pub fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        match self.read_from_cached_page(at, buf) {
+            Some(outcome) => outcome,
+            None => self.read_file(at, buf),
+        }
+    }
+
+    /// Walks of page tables and lists come back to the same pages: ten times faster than a pread for each
+    /// word. `None` if `buf` is not a part of one whole page.
+    fn read_from_cached_page(&self, at: PhysAddr, buf: &mut [u8]) -> Option<ReadOutcome> {
+        let from = usize::try_from(at.page_offset()).ok()?;
+        let to = from.checked_add(buf.len())?;
+        if to > PAGE_SIZE as usize || buf.len() == PAGE_SIZE as usize {
+            return None;
+        }
+        let pfn = at.pfn().0;
+        let page = match self.cache.get(pfn) {
+            Some(page) => page,
+            None => {
+                let mut page: Arc<[u8]> = std::iter::repeat_n(0, PAGE_SIZE as usize).collect();
+                let read = self.read_file(at.page_start(), Arc::get_mut(&mut page)?);
+                if read.stopped.is_some() {
+                    return None;
+                }
+                self.cache.insert(pfn, Arc::clone(&page));
+                page
+            }
+        };
+        buf.copy_from_slice(page.get(from..to)?);
+        Some(ReadOutcome::complete(buf.len()))
+    }
+
+    fn read_file(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let Some(here) = at.checked_add(filled as u64) else {

@@ -81,7 +81,10 @@ pub enum Error {
         end_pfn: u64,
     },
     /// It ends inside a structure without which nothing can be read.
-    #[error("'{}' ends at offset {offset:#x}, inside {what}; it was cut, copy or take it again", path.display())]
+    #[error(
+        "'{}' ends at offset {offset:#x}, inside {what}; it was cut, copy or take it again",
+        path.display()
+    )]
     Truncated {
         /// The file.
         path: PathBuf,

@@ -1,8 +1,8 @@
 //! Dump files: what they hold of a machine's physical memory, and the raw notes about its CPUs.
 //!
 //! Told apart by content, never by name. Knows no symbol, no register and no page table: `backend` reads the
-//! notes' registers. Files are hostile: every count is bounded by the file's length. Each format's module names
-//! its source.
+//! notes' registers. Files are hostile: every count is bounded by the file's length. Each format's module
+//! names its source.
 
 mod elf;
 mod error;
@@ -13,6 +13,8 @@ mod notes;
 mod probe;
 mod qemu_note;
 mod segments;
+#[cfg(test)]
+mod tests;
 
 pub use error::Error;
 pub use file::{DiskFile, FileRead, ReadAt, Stop};
@@ -29,7 +31,7 @@ use probe::Format;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Decoded pages kept by default.
+/// Pages kept by default.
 pub const DEFAULT_CACHE_BYTES: u64 = 64 << 20;
 
 /// An opened dump file.
@@ -53,7 +55,7 @@ impl Vmcore {
         Self::open_with_cache(path, DEFAULT_CACHE_BYTES)
     }
 
-    /// Opens the dump at `path`, keeping up to `cache_bytes` of decoded pages.
+    /// Opens the dump at `path`, keeping up to `cache_bytes` of pages.
     pub fn open_with_cache(path: &Path, cache_bytes: u64) -> Result<Self, Error> {
         Self::from_file(path, Arc::new(DiskFile::open(path)?), cache_bytes)
     }
@@ -67,8 +69,8 @@ impl Vmcore {
             let stream = Arc::new(Flattened::open(&source)?);
             if let Some(Cut { offset, why }) = stream.cut() {
                 problems.push(format!(
-                    "the flattened stream is incomplete: {why} (offset {offset:#x}), and what it did not write reads as \
-                     truncated; copy or take the dump again"
+                    "the flattened stream is incomplete: {why} (offset {offset:#x}), and what it did not \
+                     write reads as truncated; copy or take the dump again"
                 ));
             }
             source.file = Arc::clone(&stream) as Arc<dyn ReadAt>;
@@ -82,7 +84,7 @@ impl Vmcore {
             facts: vec![("format", format.name().to_string())],
             problems,
             body: match format {
-                Format::Elf => Body::Elf(Box::new(ElfCore::open(source)?)),
+                Format::Elf => Body::Elf(Box::new(ElfCore::open(source, cache_bytes)?)),
                 Format::Kdump => Body::Kdump(Box::new(Kdump::open(source, cache_bytes)?)),
             },
         };
@@ -91,23 +93,21 @@ impl Vmcore {
             None => "no".into(),
         };
         vmcore.facts.push(("flattened", flattened));
-        vmcore.take_over();
-        let complete = if vmcore.problems.is_empty() { "yes" } else { "no" };
-        vmcore.facts.push(("complete", complete.into()));
-        let notes = std::mem::take(&mut vmcore.notes.problems);
-        vmcore.problems.extend(notes);
+        let whole = vmcore.problems.is_empty();
+        let whole = vmcore.take_over() && whole;
+        vmcore.facts.push(("complete", if whole { "yes" } else { "no" }.into()));
         Ok(vmcore)
     }
 
-    /// Collects what the format's reader found out; its problems are all about completeness.
-    fn take_over(&mut self) {
-        let held = match &mut self.body {
+    /// Collects what the format's reader found out; whether it found the file complete.
+    fn take_over(&mut self) -> bool {
+        let (held, complete) = match &mut self.body {
             Body::Elf(elf) => {
                 self.ranges = std::mem::take(&mut elf.ranges);
                 self.notes = std::mem::take(&mut elf.notes);
                 self.problems.append(&mut elf.problems);
                 self.facts.push(("segments", elf.segments.to_string()));
-                elf.bytes_held
+                (elf.bytes_held, elf.complete)
             }
             Body::Kdump(kdump) => {
                 self.ranges = kdump.ranges().to_vec();
@@ -116,7 +116,7 @@ impl Vmcore {
                 self.facts.extend(kdump.facts());
                 let (dumped, ram) = kdump.page_counts();
                 self.facts.push(("pages", format!("{dumped} dumped of {ram} in RAM")));
-                dumped.saturating_mul(kdump.block_size())
+                (dumped.saturating_mul(kdump.block_size()), kdump.complete)
             }
         };
         let total = self.ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
@@ -126,6 +126,8 @@ impl Vmcore {
             format!("{total} bytes in {ranges} {}", if ranges == 1 { "range" } else { "ranges" }),
         ));
         self.facts.push(("dumped", format!("{held} bytes")));
+        self.problems.append(&mut self.notes.problems);
+        complete
     }
 
     /// The file.
@@ -160,6 +162,12 @@ impl Vmcore {
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
+}
+
+/// The kernel is loaded at a multiple of 2 MiB (`MIN_KERNEL_ALIGN`). QEMU takes the decimal `phys_base` of
+/// VMCOREINFO for hexadecimal, so its header often has another value.
+fn plausible_phys_base(hint: u64) -> bool {
+    hint.is_multiple_of(2 << 20)
 }
 
 impl PhysicalMemory for Vmcore {

@@ -60,7 +60,8 @@ impl<'a> Iterator for NoteIter<'a> {
             if at >= self.bytes.len() {
                 return None;
             }
-            // An all-zero header ends the notes of one CPU (`final_note` in kernel/crash_core.c) or is padding.
+            // An all-zero header ends the notes of one CPU (`final_note` in kernel/crash_core.c) or is
+            // padding.
             if array_at(self.bytes, at) == Some([0u8; HEADER]) {
                 self.at = at.saturating_add(HEADER);
                 continue;
@@ -108,8 +109,8 @@ impl Notes {
                 Err(at) => {
                     let at = offset.saturating_add(at as u64);
                     self.problems.push(format!(
-                        "the ELF notes are cut or damaged at offset {at:#x}: registers or VMCOREINFO may be missing; \
-                         copy or take the dump again"
+                        "the ELF notes are cut or damaged at offset {at:#x}: registers or VMCOREINFO may \
+                         be missing; copy or take the dump again"
                     ));
                     return;
                 }
@@ -119,13 +120,14 @@ impl Notes {
                     self.prstatus.push(note.desc.to_vec());
                 }
                 (b"CORE", NT_PRSTATUS) => self.problems.push(format!(
-                    "an NT_PRSTATUS note has {} bytes instead of {PRSTATUS_SIZE} (not written by an x86-64 kernel?): \
-                     the registers of that CPU are left out",
+                    "an NT_PRSTATUS note has {} bytes instead of {PRSTATUS_SIZE} (not written by an \
+                     x86-64 kernel?): the registers of that CPU are left out",
                     note.desc.len()
                 )),
                 (b"CORE", NT_AUXV | NT_FILE) => self.of_a_process = true,
                 (b"QEMU", 0) => self.qemu.push(note.desc.to_vec()),
-                // The first one is the kernel's; makedumpfile can add that of a hypervisor's under another name.
+                // The first one is the kernel's; makedumpfile can add that of a hypervisor's under another
+                // name.
                 (b"VMCOREINFO", _) if self.vmcoreinfo.is_none() => {
                     self.vmcoreinfo = Some(without_padding(note.desc));
                 }

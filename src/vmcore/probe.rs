@@ -42,7 +42,8 @@ const NOT_DUMPS: [(&[u8], usize, &str, &str); 11] = [
 ];
 
 /// Dumps of kinds that are not read.
-const UNSUPPORTED: [(&[u8], &str, &str); 6] = [
+const UNSUPPORTED: [(&[u8], &str, &str); 7] = [
+    (b"DISKDUMP", "a dump of the diskdump format that came before kdump", DUMP_INSTEAD),
     (b"EMiL", "a LiME memory image", DUMP_INSTEAD),
     (b"QEVM", "a saved QEMU guest", "take a dump with 'dump-guest-memory' or 'virsh dump --memory-only'"),
     (b"LibvirtQemudSave", "a saved libvirt guest", "take a dump with 'virsh dump --memory-only'"),
@@ -71,7 +72,7 @@ pub(super) fn format(source: &Source) -> Result<Format, Error> {
     if has(b"\x7fELF", 0) {
         return Ok(Format::Elf);
     }
-    if has(kdump::SIGNATURE, 0) || has(kdump::OLD_SIGNATURE, 0) {
+    if has(kdump::SIGNATURE, 0) {
         return Ok(Format::Kdump);
     }
     let path = || source.path.clone();
@@ -117,7 +118,7 @@ mod tests {
     fn tells_by_content() {
         assert_eq!(probe(b"\x7fELF").unwrap(), Format::Elf);
         assert_eq!(probe(b"KDUMP   ").unwrap(), Format::Kdump);
-        assert_eq!(probe(b"DISKDUMP").unwrap(), Format::Kdump);
+        assert!(matches!(probe(b"DISKDUMP"), Err(Error::Unsupported { .. })));
         let text = probe(b"\x1f\x8b\x08").unwrap_err().to_string();
         assert_eq!(text, "'file' is not a kernel dump but a gzip-compressed file; decompress it first");
         assert!(matches!(probe(b"EMiL"), Err(Error::Unsupported { .. })));

@@ -4,7 +4,7 @@
 //! a page's place among the descriptors is that count plus the bits before it in its chunk.
 //! Source: makedumpfile `IMPLEMENTATION`, "1st-bitmap" and "2nd-bitmap".
 
-use super::header::Header;
+use super::header::{BITMAP_BLOCKS, Header};
 use crate::addr::{PhysAddr, PhysRange};
 use crate::vmcore::error::Error;
 use crate::vmcore::file::Source;
@@ -21,7 +21,7 @@ const SCAN: usize = 1 << 20;
 pub(super) struct Bitmaps {
     /// Page frames with a bit in each bitmap.
     pub pages: u64,
-    pub ram_offset: u64,
+    ram_offset: u64,
     pub dumped_offset: u64,
     /// Offset of the first page descriptor.
     pub descriptors: u64,
@@ -40,35 +40,28 @@ impl Bitmaps {
         // Products of 32-bit fields cannot overflow 64 bits.
         let start = (1 + u64::from(header.sub_header_blocks)) * block;
         let total = u64::from(header.bitmap_blocks) * block;
-        let whole_blocks = header.max_mapnr.div_ceil(8).div_ceil(block);
-        // Writers of full dumps without a filter once wrote one bitmap only.
-        let two = u64::from(header.bitmap_blocks) >= whole_blocks.saturating_mul(2);
-        let each = if two { total / 2 } else { total };
-        let pages = header.max_mapnr.min(each * 8);
+        let each = total / 2;
+        if u64::from(header.bitmap_blocks) < header.max_mapnr.div_ceil(8).div_ceil(block).saturating_mul(2) {
+            let (blocks, pages) = (header.bitmap_blocks, header.max_mapnr);
+            let what = format!("{blocks} blocks have no room for two bitmaps of {pages:#x} page frames");
+            return Err(source.invalid(BITMAP_BLOCKS as u64, what));
+        }
         let end = start + total;
         let have = source.file.size().min(start.saturating_add(source.file.stored()));
         if end > have {
             let offset = source.file.origin(have);
             return Err(Error::Truncated { path: source.path.clone(), offset, what: "the page bitmaps" });
         }
-        let mut problems = Vec::new();
-        if pages < header.max_mapnr {
-            problems.push(format!(
-                "the header says {:#x} page frames but the bitmaps have room for {pages:#x}: memory above is left out; \
-                 copy or take the dump again",
-                header.max_mapnr
-            ));
-        }
         let mut bitmaps = Self {
-            pages,
+            pages: header.max_mapnr,
             ram_offset: start,
-            dumped_offset: if two { start + each } else { start },
+            dumped_offset: start + each,
             descriptors: end,
             dumped_before: Vec::new(),
             ram_pages: 0,
             dumped_pages: 0,
             ranges: Vec::new(),
-            problems,
+            problems: Vec::new(),
         };
         bitmaps.count_dumped(source)?;
         bitmaps.count_ram(source, block)?;
@@ -101,8 +94,8 @@ impl Bitmaps {
         ranges.close(self.pages);
         if ranges.merged {
             self.problems.push(
-                "the bitmap of RAM is implausible (more than 65536 ranges): the memory map is approximate; copy or take \
-                 the dump again"
+                "the bitmap of RAM is implausible (more than 65536 ranges): the memory map is \
+                 approximate; copy or take the dump again"
                     .into(),
             );
         }
@@ -118,8 +111,8 @@ impl Bitmaps {
     }
 }
 
-/// Calls `see` with the page frame number of the first bit and the bytes, in pieces of whole chunks; bits from
-/// `pages` on are cleared.
+/// Calls `see` with the page frame number of the first bit and the bytes, in pieces of whole chunks; bits
+/// from `pages` on are cleared.
 fn scan(source: &Source, offset: u64, pages: u64, mut see: impl FnMut(u64, &[u8])) -> Result<(), Error> {
     let mut buf = vec![0; SCAN];
     let mut first = 0;
@@ -147,15 +140,21 @@ pub(super) fn clear_from(bytes: &mut [u8], bits: u64) {
 }
 
 fn ones(bytes: &[u8]) -> u64 {
-    bytes.iter().map(|byte| u64::from(byte.count_ones())).sum()
+    // By words: the baseline x86-64 counts bits in software, and this is on the way to every page.
+    let (words, rest) = bytes.as_chunks::<8>();
+    let words = words.iter().map(|word| u64::from(u64::from_le_bytes(*word).count_ones()));
+    words.sum::<u64>() + rest.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>()
 }
 
-/// The bit of `index` in `chunk` and how many bits are set before it.
-pub(super) fn bit_and_rank(chunk: &[u8], index: u64) -> Option<(bool, u64)> {
+/// How many bits of `chunk` are set before the one of `index`, if that one is set.
+pub(super) fn rank_if_set(chunk: &[u8], index: u64) -> Option<u64> {
     let byte = usize::try_from(index / 8).ok()?;
     let bits = *chunk.get(byte)?;
     let mask = 1u8 << (index % 8);
-    Some((bits & mask != 0, ones(chunk.get(..byte)?) + u64::from((bits & (mask - 1)).count_ones())))
+    (bits & mask != 0).then(|| {
+        let before = chunk.get(..byte).unwrap_or_default();
+        ones(before) + u64::from((bits & (mask - 1)).count_ones())
+    })
 }
 
 /// Runs of set bits, in ascending order.
@@ -225,10 +224,10 @@ mod tests {
             let mut count = 0;
             for index in 0..CHUNK_PAGES {
                 let set = chunk[index as usize / 8] >> (index % 8) & 1 == 1;
-                assert_eq!(bit_and_rank(&chunk, index), Some((set, count)));
+                assert_eq!(rank_if_set(&chunk, index), set.then_some(count));
                 count += u64::from(set);
             }
-            assert_eq!(bit_and_rank(&chunk, CHUNK_PAGES), None);
+            assert_eq!(rank_if_set(&chunk, CHUNK_PAGES), None);
         }
     }
 
@@ -272,9 +271,13 @@ mod tests {
             block_size: 4096,
             sub_header_blocks: 1,
             bitmap_blocks: u32::MAX,
-            max_mapnr: u64::MAX,
+            max_mapnr: 1 << 44,
             ..Header::default()
         };
         assert!(matches!(Bitmaps::read(&source, &header), Err(Error::Truncated { .. })));
+        for (bitmap_blocks, max_mapnr) in [(u32::MAX, u64::MAX), (2, 32769), (1, 1), (0, 1)] {
+            let header = Header { bitmap_blocks, max_mapnr, ..header.clone() };
+            assert!(matches!(Bitmaps::read(&source, &header), Err(Error::Invalid { offset: 436, .. })));
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! `IMPLEMENTATION`; QEMU `include/sysemu/dump.h` (`DiskDumpHeader64`, `KdumpSubHeader64`, packed to the same
 //! offsets).
 
+use crate::addr::PAGE_SIZE;
 use crate::bytes::{cstr_at, u32_at, u64_at};
 use crate::vmcore::error::Error;
 use crate::vmcore::file::Source;
@@ -20,7 +21,7 @@ const MACHINE: usize = 12 + 4 * 65;
 const STATUS: usize = 424;
 const BLOCK_SIZE: usize = 428;
 const SUB_HEADER_BLOCKS: usize = 432;
-const BITMAP_BLOCKS: usize = 436;
+pub(super) const BITMAP_BLOCKS: usize = 436;
 const MAX_MAPNR: usize = 440;
 
 /// Header status and page flags share their values.
@@ -62,7 +63,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Reads and checks both headers; `source` starts with either signature.
+    /// Reads and checks both headers; `source` starts with the signature.
     pub fn read(source: &Source) -> Result<Self, Error> {
         let mut main = [0; MAIN_HEADER];
         source.read_exact(0, &mut main, "the main header")?;
@@ -81,11 +82,14 @@ impl Header {
             return Err(Error::OtherMachine { path: source.path.clone(), machine });
         }
         let block_size = word(BLOCK_SIZE);
-        // x86-64 has base pages of 4096 bytes; a block is a page.
-        if !block_size.is_power_of_two() || !(4096..=65536).contains(&block_size) {
-            return Err(
-                source.invalid(BLOCK_SIZE as u64, format!("block size {block_size} is not a page size"))
-            );
+        // A block is a page, and x86-64 has base pages of one size.
+        if u64::from(block_size) != PAGE_SIZE {
+            let what = format!("block size {block_size} where pages have {PAGE_SIZE} bytes");
+            return Err(source.invalid(BLOCK_SIZE as u64, what));
+        }
+        // The sub header lies in block 1.
+        if word(SUB_HEADER_BLOCKS) == 0 {
+            return Err(source.invalid(SUB_HEADER_BLOCKS as u64, "there is no sub header"));
         }
         let mut header = Self {
             version,
@@ -97,10 +101,7 @@ impl Header {
             max_mapnr: word(MAX_MAPNR).into(),
             ..Self::default()
         };
-        // The older diskdump format has another sub header, without any of this.
-        if main.starts_with(super::SIGNATURE) {
-            header.read_sub_header(source)?;
-        }
+        header.read_sub_header(source)?;
         Ok(header)
     }
 

@@ -14,6 +14,7 @@ mod tests;
 use super::error::Error;
 use super::file::Source;
 use super::notes::{Notes, without_padding};
+use super::plausible_phys_base;
 use crate::addr::PhysRange;
 use bitmap::Bitmaps;
 pub(super) use codec::Codec;
@@ -23,8 +24,6 @@ use std::collections::BTreeMap;
 
 /// The first bytes of the format.
 pub(super) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
-/// Its predecessor's: same pages, another sub header.
-pub(super) const OLD_SIGNATURE: &[u8; 8] = b"DISKDUMP";
 
 /// The notes of 8192 CPUs fit many times.
 const MAX_NOTES: u64 = 64 << 20;
@@ -41,12 +40,14 @@ pub(super) struct Kdump {
     pages: Pages,
     pub notes: Notes,
     pub problems: Vec<String>,
+    /// Whether all that was to be written is there.
+    pub complete: bool,
     /// How many sampled pages each codec has.
     sampled: BTreeMap<Codec, u64>,
 }
 
 impl Kdump {
-    /// Reads the headers of `source`, which starts with either signature; decoded pages are kept in up to
+    /// Reads the headers of `source`, which starts with [`SIGNATURE`]; decoded pages are kept in up to
     /// `cache_bytes`.
     pub fn open(source: Source, cache_bytes: u64) -> Result<Self, Error> {
         let header = Header::read(&source)?;
@@ -66,7 +67,7 @@ impl Kdump {
             }
         }
         let pages = Pages::new(source, header.block_size, header.status, bitmaps, cache_bytes);
-        let mut kdump = Self { header, pages, notes, problems, sampled: BTreeMap::new() };
+        let mut kdump = Self { header, pages, notes, problems, complete: true, sampled: BTreeMap::new() };
         kdump.look_at_pages();
         Ok(kdump)
     }
@@ -76,22 +77,26 @@ impl Kdump {
         let header = &self.header;
         if header.version > header::NEWEST_VERSION {
             self.problems.push(format!(
-                "header version {} is newer than this kstub knows ({}): read as that, some of it may be missed",
+                "header version {} is newer than this kstub knows ({}): read as that, some of it may be \
+                 missed",
                 header.version,
                 header::NEWEST_VERSION
             ));
         }
         if header.status & header::flags::INCOMPLETE != 0 {
+            self.complete = false;
             self.problems.push(
-                "the header marks the dump as incomplete: makedumpfile ran out of space while writing, and pages it \
-                 could not write read as truncated; dump again with more space or a higher dump level"
+                "the header marks the dump as incomplete: makedumpfile ran out of space while writing, \
+                 and pages it could not write read as truncated; dump again with more space or a higher \
+                 dump level"
                     .into(),
             );
         }
         let dumped = self.pages.bitmaps.dumped_pages;
         if dumped > self.pages.bitmaps.ram_pages {
             self.problems.push(format!(
-                "the bitmaps disagree: {dumped:#x} pages dumped of {:#x} pages of RAM; copy or take the dump again",
+                "the bitmaps disagree: {dumped:#x} pages dumped of {:#x} pages of RAM; copy or take the \
+                 dump again",
                 self.pages.bitmaps.ram_pages
             ));
         }
@@ -115,9 +120,10 @@ impl Kdump {
             }
         }
         if let Some(what) = cut {
+            self.complete = false;
             self.problems.push(format!(
-                "the file ends before its last {what}: it was cut, and pages beyond its end read as truncated; copy or \
-                 take the dump again"
+                "the file ends before its last {what}: it was cut, and pages beyond its end read as \
+                 truncated; copy or take the dump again"
             ));
         }
         for codec in self.sampled.keys() {
@@ -136,7 +142,7 @@ impl Kdump {
     }
 
     pub fn phys_base_hint(&self) -> Option<u64> {
-        self.header.phys_base
+        self.header.phys_base.filter(|&hint| plausible_phys_base(hint))
     }
 
     /// Pages dumped, pages of RAM.
@@ -201,7 +207,8 @@ fn read_extent(source: &Source, at: Extent, max: u64, what: &str, problems: &mut
     let (bytes, stopped) = source.read_up_to(at.offset, at.size, max);
     if stopped.is_some() || at.size > max {
         problems.push(format!(
-            "only {:#x} of the {:#x} bytes of {what} at offset {:#x} could be read; copy or take the dump again",
+            "only {:#x} of the {:#x} bytes of {what} at offset {:#x} could be read; copy or take the \
+             dump again",
             bytes.len(),
             at.size,
             source.file.origin(at.offset)
