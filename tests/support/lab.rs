@@ -23,6 +23,8 @@ pub struct DumpFile {
     pub flattened: bool,
     pub filter_level: Option<u64>,
     pub maker: String,
+    /// Made with QEMU's `paging=true`: holds only what some page table maps.
+    pub paging: bool,
     pub has_vmcoreinfo: bool,
     pub complete: bool,
     /// The files of the split set that this one is a part of.
@@ -98,6 +100,7 @@ impl Set {
                     flattened: dump["flattened"].as_bool().unwrap_or(false),
                     filter_level: dump["filter_level"].as_u64(),
                     maker: text(&dump["maker"]).unwrap_or_default(),
+                    paging: dump["paging"].as_bool().unwrap_or(false),
                     has_vmcoreinfo: dump["vmcoreinfo"].as_bool().unwrap_or(false),
                     complete: dump["complete"].as_bool().unwrap_or(true),
                     split: dump["split"]
