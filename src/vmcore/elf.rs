@@ -8,6 +8,7 @@
 use super::error::Error;
 use super::file::Source;
 use super::notes::Notes;
+use super::plausible_phys_base;
 use super::segments::{Backing, SegmentMap};
 use crate::addr::{PhysAddr, PhysRange, join_ranges};
 use crate::bytes::{u16_at, u32_at, u64_at};
@@ -23,8 +24,11 @@ const ET_CORE: u16 = 4;
 const DUMP_ELF_INCOMPLETE: u32 = 1;
 /// Where the kernel image is mapped (`__START_KERNEL_map`, `arch/x86/include/asm/page_64_types.h`).
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// The image, slide included, lies in the first GiB above (`KERNEL_IMAGE_SIZE`); modules follow.
+const KERNEL_IMAGE_SIZE: u64 = 1 << 30;
 /// QEMU with paging on lists every virtual mapping; more than this is no dump.
 const MAX_SEGMENTS: u64 = 1 << 20;
+const MAX_HINTS: usize = 16;
 /// The notes of 8192 CPUs fit many times.
 const MAX_NOTES: u64 = 64 << 20;
 
@@ -36,6 +40,8 @@ pub(super) struct ElfCore {
     pub notes: Notes,
     pub phys_base_hints: Vec<u64>,
     pub problems: Vec<String>,
+    /// Whether all that was to be written is there.
+    pub complete: bool,
     /// Program headers of type PT_LOAD with memory in them.
     pub segments: usize,
     /// Bytes of RAM that the file really holds.
@@ -80,6 +86,7 @@ impl ElfCore {
             notes: Notes::default(),
             phys_base_hints: Vec::new(),
             problems: Vec::new(),
+            complete: true,
             segments: 0,
             bytes_held: 0,
             source,
@@ -96,6 +103,7 @@ impl ElfCore {
         core.add_loads(&loads)?;
         let size = core.source.file.size();
         if needed > size {
+            core.complete = false;
             core.problems.push(format!(
                 "the file ends at offset {size:#x}, {} bytes before the end of the memory that its headers list: \
                  it was cut, and pages beyond read as truncated; copy or take the dump again",
@@ -103,6 +111,7 @@ impl ElfCore {
             ));
         }
         if u32_at(&header, 48).is_some_and(|flags| flags & DUMP_ELF_INCOMPLETE != 0) {
+            core.complete = false;
             core.problems.push(
                 "makedumpfile marked the dump as incomplete: it ran out of space while writing; dump again \
                  with more space or a higher dump level"
@@ -210,12 +219,7 @@ impl ElfCore {
             backings.push((at(0), at(held), Backing::File { offset: phdr.offset }));
             backings.push((at(held), at(filesz), Backing::CutOff));
             backings.push((at(filesz), range.end, Backing::Absent));
-            if phdr.vaddr >= START_KERNEL_MAP {
-                let hint = phdr.paddr.wrapping_sub(phdr.vaddr - START_KERNEL_MAP);
-                if !self.phys_base_hints.contains(&hint) && self.phys_base_hints.len() < 16 {
-                    self.phys_base_hints.push(hint);
-                }
-            }
+            self.add_phys_base_hint(phdr);
         }
         if ranges.is_empty() {
             return Err(self.source.invalid(32, "no program header lists memory"));
@@ -224,6 +228,18 @@ impl ElfCore {
         self.map = SegmentMap::new(backings);
         self.bytes_held = self.map.bytes_in_file();
         Ok(())
+    }
+
+    /// A segment of the kernel image tells how far it was moved.
+    fn add_phys_base_hint(&mut self, phdr: &Phdr) {
+        let image = phdr.vaddr.checked_sub(START_KERNEL_MAP).filter(|&offset| offset < KERNEL_IMAGE_SIZE);
+        let hint = image.map(|offset| phdr.paddr.wrapping_sub(offset));
+        if let Some(hint) = hint.filter(|&hint| plausible_phys_base(hint))
+            && !self.phys_base_hints.contains(&hint)
+            && self.phys_base_hints.len() < MAX_HINTS
+        {
+            self.phys_base_hints.push(hint);
+        }
     }
 
     /// As [`crate::memory::PhysicalMemory::read_phys`].

@@ -91,23 +91,21 @@ impl Vmcore {
             None => "no".into(),
         };
         vmcore.facts.push(("flattened", flattened));
-        vmcore.take_over();
-        let complete = if vmcore.problems.is_empty() { "yes" } else { "no" };
-        vmcore.facts.push(("complete", complete.into()));
-        let notes = std::mem::take(&mut vmcore.notes.problems);
-        vmcore.problems.extend(notes);
+        let whole = vmcore.problems.is_empty();
+        let whole = vmcore.take_over() && whole;
+        vmcore.facts.push(("complete", if whole { "yes" } else { "no" }.into()));
         Ok(vmcore)
     }
 
-    /// Collects what the format's reader found out; its problems are all about completeness.
-    fn take_over(&mut self) {
-        let held = match &mut self.body {
+    /// Collects what the format's reader found out; whether it found the file complete.
+    fn take_over(&mut self) -> bool {
+        let (held, complete) = match &mut self.body {
             Body::Elf(elf) => {
                 self.ranges = std::mem::take(&mut elf.ranges);
                 self.notes = std::mem::take(&mut elf.notes);
                 self.problems.append(&mut elf.problems);
                 self.facts.push(("segments", elf.segments.to_string()));
-                elf.bytes_held
+                (elf.bytes_held, elf.complete)
             }
             Body::Kdump(kdump) => {
                 self.ranges = kdump.ranges().to_vec();
@@ -116,7 +114,7 @@ impl Vmcore {
                 self.facts.extend(kdump.facts());
                 let (dumped, ram) = kdump.page_counts();
                 self.facts.push(("pages", format!("{dumped} dumped of {ram} in RAM")));
-                dumped.saturating_mul(kdump.block_size())
+                (dumped.saturating_mul(kdump.block_size()), kdump.complete)
             }
         };
         let total = self.ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
@@ -126,6 +124,8 @@ impl Vmcore {
             format!("{total} bytes in {ranges} {}", if ranges == 1 { "range" } else { "ranges" }),
         ));
         self.facts.push(("dumped", format!("{held} bytes")));
+        self.problems.append(&mut self.notes.problems);
+        complete
     }
 
     /// The file.
@@ -160,6 +160,12 @@ impl Vmcore {
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
+}
+
+/// The kernel is loaded at a multiple of 2 MiB (`MIN_KERNEL_ALIGN`). QEMU takes the decimal `phys_base` of VMCOREINFO
+/// for hexadecimal, so its header often has another value.
+fn plausible_phys_base(hint: u64) -> bool {
+    hint % (2 << 20) == 0
 }
 
 impl PhysicalMemory for Vmcore {

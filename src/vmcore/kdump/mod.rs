@@ -14,6 +14,7 @@ mod tests;
 use super::error::Error;
 use super::file::Source;
 use super::notes::{Notes, without_padding};
+use super::plausible_phys_base;
 use crate::addr::PhysRange;
 use bitmap::Bitmaps;
 pub(super) use codec::Codec;
@@ -41,6 +42,8 @@ pub(super) struct Kdump {
     pages: Pages,
     pub notes: Notes,
     pub problems: Vec<String>,
+    /// Whether all that was to be written is there.
+    pub complete: bool,
     /// How many sampled pages each codec has.
     sampled: BTreeMap<Codec, u64>,
 }
@@ -66,7 +69,7 @@ impl Kdump {
             }
         }
         let pages = Pages::new(source, header.block_size, header.status, bitmaps, cache_bytes);
-        let mut kdump = Self { header, pages, notes, problems, sampled: BTreeMap::new() };
+        let mut kdump = Self { header, pages, notes, problems, complete: true, sampled: BTreeMap::new() };
         kdump.look_at_pages();
         Ok(kdump)
     }
@@ -82,6 +85,7 @@ impl Kdump {
             ));
         }
         if header.status & header::flags::INCOMPLETE != 0 {
+            self.complete = false;
             self.problems.push(
                 "the header marks the dump as incomplete: makedumpfile ran out of space while writing, and pages it \
                  could not write read as truncated; dump again with more space or a higher dump level"
@@ -115,6 +119,7 @@ impl Kdump {
             }
         }
         if let Some(what) = cut {
+            self.complete = false;
             self.problems.push(format!(
                 "the file ends before its last {what}: it was cut, and pages beyond its end read as truncated; copy or \
                  take the dump again"
@@ -136,7 +141,7 @@ impl Kdump {
     }
 
     pub fn phys_base_hint(&self) -> Option<u64> {
-        self.header.phys_base
+        self.header.phys_base.filter(|&hint| plausible_phys_base(hint))
     }
 
     /// Pages dumped, pages of RAM.

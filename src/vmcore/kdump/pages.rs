@@ -68,6 +68,18 @@ struct Run {
     len: usize,
 }
 
+/// Pages that one read brings.
+struct Batch {
+    descriptors: Vec<Descriptor>,
+    /// Their bytes in the file: of all but the shared page of zeros, which lies elsewhere.
+    start: u64,
+    len: usize,
+    /// All are uncompressed, and none is the shared page.
+    is_raw: bool,
+    /// [`Pages::zero_page`] when this was put together.
+    zero_page: u64,
+}
+
 /// The pages of a compressed dump.
 pub(in crate::vmcore) struct Pages {
     source: Source,
@@ -119,7 +131,7 @@ impl Pages {
             let whole = if skip == 0 { rest.len() / self.page_size } else { 0 };
             let done = match self.cache.get(pfn) {
                 Some(page) => Ok(copy_part(&page, skip, rest)),
-                None if whole > 1 => self.read_run(pfn, &mut rest[..whole * self.page_size], keep),
+                None if whole > 0 => self.read_run(pfn, &mut rest[..whole * self.page_size], keep),
                 None => self.load(pfn).map(|page| copy_part(&page, skip, rest)),
             };
             match done {
@@ -134,7 +146,7 @@ impl Pages {
     fn load(&self, pfn: u64) -> Result<Arc<[u8]>, Unreadable> {
         let run = self.find(pfn, 1)?;
         let descriptor = self.descriptor(run.rank)?;
-        if self.is_zero_page(&descriptor) {
+        if self.is_zero_page(&descriptor, self.zero_page.load(Ordering::Relaxed)) {
             // Not worth a place in the cache.
             return Ok(Arc::clone(&self.zeros));
         }
@@ -159,41 +171,37 @@ impl Pages {
     /// in the file; how many bytes, at least one page. An error is about the first page.
     fn read_run(&self, pfn: u64, out: &mut [u8], keep: bool) -> Result<usize, Unreadable> {
         let run = self.find(pfn, out.len() / self.page_size)?;
-        let block = self.descriptor_block(run.rank / DESCRIPTORS_PER_BLOCK)?;
-        let first = (run.rank % DESCRIPTORS_PER_BLOCK) as usize;
-        let mut descriptors: Vec<Descriptor> = Vec::with_capacity(run.len);
-        // The bytes of all pages but the shared zero page, which lies elsewhere.
-        let mut span: Option<(u64, u64)> = None;
-        for descriptor in (first..first + run.len).map_while(|index| Descriptor::parse(&block, index)) {
-            if !self.is_zero_page(&descriptor) {
-                match span {
-                    _ if descriptor.size as usize > self.page_size => break,
-                    None => span = Some((descriptor.offset, descriptor.end())),
-                    Some((start, end)) if end == descriptor.offset => span = Some((start, descriptor.end())),
-                    Some(_) => break,
-                }
-            }
-            descriptors.push(descriptor);
-        }
-        if descriptors.is_empty() {
+        let batch = self.batch(&run)?;
+        let Some(first) = batch.descriptors.first() else {
             // The file ends here, or the size is nonsense: the path for one page says which.
             return self.load(pfn).map(|page| copy_part(&page, 0, out));
+        };
+        if batch.is_raw {
+            self.check(first, pfn, run.rank)?;
+            let len = (batch.descriptors.len() * self.page_size).min(out.len());
+            let read = self.source.file.read_at(batch.start, &mut out[..len]);
+            if let Some(page) = out[..read.filled.min(len)].get(..self.page_size) {
+                self.learn_zero_page(first, page);
+            }
+            return match (read.filled / self.page_size, read.stopped) {
+                (0, Some(stop)) => Err(stop.into()),
+                (pages, _) => Ok(pages * self.page_size),
+            };
         }
-        let (start, end) = span.unwrap_or_default();
-        let wanted = usize::try_from(end.saturating_sub(start)).unwrap_or(0);
         SCRATCH.with_borrow_mut(|Scratch { decoder, raw }| {
-            raw.resize(raw.len().max(wanted), 0);
-            let raw = raw.get_mut(..wanted).unwrap_or_default();
-            let read = self.source.file.read_at(start, raw);
+            raw.resize(raw.len().max(batch.len), 0);
+            let raw = raw.get_mut(..batch.len).unwrap_or_default();
+            let read = self.source.file.read_at(batch.start, raw);
             let mut filled = 0;
-            for (index, descriptor) in descriptors.iter().enumerate() {
+            for (index, descriptor) in batch.descriptors.iter().enumerate() {
                 let Some(page) = out.get_mut(filled..filled + self.page_size) else { break };
                 let pfn = pfn + index as u64;
-                let decoded = if self.is_zero_page(descriptor) {
+                let decoded = if self.is_zero_page(descriptor, batch.zero_page) {
                     page.fill(0);
                     Ok(())
                 } else {
-                    let from = usize::try_from(descriptor.offset.saturating_sub(start)).unwrap_or(usize::MAX);
+                    let from =
+                        usize::try_from(descriptor.offset.saturating_sub(batch.start)).unwrap_or(usize::MAX);
                     let to = from.saturating_add(descriptor.size as usize);
                     match (self.check(descriptor, pfn, run.rank + index as u64), &read.stopped) {
                         (Err(why), _) => Err(why),
@@ -205,7 +213,8 @@ impl Pages {
                     }
                 };
                 match decoded {
-                    Ok(()) if keep => self.cache.insert(pfn, Arc::from(&*page)),
+                    // Raw pages are as quickly read again.
+                    Ok(()) if keep && descriptor.flags != 0 => self.cache.insert(pfn, Arc::from(&*page)),
                     Ok(()) => {}
                     // What came before it is good; the caller comes back for this one.
                     Err(_) if filled > 0 => return Ok(filled),
@@ -215,6 +224,34 @@ impl Pages {
             }
             Ok(filled)
         })
+    }
+
+    /// The first pages of `run` whose bytes lie one after the other; none if the first descriptor is unusable.
+    fn batch(&self, run: &Run) -> Result<Batch, Unreadable> {
+        let block = self.descriptor_block(run.rank / DESCRIPTORS_PER_BLOCK)?;
+        let first = (run.rank % DESCRIPTORS_PER_BLOCK) as usize;
+        // Once for the batch: another thread may learn it meanwhile.
+        let zero_page = self.zero_page.load(Ordering::Relaxed);
+        let mut batch =
+            Batch { descriptors: Vec::with_capacity(run.len), start: 0, len: 0, is_raw: true, zero_page };
+        let mut end = None;
+        for descriptor in (first..first + run.len).map_while(|index| Descriptor::parse(&block, index)) {
+            let size = descriptor.size as usize;
+            if self.is_zero_page(&descriptor, zero_page) {
+                batch.is_raw = false;
+            } else if size > self.page_size || end.is_some_and(|end| end != descriptor.offset) {
+                break;
+            } else {
+                if end.is_none() {
+                    batch.start = descriptor.offset;
+                }
+                end = Some(descriptor.end());
+                batch.len += size;
+                batch.is_raw &= descriptor.flags == 0 && size == self.page_size;
+            }
+            batch.descriptors.push(descriptor);
+        }
+        Ok(batch)
     }
 
     /// Refuses a descriptor that cannot be followed.
@@ -256,9 +293,7 @@ impl Pages {
         };
         match decoded {
             Ok(()) => {
-                if descriptor.flags == 0 && page.iter().all(|&byte| byte == 0) {
-                    self.zero_page.store(descriptor.offset, Ordering::Relaxed);
-                }
+                self.learn_zero_page(descriptor, page);
                 Ok(())
             }
             Err(CodecError::Unsupported(what)) => Err(Unreadable::Unsupported { what }),
@@ -269,11 +304,17 @@ impl Pages {
         }
     }
 
-    /// Whether this is the page of zeros that was decoded before.
-    fn is_zero_page(&self, descriptor: &Descriptor) -> bool {
-        descriptor.flags == 0
-            && descriptor.size as usize == self.page_size
-            && descriptor.offset == self.zero_page.load(Ordering::Relaxed)
+    /// Whether this is the shared page of zeros, which lies at `zero_page`.
+    fn is_zero_page(&self, descriptor: &Descriptor, zero_page: u64) -> bool {
+        descriptor.offset == zero_page && descriptor.flags == 0 && descriptor.size as usize == self.page_size
+    }
+
+    /// Writers store the page of zeros once, uncompressed; so the first one seen is the one that pages share.
+    fn learn_zero_page(&self, descriptor: &Descriptor, page: &[u8]) {
+        let unknown = self.zero_page.load(Ordering::Relaxed) == u64::MAX;
+        if unknown && descriptor.flags == 0 && page.iter().all(|&byte| byte == 0) {
+            self.zero_page.store(descriptor.offset, Ordering::Relaxed);
+        }
     }
 
     /// Finds `pfn` among the dumped pages, with up to `max` pages that follow directly.
