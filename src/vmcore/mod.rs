@@ -165,7 +165,7 @@ impl Vmcore {
 /// The kernel is loaded at a multiple of 2 MiB (`MIN_KERNEL_ALIGN`). QEMU takes the decimal `phys_base` of VMCOREINFO
 /// for hexadecimal, so its header often has another value.
 fn plausible_phys_base(hint: u64) -> bool {
-    hint % (2 << 20) == 0
+    hint.is_multiple_of(2 << 20)
 }
 
 impl PhysicalMemory for Vmcore {

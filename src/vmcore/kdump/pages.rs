@@ -89,11 +89,13 @@ pub(in crate::vmcore) struct Pages {
     cache: PageCache,
     /// Chunks of the second bitmap by number; blocks of descriptors by number and [`BLOCK`].
     index: PageCache,
-    /// Where the uncompressed page of zeros lies that all zero pages share; `u64::MAX` until it is seen.
+    /// Where the uncompressed page of zeros lies that all zero pages share, or [`UNKNOWN`].
     zero_page: AtomicU64,
     zeros: Arc<[u8]>,
 }
 
+/// The shared page of zeros has not been seen yet.
+const UNKNOWN: u64 = u64::MAX;
 /// Tells the number of a block of descriptors from that of a chunk of bitmap.
 const BLOCK: u64 = 1 << 63;
 
@@ -113,7 +115,7 @@ impl Pages {
             bitmaps,
             cache: PageCache::new(cache_bytes, block_size.into()),
             index: PageCache::new(INDEX_CACHE, DESCRIPTORS_PER_BLOCK * DESCRIPTOR_SIZE),
-            zero_page: AtomicU64::new(u64::MAX),
+            zero_page: AtomicU64::new(UNKNOWN),
             zeros: std::iter::repeat_n(0, page_size).collect(),
         }
     }
@@ -306,12 +308,15 @@ impl Pages {
 
     /// Whether this is the shared page of zeros, which lies at `zero_page`.
     fn is_zero_page(&self, descriptor: &Descriptor, zero_page: u64) -> bool {
-        descriptor.offset == zero_page && descriptor.flags == 0 && descriptor.size as usize == self.page_size
+        zero_page != UNKNOWN
+            && descriptor.offset == zero_page
+            && descriptor.flags == 0
+            && descriptor.size as usize == self.page_size
     }
 
     /// Writers store the page of zeros once, uncompressed; so the first one seen is the one that pages share.
     fn learn_zero_page(&self, descriptor: &Descriptor, page: &[u8]) {
-        let unknown = self.zero_page.load(Ordering::Relaxed) == u64::MAX;
+        let unknown = self.zero_page.load(Ordering::Relaxed) == UNKNOWN;
         if unknown && descriptor.flags == 0 && page.iter().all(|&byte| byte == 0) {
             self.zero_page.store(descriptor.offset, Ordering::Relaxed);
         }
