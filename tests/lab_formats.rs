@@ -362,3 +362,18 @@ fn the_register_listing_is_read_right() {
     }
     assert_eq!(cpus[1]["rax"], 0xbb);
 }
+
+#[test]
+fn lab_tests_run_when_they_should() {
+    for (variable, ci, want) in [
+        (None, None, None),
+        (Some(""), None, None),
+        (Some("0"), None, Some(false)),
+        (Some("0"), Some("true"), Some(false)),
+        (Some("1"), None, Some(true)),
+        (None, Some("true"), Some(true)),
+        (None, Some("false"), None),
+    ] {
+        assert_eq!(lab::wanted(variable, ci), want, "{variable:?}, CI {ci:?}");
+    }
+}
