@@ -498,7 +498,9 @@ fn corrupt_descriptors_are_told_apart_from_holes() {
     let short = Codec::Zlib.encode(&mem.pages[&7][..4000]);
     let long = Codec::Zlib.encode(&[&mem.pages[&7][..], &[1, 2, 3]].concat());
     let len = |v: &Vec<u8>| v.len() as u32;
-    let cases: Vec<(&str, u32, u32, Vec<u8>, Option<u64>, &str)> = vec![
+    // What, size, flags, stored bytes, offset if not where they are stored, kind of hole.
+    type Case = (&'static str, u32, u32, Vec<u8>, Option<u64>, &'static str);
+    let cases: Vec<Case> = vec![
         ("size 0, compressed", 0, FLAG_ZLIB, vec![], None, "corrupt"),
         ("size 0, raw", 0, 0, vec![], None, "corrupt"),
         ("raw, half a page", 2048, 0, vec![1; 2048], None, "corrupt"),
@@ -860,6 +862,81 @@ fn damaged_zlib_pages_are_never_returned() {
     assert!(told > 400, "only {told} of the damaged pages were told");
 }
 
+/// Both tools write the page data right behind the descriptors, and the first page's data or the shared zero page
+/// comes first in it. So the file says twice how many descriptors there are, and a bitmap with a bit too many or too
+/// few, which would give every later frame another frame's data, can be told.
+#[test]
+fn a_bitmap_that_miscounts_the_descriptors_is_noticed() {
+    let mem = memory();
+    for (what, builder) in [
+        ("kdump", kdump(Codec::Zlib)),
+        ("kdump, level 31", Kdump { dump_level: 31, ..kdump(Codec::Zlib) }),
+        ("kdump of QEMU", kdump(Codec::Zlib).qemu()),
+    ] {
+        let built = builder.build();
+        for pfn in [0u64, 3, 14, 30, 50] {
+            let mut damaged = built.bytes.clone();
+            for bitmap in [&built.bitmap1, &built.bitmap2] {
+                let at = bitmap.start as usize + (pfn / 8) as usize;
+                let bit = 1 << (pfn % 8);
+                if bitmap == &built.bitmap2 {
+                    damaged[at] ^= bit;
+                } else {
+                    damaged[at] |= bit;
+                }
+            }
+            let (_file, dump) = open_bytes(&damaged);
+            let Ok(dump) = dump else { continue };
+            let wrong = mem.pages.iter().filter(|(other, want)| {
+                let mut page = [0; 4096];
+                let got = dump.read_phys(PhysAddr(**other * 4096), &mut page);
+                **other != pfn && got.stopped.is_none() && page[..] != want[..]
+            });
+            let wrong = wrong.count();
+            assert!(
+                wrong == 0 || !dump.problems().is_empty(),
+                "{what}: bit of frame {pfn} flipped: {wrong} frames are wrong and no word of it"
+            );
+        }
+    }
+}
+
+#[test]
+fn odd_flattened_streams() {
+    let source = kdump(Codec::Zlib).build().bytes;
+    let sound = Flatten::default().apply(&source).bytes;
+    // What follows the end mark is not part of the stream.
+    let trailing = [&sound[..], &flattened_record(0, &[0xff; 4096])].concat();
+    let (_file, dump) = must_open("trailing", &trailing);
+    Model::of(&memory()).check("trailing", &dump);
+    // Another type or version is another format.
+    for (at, value) in [(16, 0u64), (16, 2), (24, 0), (24, 2), (24, 1 << 56)] {
+        let mut other = sound.clone();
+        other[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        let (_file, dump) = open_bytes(&other);
+        assert!(dump.is_err(), "field at {at} = {value:#x}: opened");
+    }
+    // Negative sizes and offsets that are not the end mark.
+    for (offset, size) in [(0i64, -1i64), (-1, 16), (-2, -2), (i64::MIN, 8), (0, i64::MAX), (i64::MAX, 4096)]
+    {
+        let mut odd = flattened::header();
+        odd.extend_from_slice(&offset.to_be_bytes());
+        odd.extend_from_slice(&size.to_be_bytes());
+        odd.extend_from_slice(&sound[flattened::HEADER_SIZE..]);
+        let (_file, dump) = open_bytes(&odd);
+        if let Ok(dump) = dump {
+            assert!(!dump.problems().is_empty(), "record of {size} at {offset}: no word of it");
+            exercise(&dump, 72);
+        }
+    }
+}
+
+fn flattened_record(offset: i64, data: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    flattened::record(&mut out, offset, data);
+    out
+}
+
 // ---------------------------------------------------------------- split sets
 
 #[test]
@@ -940,8 +1017,6 @@ fn files_that_are_no_dump_are_refused_with_a_reason() {
             &["core", "executable", "vmlinux"],
         ),
         ("kdump of arm64", with(&|k| k.utsname[4] = "aarch64".into()), &["aarch64"]),
-        ("diskdump", with(&|k| k.signature = *b"DISKDUMP"), &["diskdump", "DISKDUMP"]),
-        ("blocks of 64 KiB", with(&|k| k.block_size = 65_536), &["block", "page size"]),
         ("gzip", [&b"\x1f\x8b\x08\x00"[..], &[7; 5000]].concat(), &["gzip", "compressed"]),
         ("flattened nothing", flattened::header(), &["flattened", "empty", "ends", "short", "record"]),
         (
@@ -957,9 +1032,26 @@ fn files_that_are_no_dump_are_refused_with_a_reason() {
         assert!(!text.contains('\n') && !text.ends_with('.'), "{what}: {text:?}");
     }
     let dir = tempfile::tempdir().unwrap();
-    for path in [dir.path().to_owned(), dir.path().join("missing")] {
+    for path in [dir.path().to_owned(), dir.path().join("missing"), "/dev/null".into(), "/dev/zero".into()] {
         let Err(text) = open(&path) else { panic!("{path:?}: opened") };
         assert!(!text.is_empty());
+    }
+}
+
+/// The format's ancestor has the same header, bitmaps and descriptors, but another sub header.
+#[test]
+fn a_diskdump_file_is_refused_or_read_without_its_sub_header() {
+    let builder =
+        Kdump { signature: *b"DISKDUMP", phys_base: 0x1340_0000, notes: Vec::new(), ..kdump(Codec::Zlib) };
+    let (_file, dump) = open_bytes(&builder.build().bytes);
+    match dump {
+        Err(error) => assert!(error.to_lowercase().contains("diskdump"), "{error}"),
+        Ok(dump) => {
+            Model::of(&memory()).check("diskdump", &dump);
+            assert_eq!(dump.vmcoreinfo_note(), None);
+            assert_eq!(dump.phys_base_hints(), Vec::<u64>::new());
+            assert!(dump.saved_cpus().is_empty());
+        }
     }
 }
 

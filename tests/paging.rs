@@ -471,6 +471,25 @@ fn a_tiny_kernel_reads_itself_through_its_own_tables() {
 }
 
 #[test]
+fn a_tiny_kernel_reads_itself_out_of_dump_files() {
+    let kernel = TinyKernel::default();
+    let mem = kernel.memory_after(&TinyKernel::earlier());
+    for (what, bytes) in [
+        ("elf of QEMU", kernel.qemu_elf(&mem, 2, false)),
+        ("kdump", kernel.kdump(&mem, 2)),
+        ("flattened", support::flattened::Flatten::default().apply(&kernel.kdump(&mem, 2)).bytes),
+    ] {
+        let file = support::TempFile::new(&bytes);
+        let dump = kstub::backend::Dump::open(file.path()).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let space = AddressSpace { root: PhysAddr(kernel.cr3()), levels: 4, sme_mask: 0 };
+        let mut banner = vec![0; kernel.banner().len()];
+        let got = space.read(&dump, VirtAddr(kernel.banner_virt()), &mut banner);
+        assert_eq!(got.stopped, None, "{what}");
+        assert_eq!(banner, kernel.banner().as_bytes(), "{what}");
+    }
+}
+
+#[test]
 fn random_tables_never_panic_or_loop() {
     let mut rng = Rng::new(0x7ab1e);
     for round in 0..40 {

@@ -354,6 +354,22 @@ fn qemu_state_of_another_version_or_size() {
 }
 
 #[test]
+fn notes_may_be_spread_over_several_segments() {
+    // The kernel's own headers have one segment for each CPU and one for VMCOREINFO.
+    let cpus: Vec<CpuValues> = (0..4).map(CpuValues::distinct).collect();
+    let mut more: Vec<Vec<u8>> = cpus.iter().map(notes::kernel_prstatus).collect();
+    more.insert(2, Vec::new());
+    more.push(notes::vmcoreinfo_note("OSRELEASE=6.1.0\nA=1"));
+    let core = ElfCore { notes: None, more_notes: more, gap: 5, ..ElfCore::of(&memory()) };
+    let dump = open("several", &TempFile::new(&core.build().bytes));
+    assert_eq!(dump.saved_cpus().len(), 4);
+    for (saved, want) in dump.saved_cpus().iter().zip(&cpus) {
+        assert_eq!(compare(&saved.regs, want, &COMMON), Ok(()));
+    }
+    assert_eq!(dump.vmcoreinfo_note(), Some(&b"OSRELEASE=6.1.0\nA=1"[..]));
+}
+
+#[test]
 fn a_dump_without_notes_has_no_cpus() {
     for (what, file) in containers(&[]) {
         assert!(open(what, &file).saved_cpus().is_empty(), "{what}");

@@ -55,6 +55,8 @@ pub struct ElfCore {
     pub segments: Vec<Segment>,
     /// Contents of `PT_NOTE`; `None` for no such header.
     pub notes: Option<Vec<u8>>,
+    /// Contents of further `PT_NOTE` segments.
+    pub more_notes: Vec<Vec<u8>>,
     /// Always write the count into section 0, as for more than 65534 headers.
     pub extended_count: bool,
     /// Bytes of extra data between the headers and the notes.
@@ -71,6 +73,7 @@ impl Default for ElfCore {
             flags: 0,
             segments: Vec::new(),
             notes: Some(Vec::new()),
+            more_notes: Vec::new(),
             extended_count: false,
             gap: 0,
         }
@@ -116,7 +119,7 @@ impl ElfCore {
 
     pub fn build(&self) -> ElfFile {
         assert_eq!(self.class, 2, "32-bit files: see build_foreign");
-        let count = self.segments.len() + usize::from(self.notes.is_some());
+        let count = self.segments.len() + usize::from(self.notes.is_some()) + self.more_notes.len();
         let extended = self.extended_count || count >= 0xffff;
         let mut out = vec![0; 64];
         let phoff = out.len() as u64;
@@ -158,6 +161,12 @@ impl ElfCore {
             out.extend_from_slice(text);
             let size = text.len() as u64;
             w.phdr(&mut out, header, 4, [notes.start, 0, 0, size, size, 4]);
+            header += 56;
+        }
+        for more in &self.more_notes {
+            let (at, size) = (out.len() as u64, more.len() as u64);
+            out.extend_from_slice(more);
+            w.phdr(&mut out, header, 4, [at, 0, 0, size, size, 4]);
             header += 56;
         }
         let mut segments = Vec::with_capacity(self.segments.len());

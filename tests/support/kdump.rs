@@ -233,7 +233,9 @@ impl Kdump {
         let dumped: Vec<u64> =
             self.slots.keys().copied().filter(|pfn| window.contains(pfn) && self.has_data(*pfn)).collect();
         let descriptors = out.len() as u64..(out.len() + dumped.len() * 24) as u64;
-        out.resize(descriptors.end as usize, 0);
+        // Each part of a split set leaves room for the descriptors of all parts.
+        let all = self.slots.keys().filter(|pfn| self.has_data(**pfn)).count();
+        out.resize(out.len() + all * 24, 0);
         let zero_at = out.len() as u64;
         let shares_zero = self.style == Style::Qemu || self.dump_level & 1 != 0;
         if shares_zero {

@@ -23,18 +23,21 @@ pub struct DumpFile {
     pub flattened: bool,
     pub filter_level: Option<u64>,
     pub maker: String,
+    /// Made with QEMU's `paging=true`: holds only what some page table maps.
+    pub paging: bool,
     pub has_vmcoreinfo: bool,
     pub complete: bool,
     /// The files of the split set that this one is a part of.
     pub split: Vec<PathBuf>,
 }
 
-/// Whether lab tests run: `KSTUB_LAB_TESTS` 1 = must, 0 = must not, unset = if there is a lab (in CI: must).
-fn wanted() -> Option<bool> {
-    match std::env::var("KSTUB_LAB_TESTS").ok().as_deref() {
+/// Whether lab tests run: `KSTUB_LAB_TESTS` 1 = they must, 0 = they must not, unset = if there is a lab; in CI
+/// (`CI=true`) unset is as good as 1.
+pub fn wanted(lab_tests: Option<&str>, ci: Option<&str>) -> Option<bool> {
+    match lab_tests {
         Some("1") => Some(true),
         Some("0") => Some(false),
-        Some("") | None => std::env::var("CI").is_ok_and(|ci| ci == "true").then_some(true),
+        Some("") | None => (ci == Some("true")).then_some(true),
         Some(other) => panic!("KSTUB_LAB_TESTS is {other:?}; it can be 0, 1 or unset"),
     }
 }
@@ -52,7 +55,8 @@ pub fn sets() -> Option<Vec<Set>> {
         eprintln!("skipped: {why}");
         None
     };
-    let must = match wanted() {
+    let variable = |name| std::env::var(name).ok();
+    let must = match wanted(variable("KSTUB_LAB_TESTS").as_deref(), variable("CI").as_deref()) {
         Some(false) => return skip("KSTUB_LAB_TESTS=0".into()),
         Some(true) => true,
         None => false,
@@ -98,6 +102,7 @@ impl Set {
                     flattened: dump["flattened"].as_bool().unwrap_or(false),
                     filter_level: dump["filter_level"].as_u64(),
                     maker: text(&dump["maker"]).unwrap_or_default(),
+                    paging: dump["paging"].as_bool().unwrap_or(false),
                     has_vmcoreinfo: dump["vmcoreinfo"].as_bool().unwrap_or(false),
                     complete: dump["complete"].as_bool().unwrap_or(true),
                     split: dump["split"]
@@ -202,6 +207,11 @@ impl Truth {
 
 /// `PT_LOAD` headers of a raw ELF64 core: (p_paddr, p_filesz, p_offset).
 fn load_segments(path: &Path) -> Vec<(u64, u64, u64)> {
+    load_headers(path).into_iter().map(|[offset, _, paddr, filesz]| (paddr, filesz, offset)).collect()
+}
+
+/// `PT_LOAD` headers of a raw ELF64 core: p_offset, p_vaddr, p_paddr, p_filesz.
+pub fn load_headers(path: &Path) -> Vec<[u64; 4]> {
     let file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let bytes = |at: u64, len: usize| {
         let mut buf = vec![0; len];
@@ -216,7 +226,7 @@ fn load_segments(path: &Path) -> Vec<(u64, u64, u64)> {
     (0..u64::from(count))
         .map(|i| phoff + i * phentsize)
         .filter(|&at| bytes(at, 4) == [1, 0, 0, 0])
-        .map(|at| (word(at + 24), word(at + 32), word(at + 8)))
+        .map(|at| [8, 16, 24, 32].map(|field| word(at + field)))
         .collect()
 }
 

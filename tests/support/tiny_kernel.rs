@@ -5,6 +5,8 @@
 //! `Documentation/arch/x86/x86_64/mm.rst` (the address map), `init/version-timestamp.c` (the banner).
 
 use super::FlatMemory;
+use super::elf_core::ElfCore;
+use super::kdump::Kdump;
 use super::notes;
 use super::page_tables::{KERNEL, P, PageTables, RW, Size};
 
@@ -252,6 +254,35 @@ impl TinyKernel {
         earlier.install(&mut mem);
         self.install(&mut mem);
         mem
+    }
+
+    /// `mem` as QEMU dumps it: an ELF core with the registers of `cpus` CPUs, and with VMCOREINFO if the guest handed
+    /// it over.
+    pub fn qemu_elf(&self, mem: &FlatMemory, cpus: u64, with_info: bool) -> Vec<u8> {
+        let cpus: Vec<_> = (0..cpus).map(|cpu| self.cpu(cpu)).collect();
+        let info = self.vmcoreinfo();
+        // With paging off QEMU writes physical addresses into p_vaddr.
+        let mut core =
+            ElfCore::of(mem).with_notes(notes::qemu_notes(&cpus, true, with_info.then_some(info.as_str())));
+        core.segments.iter_mut().for_each(|segment| segment.vaddr = segment.paddr);
+        core.build().bytes
+    }
+
+    /// `mem` as makedumpfile writes it after a crash: kdump-compressed, registers by the kernel itself.
+    pub fn kdump(&self, mem: &FlatMemory, cpus: u64) -> Vec<u8> {
+        let cpus: Vec<_> = (0..cpus).map(|cpu| self.cpu(cpu)).collect();
+        let info = TinyKernel { crashed: true, ..self.clone() }.vmcoreinfo();
+        let mut builder = Kdump {
+            notes: notes::kernel_notes(&cpus, Some(&info)),
+            vmcoreinfo: info.into_bytes(),
+            phys_base: self.phys_base(),
+            dump_level: 31,
+            nr_cpus: cpus.len() as u32,
+            ..Kdump::of(mem)
+        };
+        builder.utsname[2] = self.release.clone();
+        builder.utsname[3] = self.version.clone();
+        builder.build().bytes
     }
 
     /// Registers of CPU `cpu`, stopped in this kernel's text with this kernel's tables.
