@@ -122,6 +122,22 @@ def _explain(description):
 stop it: scripts/lab guest --stop --name {name}""")
 
 
+def dump(name, path, dump_format):
+    """Dumps a running guest through QEMU, which stops it for that long; its vmlinux is linked beside the dump."""
+    description = _description(name)
+    if not description or not _alive(description):
+        raise LabError(f"no guest called {name} runs", "start it: scripts/lab guest")
+    path = os.path.abspath(path)
+    with step(f"dump of guest {name} ({dump_format})"):
+        qmp = Qmp(description["qmp"])
+        qmp.command("dump-guest-memory", paging=False, protocol=f"file:{path}", format=dump_format)
+        qmp.close()
+    vmlinux = os.path.join(os.path.dirname(path), f"vmlinux-{description['release']}")
+    if not os.path.lexists(vmlinux):
+        os.symlink(description["vmlinux"], vmlinux)
+    say(f"  {path}")
+
+
 def stop(name):
     """Ends a guest of this lab; none running is fine."""
     description = _description(name)
