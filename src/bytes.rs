@@ -27,6 +27,22 @@ pub fn cstr_at(bytes: &[u8], at: usize, max: usize) -> Option<&[u8]> {
     Some(field.split(|&b| b == 0).next().unwrap_or(field))
 }
 
+/// A number of bytes as people read it: `636 KiB`, `766.9 MiB`, `1.00 GiB`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ByteSize(pub u64);
+
+impl std::fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let bytes = self.0;
+        match bytes {
+            0..1024 => write!(f, "{bytes} bytes"),
+            1024..0x10_0000 => write!(f, "{} KiB", bytes / 1024),
+            0x10_0000..0x4000_0000 => write!(f, "{:.1} MiB", bytes as f64 / 1_048_576.0),
+            _ => write!(f, "{:.2} GiB", bytes as f64 / 1_073_741_824.0),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,6 +3,7 @@
 use super::{Command, CommandError, Context, Output, no_arguments, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::{Reg, Saved};
+use crate::bytes::ByteSize;
 use crate::kernel::{Cpu, Machine};
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -37,9 +38,12 @@ pub fn render(machine: &Machine) -> Output {
     }
     let ranges = machine.backend().ranges();
     let bytes: u64 = ranges.iter().map(|range| range.len()).sum();
-    line("RAM", &format!("{} in {} ranges", size(bytes), ranges.len()));
+    line(
+        "RAM",
+        &format!("{} in {} range{}", ByteSize(bytes), ranges.len(), if ranges.len() == 1 { "" } else { "s" }),
+    );
     for range in ranges.iter().take(RANGES_SHOWN) {
-        line("", &format!("{range}  {}", size(range.len())));
+        line("", &format!("{range}  {}", ByteSize(range.len())));
     }
     if ranges.len() > RANGES_SHOWN {
         line("", &format!("… {} more", ranges.len() - RANGES_SHOWN));
@@ -141,12 +145,4 @@ fn levels(levels: u8) -> &'static str {
 fn signed_hex(value: u64) -> String {
     let signed = value as i64;
     if signed < 0 { format!("-{:#x}", signed.unsigned_abs()) } else { format!("{value:#x}") }
-}
-
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..0x10_0000 => format!("{} KiB", bytes / 1024),
-        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
-        _ => format!("{:.2} GiB", bytes as f64 / 1_073_741_824.0),
-    }
 }

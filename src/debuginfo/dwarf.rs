@@ -37,39 +37,6 @@ impl Dwarf {
         Self { info, abbrev, strings, line_strings, str_offsets }
     }
 
-    /// Calls `visit` with each unit until it returns something.
-    fn find_in_units<T>(
-        &self,
-        visit: &mut dyn FnMut(&gimli::Dwarf<Slice<'_>>, &Unit<'_>) -> gimli::Result<Option<T>>,
-    ) -> Result<Option<T>, Error> {
-        let mut at = 0;
-        while at < self.info.len() {
-            let len = self.unit_len(at)?;
-            let bytes = self.info.read(at, len)?;
-            let failed = |e: gimli::Error| malformed(at, e.to_string());
-            let dwarf = gimli::Dwarf {
-                debug_abbrev: gimli::DebugAbbrev::new(&self.abbrev, LittleEndian),
-                debug_info: gimli::DebugInfo::new(&bytes, LittleEndian),
-                debug_str: gimli::DebugStr::new(&self.strings, LittleEndian),
-                debug_line_str: gimli::DebugLineStr::from(EndianSlice::new(&self.line_strings, LittleEndian)),
-                debug_str_offsets: gimli::DebugStrOffsets::from(EndianSlice::new(
-                    &self.str_offsets,
-                    LittleEndian,
-                )),
-                ..gimli::Dwarf::default()
-            };
-            let mut units = dwarf.units();
-            if let Some(header) = units.next().map_err(failed)? {
-                let unit = bare_unit(&dwarf, header).map_err(failed)?;
-                if let Some(found) = visit(&dwarf, &unit).map_err(failed)? {
-                    return Ok(Some(found));
-                }
-            }
-            at += len;
-        }
-        Ok(None)
-    }
-
     /// Bytes of the unit at `at`, its length field included (DWARF 5, 7.4: 32-bit, or 64-bit behind 0xffffffff).
     fn unit_len(&self, at: u64) -> Result<u64, Error> {
         let start = self.info.read(at, 4)?;
@@ -120,11 +87,40 @@ fn malformed(offset: u64, what: impl Into<String>) -> Error {
 
 impl TypeSource for Dwarf {
     fn member(&self, container: &str, path: &str) -> Result<Option<Member>, Error> {
-        self.find_in_units(&mut |dwarf, unit| {
-            let Some(offset) = complete_container(dwarf, unit, container)? else { return Ok(None) };
-            Finder { dwarf, unit, budget: MEMBERS_MAX }.path(offset, path).map(Some)
-        })
-        .map(Option::flatten)
+        let mut at = 0;
+        while at < self.info.len() {
+            let len = self.unit_len(at)?;
+            let bytes = self.info.read(at, len)?;
+            let found = self.member_in_unit(&bytes, container, path);
+            if let Some(member) = found.map_err(|error| malformed(at, error.to_string()))? {
+                return Ok(member);
+            }
+            at += len;
+        }
+        Ok(None)
+    }
+}
+
+impl Dwarf {
+    /// Looks into one unit: `None` if it does not define `container`, `Some(None)` if that lacks the member.
+    fn member_in_unit(
+        &self,
+        unit: &[u8],
+        container: &str,
+        path: &str,
+    ) -> gimli::Result<Option<Option<Member>>> {
+        let dwarf = gimli::Dwarf {
+            debug_abbrev: gimli::DebugAbbrev::new(&self.abbrev, LittleEndian),
+            debug_info: gimli::DebugInfo::new(unit, LittleEndian),
+            debug_str: gimli::DebugStr::new(&self.strings, LittleEndian),
+            debug_line_str: EndianSlice::new(&self.line_strings, LittleEndian).into(),
+            debug_str_offsets: EndianSlice::new(&self.str_offsets, LittleEndian).into(),
+            ..gimli::Dwarf::default()
+        };
+        let Some(header) = dwarf.units().next()? else { return Ok(None) };
+        let unit = bare_unit(&dwarf, header)?;
+        let Some(offset) = complete_container(&dwarf, &unit, container)? else { return Ok(None) };
+        Finder { dwarf: &dwarf, unit: &unit, budget: MEMBERS_MAX }.path(offset, path).map(Some)
     }
 }
 

@@ -184,7 +184,7 @@ impl DebugInfo {
 
     /// BTF if it is there: it is a fiftieth of the size of DWARF.
     fn open_types(&self) -> Box<dyn TypeSource> {
-        let btf = self.section(".BTF").and_then(|btf| btf.map(|bytes| Btf::parse(bytes)).transpose());
+        let btf = self.section(".BTF").and_then(|btf| btf.map(Btf::parse).transpose());
         match btf {
             Ok(Some(btf)) => return Box::new(btf),
             Ok(None) => {}

@@ -194,7 +194,7 @@ impl Machine {
             Ok((space, _)) => space.read(&*self.backend, at, buf),
             Err(why) => {
                 let error = TranslateError::NoTables { at, why };
-                VirtOutcome { filled: 0, stopped: (!buf.is_empty()).then(|| VirtError::Translate(error)) }
+                VirtOutcome { filled: 0, stopped: (!buf.is_empty()).then_some(error.into()) }
             }
         }
     }

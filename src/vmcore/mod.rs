@@ -23,6 +23,7 @@ pub use notes::{Note, NoteIter, Notes, PRSTATUS_SIZE};
 pub use qemu_note::{QemuCpu, QemuSegment};
 
 use crate::addr::{PhysAddr, PhysRange};
+use crate::bytes::ByteSize;
 use crate::memory::{PhysicalMemory, ReadOutcome};
 use elf::ElfCore;
 use file::Source;
@@ -120,12 +121,7 @@ impl Vmcore {
             }
         };
         let total = self.ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
-        let ranges = self.ranges.len();
-        self.facts.push((
-            "ram",
-            format!("{total} bytes in {ranges} {}", if ranges == 1 { "range" } else { "ranges" }),
-        ));
-        self.facts.push(("dumped", format!("{held} bytes")));
+        self.facts.push(("dumped", format!("{} of {}", ByteSize(held), ByteSize(total))));
         self.problems.append(&mut self.notes.problems);
         complete
     }

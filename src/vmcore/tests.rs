@@ -51,7 +51,7 @@ fn a_flattened_file_is_the_file_it_describes() {
         let vmcore = open(bytes).unwrap();
         assert_eq!((fact(&vmcore, "format"), fact(&vmcore, "flattened")), ("elf".into(), records.into()));
         assert_eq!((fact(&vmcore, "complete"), vmcore.problems().len()), ("yes".into(), 0));
-        assert_eq!(fact(&vmcore, "ram"), "4096 bytes in 1 range");
+        assert_eq!(fact(&vmcore, "dumped"), "4 KiB of 4 KiB");
         let mut page = [0; 4096];
         for len in [4096, 8] {
             assert!(vmcore.read_phys_exact(PhysAddr(0x10_0000), &mut page[..len]).is_ok());
