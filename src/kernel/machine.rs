@@ -5,9 +5,7 @@ use super::discover::{self, DiscoverError, Found, Progress};
 use super::{Kernel, Task};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::paging::Step;
-use crate::arch::x86_64::{
-    AddressSpace, Reg, RegisterFile, TranslateError, Translation, VirtError, VirtOutcome,
-};
+use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError, Translation, VirtOutcome};
 use crate::backend::{Backend, RegisterSource};
 use crate::debuginfo::{self, DebugInfo, find};
 use crate::memory::MemoryError;
