@@ -1,1 +1,104 @@
-//! To come.
+//! The command line: what can be typed, its help, and the exit codes. Runs nothing.
+
+use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Exit codes; `--help` lists them.
+pub mod exit {
+    /// An error without a code of its own.
+    pub const FAILURE: u8 = 1;
+    /// Wrong arguments (clap's own code).
+    pub const USAGE: u8 = 2;
+    /// The file is not a dump kstub can use.
+    pub const NOT_A_DUMP: u8 = 3;
+    /// The vmlinux cannot be used, or is another kernel's.
+    pub const VMLINUX: u8 = 4;
+    /// The address cannot be listened on.
+    pub const LISTEN: u8 = 5;
+    /// A file cannot be read.
+    pub const UNREADABLE: u8 = 6;
+}
+
+/// A Linux-aware GDB server over kernel crash dumps.
+#[derive(Parser, Debug)]
+#[command(version, propagate_version = true, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// Say more about what is done; twice for everything. RUST_LOG overrides it.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  kstub gdb vmcore                        start gdb on a dump, with symbols
+  kstub gdb vmcore -- -batch -ex bt       the panicking CPU's backtrace, and exit
+  kstub info vmcore                       what the dump is and which kernel is in it
+  kstub serve vmcore                      then, in gdb: target remote 127.0.0.1:1234
+
+Exit codes:
+  0  success (kstub gdb: gdb's own exit code)
+  1  other errors
+  2  wrong arguments
+  3  not a dump that can be used (format, architecture, damage)
+  4  the vmlinux is unusable or belongs to another kernel
+  5  cannot listen on the address
+  6  a file cannot be read";
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+#[allow(missing_docs)] // The fields' docs are their help.
+pub enum Command {
+    /// Start gdb on a dump: right vmlinux, KASLR offset, index cache
+    #[command(
+        after_help = "Examples:\n  kstub gdb vmcore\n  kstub gdb vmcore -- -batch -ex 'thread apply all bt'"
+    )]
+    Gdb {
+        #[command(flatten)]
+        target: Target,
+        /// The gdb to start
+        #[arg(long, value_name = "PROGRAM", default_value = "gdb", env = "KSTUB_GDB")]
+        gdb: PathBuf,
+        /// Arguments for gdb, after '--'
+        #[arg(last = true, value_name = "GDB ARGS")]
+        args: Vec<OsString>,
+    },
+    /// Serve a dump to gdb clients, any number at once
+    #[command(
+        after_help = "Examples:\n  kstub serve vmcore\n  kstub serve vmcore --listen unix:/tmp/kstub.sock\n  \
+                            gdb vmlinux -ex 'target remote | kstub serve vmcore --listen -'"
+    )]
+    Serve {
+        #[command(flatten)]
+        target: Target,
+        /// HOST:PORT, unix:PATH, or - for standard input and output
+        #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:1234")]
+        listen: String,
+        /// Allow an address that other machines can reach (there is no authentication)
+        #[arg(long)]
+        allow_remote: bool,
+    },
+    /// Print what a dump is, which kernel is in it, and what is missing
+    #[command(after_help = "Examples:\n  kstub info vmcore\n  kstub info vmcore --json | jq .kernel.release")]
+    Info {
+        #[command(flatten)]
+        target: Target,
+        /// Print one JSON object instead of text
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// The dump and what belongs to it.
+#[derive(Args, Debug)]
+pub struct Target {
+    /// The dump: ELF vmcore or kdump-compressed, flattened or not
+    pub dump: PathBuf,
+    /// The kernel's vmlinux with debug info [default: found by build-id or release under /usr/lib/debug, or beside
+    /// the dump]
+    #[arg(long, value_name = "FILE")]
+    pub vmlinux: Option<PathBuf>,
+}

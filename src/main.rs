@@ -1,2 +1,138 @@
-//! To come.
-fn main() {}
+//! Parse, run, print the error chain, exit code.
+
+use anyhow::Context;
+use clap::Parser;
+use kstub::backend::Dump;
+use kstub::cli::{Cli, Command, Target, exit};
+use kstub::gdb::index;
+use kstub::kernel::{Machine, OpenError, Options};
+use kstub::{command, debuginfo, server, vmcore};
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default = ["warn", "kstub=info", "kstub=trace"][usize::from(cli.verbose.min(2))];
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    match run(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("kstub: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// Runs the command and returns the exit code.
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    match cli.command {
+        Command::Gdb { target, gdb, args } => {
+            let machine = Arc::new(open(&target)?);
+            let vmlinux = machine.vmlinux().map(Path::to_owned);
+            report_problems(&machine);
+            fill_gdb_index(&machine, &gdb);
+            server::gdb(machine, &server::Debugger { program: gdb, vmlinux, args })
+        }
+        Command::Serve { target, listen, allow_remote } => {
+            let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
+            let machine = Arc::new(open(&target)?);
+            report_problems(&machine);
+            server::serve(machine, listen, |address| eprintln!("kstub: in gdb: target remote {address}"))?;
+            Ok(0)
+        }
+        Command::Info { target, json } => {
+            let output = command::render_info(&open(&target)?);
+            let text = if json { format!("{:#}\n", output.json) } else { output.text };
+            print(&text)?;
+            Ok(0)
+        }
+    }
+}
+
+/// The exit code for an error: the first cause that has one decides.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<server::CannotListen>() {
+        return exit::LISTEN;
+    }
+    let code = error.chain().find_map(|cause| {
+        if let Some(error) = cause.downcast_ref::<vmcore::Error>() {
+            use vmcore::Error::{Denied, Io, Open};
+            let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
+            return Some(if unreadable { exit::UNREADABLE } else { exit::NOT_A_DUMP });
+        }
+        if let Some(error) = cause.downcast_ref::<OpenError>() {
+            let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
+            return Some(if io { exit::UNREADABLE } else { exit::VMLINUX });
+        }
+        None
+    });
+    code.unwrap_or(exit::FAILURE)
+}
+
+fn open(target: &Target) -> anyhow::Result<Machine> {
+    let dump = Dump::open(&target.dump)?;
+    // A dump reached through a link has its vmlinux beside the link or beside the file.
+    let beside =
+        target.dump.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+    let options = Options { vmlinux: target.vmlinux.clone(), beside: beside.map(Path::to_owned) };
+    let bar = scan_bar();
+    let machine = Machine::open(Arc::new(dump), &options, &|done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    Ok(machine?)
+}
+
+/// A bar for the scan of RAM.
+fn scan_bar() -> indicatif::ProgressBar {
+    let bar = terminal(indicatif::ProgressBar::new(0));
+    if let Ok(style) = indicatif::ProgressStyle::with_template(
+        "looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}",
+    ) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Makes the index that lets gdb start fast, with something to show meanwhile. Without one only speed is lost.
+fn fill_gdb_index(machine: &Machine, gdb: &Path) {
+    let info = machine.kernel().and_then(|kernel| kernel.debug_info()).filter(|info| info.has_dwarf());
+    let Some((info, build_id)) = info.and_then(|info| Some((info, info.build_id()?))) else { return };
+    let spinner = terminal(indicatif::ProgressBar::new_spinner());
+    let made = index::prepare(gdb, info.path(), build_id, &mut |_| {
+        spinner.set_message(format!("gdb indexes {} (once)", info.path().display()));
+        spinner.tick();
+    });
+    spinner.finish_and_clear();
+    if let Err(error) = made {
+        eprintln!("kstub: no index, so gdb starts slowly: {error}");
+    }
+}
+
+/// Hides `bar` where standard error is no terminal.
+fn terminal(bar: indicatif::ProgressBar) -> indicatif::ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
+    }
+    bar
+}
+
+fn report_problems(machine: &Machine) {
+    for problem in machine.problems() {
+        eprintln!("kstub: {}", command::printable(&problem));
+    }
+}
+
+/// Writes to standard output; a reader that has gone away (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("writing to standard output failed"),
+    }
+}

@@ -20,6 +20,11 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// The context of every error about the address to listen on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("cannot listen")]
+pub struct CannotListen;
+
 /// Serves `machine` until SIGINT or SIGTERM, or for `-` until the one client leaves.
 ///
 /// Once clients can connect, `on_ready` gets what gdb's `target remote` wants to hear; it is not called for
@@ -34,7 +39,7 @@ pub fn serve(machine: Arc<Machine>, listen: Listen, on_ready: impl FnOnce(&str))
         // Before anyone is told that we are ready, so that a signal from then on ends us cleanly.
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-        let listener = Listener::bind(&listen).await?;
+        let listener = Listener::bind(&listen).await.context(CannotListen)?;
         on_ready(&listener.address());
         tokio::select! {
             never = accept(&listener, &machine) => match never {},

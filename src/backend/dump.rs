@@ -1,4 +1,69 @@
 //! A crash dump as a machine.
+//!
+//! Knows dump files only through [`Vmcore`], and what their notes' registers mean through `registers`.
+
+use super::registers::saved_cpus;
+use super::{Backend, Fact, SavedCpu};
+use crate::addr::{PhysAddr, PhysRange};
+use crate::memory::{PhysicalMemory, ReadOutcome};
+use crate::vmcore::{Error, Vmcore};
+use std::path::Path;
 
 /// An opened dump.
-pub struct Dump;
+pub struct Dump {
+    vmcore: Vmcore,
+    cpus: Vec<SavedCpu>,
+    problems: Vec<String>,
+}
+
+impl Dump {
+    /// Opens the dump at `path`.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Ok(Self::new(Vmcore::open(path)?))
+    }
+
+    /// A machine of an opened dump file.
+    pub fn new(vmcore: Vmcore) -> Self {
+        let (cpus, cpu_problems) = saved_cpus(vmcore.notes());
+        let mut problems = vmcore.problems().to_vec();
+        problems.extend(cpu_problems);
+        Self { vmcore, cpus, problems }
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.vmcore.path()
+    }
+}
+
+impl PhysicalMemory for Dump {
+    fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        self.vmcore.read_phys(at, buf)
+    }
+
+    fn ranges(&self) -> Vec<PhysRange> {
+        self.vmcore.ranges()
+    }
+}
+
+impl Backend for Dump {
+    fn saved_cpus(&self) -> &[SavedCpu] {
+        &self.cpus
+    }
+
+    fn vmcoreinfo_note(&self) -> Option<&[u8]> {
+        self.vmcore.vmcoreinfo()
+    }
+
+    fn phys_base_hints(&self) -> Vec<u64> {
+        self.vmcore.phys_base_hints()
+    }
+
+    fn facts(&self) -> Vec<Fact> {
+        self.vmcore.facts().iter().map(|(name, value)| Fact { name, value: value.clone() }).collect()
+    }
+
+    fn problems(&self) -> Vec<String> {
+        self.problems.clone()
+    }
+}

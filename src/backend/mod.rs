@@ -3,6 +3,7 @@
 //! What stands above sees only [`Backend`]; it cannot tell a dump from a guest except by asking.
 
 mod dump;
+mod registers;
 
 pub use dump::Dump;
 

@@ -1,4 +1,15 @@
 //! Commands: text in, one value out that renders as text or JSON. Knows neither gdb nor stdout.
+//!
+//! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
+
+mod args;
+mod help;
+mod info;
+mod log;
+mod regs;
+mod why;
+
+pub use info::render as render_info;
 
 use crate::kernel::{CpuId, Machine};
 
@@ -24,7 +35,69 @@ pub struct Output {
 #[error("{0}")]
 pub struct CommandError(pub String);
 
+/// A command: all that help, dispatch and completion know of it.
+pub struct Command {
+    /// What the user types.
+    pub name: &'static str,
+    /// Its arguments, as shown behind the name.
+    pub arguments: &'static str,
+    /// One line.
+    pub summary: &'static str,
+    /// The rest of its help, an example included.
+    pub help: &'static str,
+    run: fn(&Context<'_>, &[&str]) -> Result<Output, CommandError>,
+}
+
+/// Every command, in the order of `help`.
+pub const COMMANDS: &[Command] = &[help::COMMAND, info::COMMAND, log::COMMAND, regs::COMMAND, why::COMMAND];
+
 /// Runs one command line such as `why 0xffff888000000000`.
-pub fn run(_context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
-    Err(CommandError(format!("unknown command '{line}'; try 'help'")))
+pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
+    let mut words = line.split_whitespace();
+    let name = words.next().unwrap_or("help");
+    let arguments: Vec<&str> = words.collect();
+    (find(name)?.run)(context, &arguments)
+}
+
+/// The command called `name`.
+fn find(name: &str) -> Result<&'static Command, CommandError> {
+    COMMANDS.iter().find(|command| command.name == name).ok_or_else(|| {
+        let known: Vec<&str> = COMMANDS.iter().map(|command| command.name).collect();
+        CommandError(format!("unknown command '{}'; there are: {}", printable(name), known.join(", ")))
+    })
+}
+
+/// Refuses arguments to a command that takes none.
+fn no_arguments(command: &str, arguments: &[&str]) -> Result<(), CommandError> {
+    match arguments {
+        [] => Ok(()),
+        _ => Err(CommandError(format!("'{command}' takes no argument; try 'help {command}'"))),
+    }
+}
+
+/// Untrusted text with control characters escaped: a task's name must not move the terminal's cursor.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_has_an_example_in_its_help() {
+        for command in COMMANDS {
+            assert!(command.help.contains("Example"), "{}", command.name);
+            assert!(!command.summary.ends_with('.'), "{}", command.name);
+        }
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!(printable("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+    }
 }

@@ -1,1 +1,58 @@
-//! To come.
+//! Symbols and types from bytes this layer is *given*: an ELF file with debug info. Never reads a machine.
+//!
+//! Everything above asks [`DebugInfo`] and cannot tell whether BTF or DWARF answered.
+
+mod btf;
+mod dwarf;
+pub mod find;
+mod symbols;
+mod vmlinux;
+
+pub use symbols::{Symbol, SymbolTable};
+pub use vmlinux::DebugInfo;
+
+/// A member of a structure or union, as deep inside as its path went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Member {
+    /// Bytes from the start of the outermost structure.
+    pub offset: u64,
+    /// Size in bytes, where the source tells.
+    pub size: Option<u64>,
+}
+
+/// Where structure layouts come from.
+trait TypeSource: Send + Sync {
+    /// The member at `path` (`"thread.sp"`) of `struct` or `union` `container`; anonymous members are looked through.
+    fn member(&self, container: &str, path: &str) -> Result<Option<Member>, Error>;
+}
+
+/// What can go wrong with debug info; the text names the file.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be opened or read.
+    #[error("cannot read '{path}': {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// Not an ELF file, or a damaged one.
+    #[error("'{path}' is not a usable vmlinux: {what}")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// What is wrong, as half a sentence.
+        what: String,
+    },
+    /// BTF or DWARF makes no sense.
+    #[error("{format} at offset {offset:#x}: {what}")]
+    Types {
+        /// `"BTF"` or `"DWARF"`.
+        format: &'static str,
+        /// Offset inside the section.
+        offset: u64,
+        /// What is wrong, as half a sentence.
+        what: String,
+    },
+}

@@ -1,15 +1,29 @@
 //! A machine and, where one was found, the kernel in it: what gdb and the commands work on.
 
-use crate::addr::PhysAddr;
-use crate::addr::VirtAddr;
-use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError, VirtOutcome};
-use crate::backend::Backend;
-use std::path::Path;
+use super::cpus::derive_gs_base;
+use super::discover::{self, DiscoverError, Found, Progress};
+use super::{Kernel, Task};
+use crate::addr::{PhysAddr, VirtAddr};
+use crate::arch::x86_64::paging::Step;
+use crate::arch::x86_64::{
+    AddressSpace, Reg, RegisterFile, TranslateError, Translation, VirtError, VirtOutcome,
+};
+use crate::backend::{Backend, RegisterSource};
+use crate::debuginfo::{self, DebugInfo, find};
+use crate::memory::MemoryError;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A CPU's number in the kernel (`smp_processor_id()`).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct CpuId(pub u32);
+
+impl fmt::Display for CpuId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// One CPU and what ran on it.
 #[derive(Clone, Debug)]
@@ -22,27 +36,125 @@ pub struct Cpu {
     pub comm: Option<String>,
     /// `pid` of that task.
     pub pid: Option<i32>,
-    /// What else a reader must know: "panicked here", "offline", "in user mode", "registers not saved".
+    /// What else a reader must know: "panicked here", "offline", "user mode", "registers not saved".
     pub notes: Vec<String>,
+}
+
+/// How to open a machine.
+#[derive(Default)]
+pub struct Options {
+    /// The vmlinux to use; refused if it is not this kernel's. Without it, one is looked for.
+    pub vmlinux: Option<PathBuf>,
+    /// Directory of the dump, where a vmlinux may lie.
+    pub beside: Option<PathBuf>,
+}
+
+/// Why a machine could not be opened as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The vmlinux that was asked for cannot be used at all.
+    #[error(transparent)]
+    DebugInfo(#[from] debuginfo::Error),
+    /// The vmlinux that was asked for is another kernel's.
+    #[error("'{path}' {why}")]
+    Mismatch {
+        /// The file.
+        path: String,
+        /// Both build-ids and the cure, as the rest of the sentence.
+        why: String,
+    },
 }
 
 /// A target for as long as kstub has it open.
 pub struct Machine {
     backend: Arc<dyn Backend>,
+    kernel: Result<Kernel, Option<DiscoverError>>,
     cpus: Vec<Cpu>,
     first: CpuId,
     text_base: Option<VirtAddr>,
+    user_spaces: Vec<UserSpace>,
+    problems: Vec<String>,
+}
+
+/// Where the user addresses of the task on a CPU lead; `Err` says why nowhere.
+type UserSpace = Result<AddressSpace, String>;
+
+/// Where a virtual address leads, level by level.
+#[derive(Clone, Debug)]
+pub struct Why {
+    /// Whose page tables were walked, as a noun phrase.
+    pub tables: String,
+    /// 4 or 5; 0 without tables.
+    pub levels: u8,
+    /// The entries read, top first.
+    pub steps: Vec<Step>,
+    /// The physical address, or why there is none.
+    pub translation: Result<Translation, TranslateError>,
+    /// Why the byte at that physical address cannot be read; `None` if it can.
+    pub unreadable: Option<MemoryError>,
 }
 
 impl Machine {
-    /// A machine without a known kernel; virtual memory is read through each CPU's CR3.
+    /// Finds the kernel in `backend`, its vmlinux, and whose registers are whose.
+    /// Only a vmlinux that was asked for and does not fit is an error; all else is a problem to report.
+    pub fn open(
+        backend: Arc<dyn Backend>,
+        options: &Options,
+        progress: Progress<'_>,
+    ) -> Result<Self, OpenError> {
+        let mut problems = Vec::new();
+        let found = discover::discover(&*backend, progress);
+        let kernel = match found {
+            Ok(mut found) => {
+                problems.append(&mut found.problems);
+                let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?;
+                Ok(Kernel::new(backend.clone(), found, debug_info))
+            }
+            Err(error) => {
+                problems.push(error.to_string());
+                Err(Some(error))
+            }
+        };
+        let mut machine = match &kernel {
+            Ok(kernel) => {
+                let cpus = kernel_cpus(kernel, &*backend, &mut problems);
+                let first = first_cpu(kernel, &cpus);
+                Self::from_parts(backend, cpus, first, Some(text_base(kernel)))
+            }
+            Err(_) => {
+                let cpus = numbered_cpus(&*backend);
+                let first = cpus.first().map_or(CpuId(0), |cpu| cpu.id);
+                Self::from_parts(backend, cpus, first, None)
+            }
+        };
+        if let Ok(kernel) = &kernel {
+            machine.user_spaces = machine.cpus.iter().map(|cpu| user_space(kernel, cpu)).collect();
+        }
+        machine.kernel = kernel;
+        machine.problems = problems;
+        Ok(machine)
+    }
+
+    /// A machine of given CPUs without a known kernel: addresses lead through each CPU's CR3.
+    /// `cpus` may be empty: then there is one CPU without registers.
     pub fn from_parts(
         backend: Arc<dyn Backend>,
-        cpus: Vec<Cpu>,
+        mut cpus: Vec<Cpu>,
         first: CpuId,
         text_base: Option<VirtAddr>,
-    ) -> Machine {
-        Machine { backend, cpus, first, text_base }
+    ) -> Self {
+        if cpus.is_empty() {
+            cpus.push(Cpu {
+                id: CpuId(0),
+                regs: RegisterFile::default(),
+                comm: None,
+                pid: None,
+                notes: vec!["registers not saved".to_owned()],
+            });
+        }
+        cpus.sort_by_key(|cpu| cpu.id);
+        let user_spaces = cpus.iter().map(|cpu| cr3_space(&cpu.regs)).collect();
+        Self { backend, kernel: Err(None), cpus, first, text_base, user_spaces, problems: Vec::new() }
     }
 
     /// The memory and saved registers underneath.
@@ -50,9 +162,24 @@ impl Machine {
         &self.backend
     }
 
+    /// The kernel, where one was found.
+    pub fn kernel(&self) -> Option<&Kernel> {
+        self.kernel.as_ref().ok()
+    }
+
+    /// What is missing or doubtful, one sentence each, with the cure: the source's problems and our own.
+    pub fn problems(&self) -> Vec<String> {
+        self.backend.problems().into_iter().chain(self.problems.iter().cloned()).collect()
+    }
+
     /// The CPUs in ascending order of number; never empty (a source without registers has one CPU with none).
     pub fn cpus(&self) -> &[Cpu] {
         &self.cpus
+    }
+
+    /// The CPU with this number.
+    pub fn cpu(&self, id: CpuId) -> Option<&Cpu> {
+        self.cpus.iter().find(|cpu| cpu.id == id)
     }
 
     /// The CPU a debugger should start on: the one that panicked, else the first.
@@ -63,16 +190,39 @@ impl Machine {
     /// Reads virtual memory as `cpu` should see it: kernel addresses through the kernel's tables, user
     /// addresses through those of the task that ran on `cpu`. Stops exactly at the first unreadable byte.
     pub fn read_virt(&self, cpu: CpuId, at: VirtAddr, buf: &mut [u8]) -> VirtOutcome {
-        let regs = self.cpus.iter().find(|c| c.id == cpu).map(|c| &c.regs);
-        let Some(cr3) = regs.and_then(|regs| regs.u64(Reg::Cr3)) else {
-            let why = format!("cr3 of CPU {} was not saved", cpu.0);
-            return VirtOutcome { filled: 0, stopped: Some(TranslateError::NoTables { at, why }.into()) };
+        match self.space_for(cpu, at) {
+            Ok((space, _)) => space.read(&*self.backend, at, buf),
+            Err(why) => {
+                let error = TranslateError::NoTables { at, why };
+                VirtOutcome { filled: 0, stopped: (!buf.is_empty()).then(|| VirtError::Translate(error)) }
+            }
+        }
+    }
+
+    /// Follows `at` level by level, as [`Self::read_virt`] would.
+    pub fn why(&self, cpu: CpuId, at: VirtAddr) -> Why {
+        let (space, tables) = match self.space_for(cpu, at) {
+            Ok(found) => found,
+            Err(why) => {
+                let translation = Err(TranslateError::NoTables { at, why });
+                return Why {
+                    tables: "none".into(),
+                    levels: 0,
+                    steps: Vec::new(),
+                    translation,
+                    unreadable: None,
+                };
+            }
         };
-        const CR4_LA57: u64 = 1 << 12;
-        let la57 = regs.and_then(|regs| regs.u64(Reg::Cr4)).is_some_and(|cr4| cr4 & CR4_LA57 != 0);
-        let tables =
-            AddressSpace { root: PhysAddr(cr3 & !0xfff), levels: if la57 { 5 } else { 4 }, sme_mask: 0 };
-        tables.read(&*self.backend, at, buf)
+        let mut steps = Vec::new();
+        let translation = space.walk(&*self.backend, at, &mut |step| steps.push(step));
+        let unreadable = translation.as_ref().ok().and_then(|t| self.why_phys(t.phys));
+        Why { tables, levels: space.levels, steps, translation, unreadable }
+    }
+
+    /// Why the byte at a physical address cannot be read; `None` if it can.
+    pub fn why_phys(&self, at: PhysAddr) -> Option<MemoryError> {
+        self.backend.read_phys_exact(at, &mut [0]).err()
     }
 
     /// Run-time address of the kernel's first loaded segment (`_text` with KASLR): what `qOffsets` reports.
@@ -82,6 +232,208 @@ impl Machine {
 
     /// The vmlinux that belongs to this kernel, if one was found.
     pub fn vmlinux(&self) -> Option<&Path> {
-        None
+        Some(self.kernel()?.debug_info()?.path())
     }
+
+    /// The tables that `at` belongs to on `cpu`, and whose they are.
+    fn space_for(&self, cpu: CpuId, at: VirtAddr) -> Result<(AddressSpace, String), String> {
+        let is_kernel = at.0 >> 63 == 1;
+        if let (true, Ok(kernel)) = (is_kernel, &self.kernel) {
+            return Ok((kernel.found().space, "the kernel's page tables".to_owned()));
+        }
+        let index = self.cpus.iter().position(|one| one.id == cpu);
+        let (one, space) = index
+            .and_then(|i| Some((self.cpus.get(i)?, self.user_spaces.get(i)?)))
+            .ok_or_else(|| format!("there is no CPU {cpu}"))?;
+        let tables = match (self.kernel.is_ok(), one.pid, &one.comm) {
+            (true, Some(pid), Some(comm)) => format!("the page tables of task {pid} ({comm}) on CPU {cpu}"),
+            _ => format!("the page tables in CPU {cpu}'s cr3"),
+        };
+        space.clone().map(|space| (space, tables))
+    }
+}
+
+/// The vmlinux to use: the one asked for if it fits, or the first that is found and fits.
+fn choose_debug_info(
+    backend: &dyn Backend,
+    found: &mut Found,
+    options: &Options,
+    problems: &mut Vec<String>,
+) -> Result<Option<DebugInfo>, OpenError> {
+    let by_page_tables = found.by == discover::FoundBy::PageTables;
+    let fits = |info: &DebugInfo| {
+        let mut there = found.clone();
+        if let (true, Some(linked)) = (by_page_tables, info.first_load()) {
+            there.kaslr_offset = there.text.0.wrapping_sub(linked);
+        }
+        belongs(backend, &there, info).map(|()| there.kaslr_offset)
+    };
+    let chosen = match &options.vmlinux {
+        Some(path) => {
+            let info = DebugInfo::open(path)?;
+            let path = path.display().to_string();
+            fits(&info).map_err(|why| OpenError::Mismatch { path, why })?;
+            Some(info)
+        }
+        None => {
+            let wanted = find::Wanted {
+                release: &found.release,
+                build_id: found.build_id.as_deref(),
+                beside: options.beside.as_deref(),
+            };
+            let (info, rejected) = find::vmlinux(&wanted, &|info| fits(info).map(|_| ()));
+            if info.is_none() {
+                problems.extend(
+                    rejected.iter().map(|r| format!("'{}' was not used: it {}", r.path.display(), r.why)),
+                );
+                problems.push(format!(
+                    "no vmlinux with debug info for {0}: no symbols and no task names; install the kernel's debug \
+                     package (Debian: linux-image-{0}-dbg) or pass --vmlinux FILE",
+                    found.release
+                ));
+            }
+            info
+        }
+    };
+    if let Some(info) = &chosen {
+        found.kaslr_offset = fits(info).unwrap_or(found.kaslr_offset);
+        if !info.has_symbols() {
+            problems.push(format!(
+                "'{}' has no symbol table (stripped?): no task names; use the unstripped vmlinux",
+                info.path().display()
+            ));
+        }
+    }
+    Ok(chosen)
+}
+
+/// Whether `info` is the debug info of the kernel at `found`: by build-id or, where the kernel does not tell its
+/// own, by the banner that both hold.
+fn belongs(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> Result<(), String> {
+    let cure = format!("pass --vmlinux FILE built for {}", found.release);
+    if let Some(wanted) = &found.build_id {
+        return match info.build_id() {
+            Some(id) if id == wanted => Ok(()),
+            Some(id) => Err(format!("has build-id {id} but the dump says {wanted}; {cure}")),
+            None => Err(format!("has no build-id but the dump says {wanted}; {cure}")),
+        };
+    }
+    let banner = info.symbol("linux_banner").ok_or_else(|| format!("has no symbol linux_banner; {cure}"))?;
+    let len = if banner.size == 0 { 64 } else { banner.size.min(512) };
+    let in_file =
+        info.bytes_at(banner.addr, len).ok_or_else(|| format!("has no bytes for linux_banner; {cure}"))?;
+    let mut in_memory = vec![0; in_file.len()];
+    let at = VirtAddr(banner.addr.wrapping_add(found.kaslr_offset));
+    let read = found.space.read(backend, at, &mut in_memory);
+    if read.stopped.is_none() && in_memory == in_file {
+        return Ok(());
+    }
+    Err(format!("is another kernel's: its linux_banner is not the one at {at} in the dump; {cure}"))
+}
+
+fn text_base(kernel: &Kernel) -> VirtAddr {
+    let found = kernel.found();
+    match kernel.debug_info().and_then(DebugInfo::first_load) {
+        Some(linked) => VirtAddr(linked.wrapping_add(found.kaslr_offset)),
+        None => found.text,
+    }
+}
+
+fn first_cpu(kernel: &Kernel, cpus: &[Cpu]) -> CpuId {
+    let panicked = kernel.panic_cpu().filter(|id| cpus.iter().any(|cpu| cpu.id == *id));
+    panicked.or(cpus.first().map(|cpu| cpu.id)).unwrap_or(CpuId(0))
+}
+
+/// Register sets numbered in the order of the source: all that can be said without a kernel.
+fn numbered_cpus(backend: &dyn Backend) -> Vec<Cpu> {
+    let numbered = (0..).zip(backend.saved_cpus());
+    numbered
+        .map(|(id, saved)| {
+            let mut cpu =
+                Cpu { id: CpuId(id), regs: saved.regs.clone(), comm: None, pid: None, notes: Vec::new() };
+            if saved.source == RegisterSource::KernelPrstatus {
+                cpu.notes.push("CPU number by order of notes".to_owned());
+                cpu.pid = saved.pid.map(|pid| pid as i32);
+            }
+            note_mode(&mut cpu);
+            cpu
+        })
+        .collect()
+}
+
+fn note_mode(cpu: &mut Cpu) {
+    if cpu.regs.in_user_mode() == Some(true) {
+        cpu.notes.push("user mode".to_owned());
+    }
+}
+
+/// The CPUs that are present or left registers, with their tasks.
+fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String>) -> Vec<Cpu> {
+    let saved = backend.saved_cpus();
+    let Some(attributed) = kernel.attribute(saved) else { return numbered_cpus(backend) };
+    if let Some(guessed) = attributed.iter().find(|a| !a.certain) {
+        problems.push(format!(
+            "register set {} of the dump was given to CPU {} by order only: no crash note or gs base says whose it is",
+            guessed.index, guessed.cpu
+        ));
+    }
+    let online = kernel.cpu_mask("__cpu_online_mask");
+    let panicked = kernel.panic_cpu();
+    let mut ids: Vec<CpuId> = attributed.iter().map(|a| a.cpu).collect();
+    ids.extend(kernel.cpu_mask("__cpu_present_mask").unwrap_or_default());
+    ids.sort();
+    ids.dedup();
+    let cpu = |id: CpuId| {
+        let index = attributed.iter().find(|a| a.cpu == id).map(|a| a.index);
+        let mut regs = index.and_then(|i| saved.get(i)).map(|s| s.regs.clone()).unwrap_or_default();
+        if let Some(base) = kernel.per_cpu_offset(id) {
+            derive_gs_base(&mut regs, base);
+        }
+        let task = kernel.current(id);
+        let (comm, pid) = task.map_or((None, None), |task: Task| (task.comm, task.pid));
+        let mut cpu = Cpu { id, regs, comm, pid, notes: Vec::new() };
+        if panicked == Some(id) {
+            cpu.notes.push("panicked here".to_owned());
+        }
+        if online.as_ref().is_some_and(|online| !online.contains(&id)) {
+            cpu.notes.push("offline".to_owned());
+        }
+        match index {
+            Some(_) => note_mode(&mut cpu),
+            None => cpu.notes.push("registers not saved".to_owned()),
+        }
+        cpu
+    };
+    ids.into_iter().map(cpu).collect()
+}
+
+/// User addresses of the task on `cpu`: through its `mm`; where types do not tell, through CR3.
+fn user_space(kernel: &Kernel, cpu: &Cpu) -> UserSpace {
+    let mm = kernel.current(cpu.id).and_then(|task| task.mm);
+    match mm {
+        Some(Some(mm)) => kernel
+            .user_space(mm)
+            .ok_or_else(|| format!("the page tables of mm {mm} cannot be found (mm_struct.pgd unreadable)")),
+        Some(None) => {
+            let task = match (&cpu.comm, cpu.pid) {
+                (Some(comm), Some(pid)) => format!("{comm} (pid {pid})"),
+                _ => "the task".to_owned(),
+            };
+            Err(format!("CPU {} runs the kernel thread {task}, which has no user memory", cpu.id))
+        }
+        None => cr3_space(&cpu.regs)
+            .map(|space| AddressSpace { sme_mask: kernel.found().space.sme_mask, ..space }),
+    }
+}
+
+/// The tables in a CPU's CR3.
+fn cr3_space(regs: &RegisterFile) -> UserSpace {
+    const CR4_LA57: u64 = 1 << 12;
+    let cr3 = regs.u64(Reg::Cr3).ok_or(
+        "no page tables are known for it: cr3 was not saved, and without symbols and types the task's own are out of \
+         reach (pass --vmlinux FILE)",
+    )?;
+    let levels = if regs.u64(Reg::Cr4).is_some_and(|cr4| cr4 & CR4_LA57 != 0) { 5 } else { 4 };
+    // The low 12 bits are the PCID and cache attributes.
+    Ok(AddressSpace { root: PhysAddr(cr3 & 0x000f_ffff_ffff_f000), levels, sme_mask: 0 })
 }

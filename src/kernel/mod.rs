@@ -1,5 +1,96 @@
 //! What the kernel in a machine's memory means. Sees [`Backend`], never dump-or-live; prints nothing.
+//!
+//! [`Kernel`] is one boot of one kernel: its address space, symbols and types. [`Machine`] is what gdb and the
+//! commands work on: CPUs, registers and memory, with a kernel or without.
 
-pub mod machine;
+mod cpus;
+pub mod discover;
+mod machine;
+pub mod printk;
+mod task;
 
-pub use machine::{Cpu, CpuId, Machine};
+pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
+pub use task::Task;
+
+use crate::addr::VirtAddr;
+use crate::arch::x86_64::VirtOutcome;
+use crate::backend::Backend;
+use crate::debuginfo::{DebugInfo, Member};
+use discover::{Found, START_KERNEL_MAP};
+use std::sync::Arc;
+
+/// One boot of a Linux kernel.
+pub struct Kernel {
+    backend: Arc<dyn Backend>,
+    found: Found,
+    debug_info: Option<DebugInfo>,
+}
+
+impl Kernel {
+    /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
+    pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
+        Self { backend, found, debug_info }
+    }
+
+    /// Where and how the kernel was found.
+    pub fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// Its vmlinux, where there is one.
+    pub fn debug_info(&self) -> Option<&DebugInfo> {
+        self.debug_info.as_ref()
+    }
+
+    /// Reads kernel virtual memory through the kernel's own tables, whatever any CPU was doing.
+    pub fn read(&self, at: VirtAddr, buf: &mut [u8]) -> VirtOutcome {
+        self.found.space.read(&*self.backend, at, buf)
+    }
+
+    /// `N` bytes of kernel memory, or `None` if any of them cannot be read.
+    pub fn read_array<const N: usize>(&self, at: VirtAddr) -> Option<[u8; N]> {
+        let mut buf = [0; N];
+        self.read(at, &mut buf).stopped.is_none().then_some(buf)
+    }
+
+    /// The `u64` or pointer at `at`.
+    pub fn read_u64(&self, at: VirtAddr) -> Option<u64> {
+        self.read_array(at).map(u64::from_le_bytes)
+    }
+
+    /// The `u32` at `at`.
+    pub fn read_u32(&self, at: VirtAddr) -> Option<u32> {
+        self.read_array(at).map(u32::from_le_bytes)
+    }
+
+    /// Run-time address of a symbol. Per-CPU symbols come back as they stand in their section: see
+    /// [`Self::per_cpu`].
+    pub fn symbol(&self, name: &str) -> Option<VirtAddr> {
+        self.symbol_and_size(name).map(|(at, _)| at)
+    }
+
+    /// Run-time address and size in bytes of a symbol.
+    pub fn symbol_and_size(&self, name: &str) -> Option<(VirtAddr, u64)> {
+        let symbol = self.debug_info.as_ref()?.symbol(name)?;
+        Some((self.slide(symbol.addr), symbol.size))
+    }
+
+    /// The nearest symbol below the run-time address `at`: name and offset.
+    pub fn symbolize(&self, at: VirtAddr) -> Option<(&str, u64)> {
+        let link = at.0.checked_sub(self.found.kaslr_offset).filter(|&link| link >= START_KERNEL_MAP)?;
+        self.debug_info.as_ref()?.symbols().at(link).map(|(symbol, offset)| (symbol.name, offset))
+    }
+
+    /// The member at `path` of `container`.
+    pub fn member(&self, container: &str, path: &str) -> Option<Member> {
+        self.debug_info.as_ref()?.member(container, path)
+    }
+
+    /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
+    /// (before Linux commit 9d7de2aa8b41 ("x86/percpu/64: Use relative percpu offsets") (in v6.15)) and
+    /// absolute symbols stay.
+    fn slide(&self, link: u64) -> VirtAddr {
+        let by = if link >= START_KERNEL_MAP { self.found.kaslr_offset } else { 0 };
+        VirtAddr(link.wrapping_add(by))
+    }
+}

@@ -1,0 +1,79 @@
+"""Newer debuggers and makedumpfile than this machine's Debian has, as trees of their own.
+
+A tool comes with its whole library closure, its own loader included, so it runs beside
+any other Debian release: $LAB/tools/bin/<tool>-new starts it.
+"""
+
+import debian
+from common import LAB, LabError, fresh_directory, read_json, run, say, step, write_json
+
+TOOLS = LAB / "tools"
+SUITE = "sid"
+# What each program needs said to find its own data inside the tree.
+ARGUMENTS = {"gdb": ["--data-directory={tree}/usr/share/gdb"]}
+NAMES = ["makedumpfile", "gdb", "crash", "lldb"]
+
+
+def _find(tree, pattern, what):
+    for path in sorted(tree.rglob(pattern)):
+        if path.exists() and not path.is_dir():
+            return path
+    raise LabError(f"{what} is not in the unpacked packages", "report this: the packages' layout changed")
+
+
+def _wrapper(name, tree):
+    """A script that starts the tool with the tree's loader and libraries, and python's files there."""
+    loader = _find(tree, "ld-linux-x86-64.so.2", "the dynamic loader").relative_to(tree)
+    binary = _find(tree, f"bin/{name}", name).relative_to(tree)
+    library_directories = sorted(
+        {
+            str(path.parent.relative_to(tree))
+            for path in tree.rglob("*.so.*")
+            if "x86_64-linux-gnu" in str(path) or "/llvm-" in str(path)
+        }
+    )
+    arguments = " ".join(f'"{word.format(tree="$tree")}"' for word in ARGUMENTS.get(name, []))
+    libraries = ":".join(f"$tree/{directory}" for directory in library_directories)
+    return f"""#!/bin/sh
+# {name} of Debian {SUITE}, with that release's loader and libraries.
+tree='{tree}'
+export PYTHONHOME="$tree/usr" PYTHONDONTWRITEBYTECODE=1
+exec "$tree/{loader}" --library-path "{libraries}" "$tree/{binary}" {arguments} "$@"
+"""
+
+
+def install(name, refresh=False):
+    """Unpacks a tool unless it is there; returns (wrapper, version)."""
+    if name not in NAMES:
+        raise LabError(f"no tool is called {name}", f"the tools are: {' '.join(NAMES)}")
+    final = TOOLS / SUITE / name
+    wrapper = TOOLS / "bin" / f"{name}-new"
+    if not refresh and wrapper.exists() and (final / "tool.json").exists():
+        return wrapper, read_json(final / "tool.json")["version"]
+    with step(f"tool {name} of {SUITE}"):
+        debian.update(force=refresh)
+        version, packages = debian.download_with_dependencies(name, SUITE)
+        with fresh_directory(final, version) as work:
+            # One Debian for all paths: /lib and /lib64 are links into /usr.
+            for link in ("bin", "lib", "lib64", "sbin"):
+                (work / "usr" / link).mkdir(parents=True, exist_ok=True)
+                (work / link).symlink_to(f"usr/{link}")
+            for package in packages:
+                run(
+                    [
+                        "sh",
+                        "-c",
+                        'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"',
+                        "sh",
+                        package,
+                        work,
+                    ]
+                )
+                package.unlink()
+            upstream = version.partition(":")[2] or version
+            write_json(work / "tool.json", {"name": name, "version": upstream.partition("-")[0], "package": version})
+        wrapper.parent.mkdir(parents=True, exist_ok=True)
+        wrapper.write_text(_wrapper(name, final), encoding="utf-8")
+        wrapper.chmod(0o755)
+    say(f"    {wrapper}")
+    return wrapper, read_json(final / "tool.json")["version"]

@@ -1,0 +1,93 @@
+//! `why`: where an address leads, level by level, and why it cannot be read.
+
+use super::args::{Address, address};
+use super::{Command, CommandError, Context, Output};
+use crate::kernel::Why;
+use serde_json::json;
+use std::fmt::Write;
+
+pub const COMMAND: Command = Command {
+    name: "why",
+    arguments: "ADDR",
+    summary: "where an address leads, and why it cannot be read",
+    help: "ADDR is a hexadecimal address, SYMBOL, SYMBOL+OFFSET, $REGISTER or phys:ADDR. User addresses are those \
+           of the task on the selected CPU.\n\n\
+           An unreadable page is one of: excluded by the dump's filter; zero or excluded (makedumpfile's ELF \
+           cannot tell); not RAM; corrupt; truncated; not mapped, at the level named.\n\n\
+           Examples:\n  why 0xffff888000001000\n  why init_task\n  why phys:1000\n  why $rsp\n",
+    run,
+};
+
+fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
+    let [argument] = arguments else {
+        return Err(CommandError("'why' takes one address; try 'help why'".into()));
+    };
+    match address(context, argument)? {
+        Address::Physical(at) => {
+            let error = context.machine.why_phys(at);
+            let verdict = error.as_ref().map_or_else(|| format!("{at} is readable"), ToString::to_string);
+            let status = error.as_ref().map_or("readable", |error| error.why.kind());
+            let json = json!({ "physical": format!("{at}"), "status": status, "text": verdict });
+            Ok(Output { text: format!("{verdict}\n"), json })
+        }
+        Address::Virtual(at) => {
+            let why = context.machine.why(context.cpu, at);
+            let text = render(context, at, &why);
+            let status = match (&why.translation, &why.unreadable) {
+                (Err(error), _) => error.kind(),
+                (Ok(_), Some(error)) => error.why.kind(),
+                (Ok(_), None) => "readable",
+            };
+            let steps = why.steps.iter().map(|step| {
+                json!({ "level": step.level.name(why.levels), "at": format!("{}", step.at), "entry": format!("{:#x}", step.entry) })
+            });
+            let json = json!({
+                "virtual": format!("{at}"),
+                "tables": why.tables,
+                "steps": steps.collect::<Vec<_>>(),
+                "physical": why.translation.as_ref().ok().map(|t| format!("{}", t.phys)),
+                "status": status,
+                "text": verdict(&why),
+            });
+            Ok(Output { text, json })
+        }
+    }
+}
+
+fn render(context: &Context<'_>, at: crate::addr::VirtAddr, why: &Why) -> String {
+    let mut text = format!("{at}");
+    if let Some((name, offset)) = context.machine.kernel().and_then(|kernel| kernel.symbolize(at)) {
+        let _ = write!(text, " <{name}+{offset:#x}>");
+    }
+    if !why.steps.is_empty() {
+        let _ = write!(text, ", through {}", super::printable(&why.tables));
+    }
+    text.push('\n');
+    for step in &why.steps {
+        let _ = writeln!(
+            text,
+            "  {:<3} at {:#014x}: {:#018x}",
+            step.level.name(why.levels),
+            step.at.0,
+            step.entry
+        );
+    }
+    if let Ok(t) = &why.translation {
+        let size = match t.page_size {
+            0x1000 => "4 KiB",
+            0x20_0000 => "2 MiB",
+            _ => "1 GiB",
+        };
+        let _ = writeln!(text, "  physical {} in a {size} page", t.phys);
+    }
+    let _ = writeln!(text, "{}", super::printable(&verdict(why)));
+    text
+}
+
+fn verdict(why: &Why) -> String {
+    match (&why.translation, &why.unreadable) {
+        (Err(error), _) => format!("unreadable: {error}"),
+        (Ok(_), Some(error)) => format!("unreadable: {error}"),
+        (Ok(_), None) => "readable".to_owned(),
+    }
+}

@@ -1,0 +1,137 @@
+//! A symbol table: address to symbol and name to symbol, at link-time addresses.
+//!
+//! Knows ELF's `.symtab` records and nothing of files. Both indexes are built when first asked for.
+//! Source: the ELF-64 object file format, "Symbol Table".
+
+use crate::bytes::{cstr_at, u16_at, u32_at, u64_at};
+use hashbrown::HashTable;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::OnceLock;
+
+/// A symbol at its link-time address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Symbol<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Link-time address.
+    pub addr: u64,
+    /// Size in bytes; 0 where the table has none (assembly labels).
+    pub size: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    addr: u64,
+    size: u64,
+    /// Offset of its name in the string table.
+    name: u32,
+}
+
+/// Symbols of one file.
+#[derive(Default)]
+pub struct SymbolTable {
+    strings: Vec<u8>,
+    /// Sorted by address.
+    entries: Vec<Entry>,
+    hasher: RandomState,
+    /// Indexes into `entries` by hash of the name.
+    by_name: OnceLock<HashTable<u32>>,
+}
+
+/// Bytes of an `Elf64_Sym`.
+const RECORD: usize = 24;
+const SHN_UNDEF: u16 = 0;
+const STT_SECTION: u8 = 3;
+const STT_FILE: u8 = 4;
+
+impl SymbolTable {
+    /// The defined, named symbols in the bytes of a `.symtab` section and of the string table it links to.
+    /// Sections' and source files' own symbols are left out; a cut last record is dropped.
+    pub fn from_elf(symtab: &[u8], strings: Vec<u8>) -> Self {
+        let entry = |record: &[u8]| {
+            let kind = record.get(4)? & 0xf;
+            let name = u32_at(record, 0)?;
+            let wanted = u16_at(record, 6)? != SHN_UNDEF && kind != STT_SECTION && kind != STT_FILE;
+            (wanted && strings.get(name as usize).is_some_and(|&first| first != 0)).then_some(Entry {
+                addr: u64_at(record, 8)?,
+                size: u64_at(record, 16)?,
+                name,
+            })
+        };
+        let mut entries: Vec<Entry> = symtab.chunks_exact(RECORD).filter_map(entry).collect();
+        entries.sort_unstable_by_key(|entry| (entry.addr, entry.name));
+        Self { strings, entries, ..Self::default() }
+    }
+
+    /// A symbol called `name`; of several (static functions share names) the one at the lowest address.
+    pub fn lookup(&self, name: &str) -> Option<Symbol<'_>> {
+        let hash = |i: &u32| self.hasher.hash_one(self.entries.get(*i as usize).map(|e| self.name(e)));
+        let by_name = self.by_name.get_or_init(|| {
+            let mut table = HashTable::with_capacity(self.entries.len());
+            for i in 0..u32::try_from(self.entries.len()).unwrap_or(u32::MAX) {
+                table.insert_unique(hash(&i), i, hash);
+            }
+            table
+        });
+        let named =
+            |i: &&u32| self.entries.get(**i as usize).is_some_and(|e| self.name(e) == name.as_bytes());
+        let wanted = self.hasher.hash_one(Some(name.as_bytes()));
+        let first = by_name.iter_hash(wanted).filter(named).min()?;
+        self.entries.get(*first as usize).and_then(|entry| self.symbol(entry))
+    }
+
+    /// The symbol that covers `addr`, and the offset into it: the nearest one below whose size, if it has one,
+    /// reaches that far. Of several at one address a sized one wins.
+    pub fn at(&self, addr: u64) -> Option<(Symbol<'_>, u64)> {
+        let end = self.entries.partition_point(|entry| entry.addr <= addr);
+        let nearest = self.entries.get(end.checked_sub(1)?)?.addr;
+        let start = self.entries.partition_point(|entry| entry.addr < nearest);
+        let offset = addr - nearest;
+        let best = self.entries.get(start..end)?.iter().max_by_key(|e| (e.size > offset, e.size == 0))?;
+        let symbol = self.symbol(best).filter(|symbol| symbol.size == 0 || symbol.size > offset)?;
+        Some((symbol, offset))
+    }
+
+    fn name(&self, entry: &Entry) -> &[u8] {
+        cstr_at(&self.strings, entry.name as usize, usize::MAX).unwrap_or_default()
+    }
+
+    fn symbol(&self, entry: &Entry) -> Option<Symbol<'_>> {
+        let name = std::str::from_utf8(self.name(entry)).ok()?;
+        Some(Symbol { name, addr: entry.addr, size: entry.size })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn table(symbols: &[(&str, u64, u64)]) -> SymbolTable {
+        let mut strings = vec![0];
+        let mut symtab = vec![0; RECORD];
+        for (name, addr, size) in symbols {
+            symtab.extend((strings.len() as u32).to_le_bytes());
+            symtab.extend([0x12, 0, 1, 0]);
+            symtab.extend(addr.to_le_bytes());
+            symtab.extend(size.to_le_bytes());
+            strings.extend(name.bytes().chain([0]));
+        }
+        SymbolTable::from_elf(&symtab, strings)
+    }
+
+    #[test]
+    fn by_name_and_by_address() {
+        let table =
+            table(&[("b", 0x20, 8), ("a", 0x10, 4), ("label", 0x20, 0), ("tail", 0x40, 0), ("a", 0x8, 1)]);
+        assert_eq!(table.lookup("a").unwrap().addr, 0x8);
+        assert_eq!(table.lookup("tail").unwrap().addr, 0x40);
+        assert_eq!(table.lookup("zz"), None);
+        assert_eq!(table.at(0x12).map(|(s, o)| (s.name, o)), Some(("a", 2)));
+        assert_eq!(table.at(0x14), None, "past the end of a sized symbol");
+        assert_eq!(table.at(0x24).map(|(s, o)| (s.name, o)), Some(("b", 4)));
+        assert_eq!(table.at(0x30).map(|(s, o)| (s.name, o)), Some(("label", 0x10)));
+        assert_eq!(table.at(0x99).map(|(s, _)| s.name), Some("tail"));
+        assert_eq!(table.at(0x0), None);
+    }
+}

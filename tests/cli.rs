@@ -1,0 +1,125 @@
+//! The command as a user types it: refusals say what is wrong and how to go on, each with its exit code.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+const KSTUB: &str = env!("CARGO_BIN_EXE_kstub");
+
+fn kstub(arguments: &[&str]) -> Output {
+    Command::new(KSTUB).args(arguments).env_remove("RUST_LOG").output().unwrap()
+}
+
+/// Runs `kstub info FILE` on `contents`; the exit code and what it said.
+fn info_on(contents: &[u8]) -> (i32, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dump");
+    std::fs::write(&file, contents).unwrap();
+    refusal(&["info", file.to_str().unwrap()])
+}
+
+fn refusal(arguments: &[&str]) -> (i32, String) {
+    let output = kstub(arguments);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.stdout.is_empty(), "{arguments:?} printed {:?}", String::from_utf8_lossy(&output.stdout));
+    assert!(said.starts_with("kstub: "), "{arguments:?} said {said:?}");
+    assert_eq!(said.lines().count(), 1, "one line, no backtrace: {said}");
+    (output.status.code().unwrap(), said)
+}
+
+/// The first bytes of an ELF core for `machine` in `class` (1 = 32 bit, 2 = 64 bit) with `data` byte order.
+fn elf(class: u8, data: u8, kind: u16, machine: u16) -> Vec<u8> {
+    let mut header = vec![0x7f, b'E', b'L', b'F', class, data, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let half = |value: u16| if data == 1 { value.to_le_bytes() } else { value.to_be_bytes() };
+    header.extend(half(kind));
+    header.extend(half(machine));
+    header.resize(4096, 0);
+    header
+}
+
+#[test]
+fn what_is_not_a_dump_is_refused_by_name() {
+    const ET_CORE: u16 = 4;
+    const ET_EXEC: u16 = 2;
+    for (contents, word) in [
+        (b"".to_vec(), "empty"),
+        (b"hello, this is not a dump\n".repeat(1000), "not a kernel dump"),
+        (elf(2, 1, ET_CORE, 183), "aarch64"),
+        (elf(2, 2, ET_CORE, 22), "s390"),
+        (elf(1, 1, ET_CORE, 3), "i386"),
+        (elf(1, 1, ET_CORE, 40), "arm"),
+        (elf(2, 1, ET_EXEC, 62), "vmlinux"),
+        (vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0], "gzip"),
+        (b"KDUMP   ".to_vec(), "cut"),
+    ] {
+        let (code, said) = info_on(&contents);
+        assert_eq!(code, 3, "{said}");
+        assert!(said.to_lowercase().contains(word), "no '{word}' in: {said}");
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (code, said) = refusal(&["info", dir.path().join("absent").to_str().unwrap()]);
+    assert_eq!(code, 6, "{said}");
+    assert!(said.contains("No such file"), "{said}");
+    let (code, said) = refusal(&["info", dir.path().to_str().unwrap()]);
+    assert!(said.contains("directory"), "{said}");
+    assert_eq!(code, 3, "{said}");
+}
+
+/// root reads everything, so the unreadable file is tried as the user nobody.
+#[test]
+fn an_unreadable_file_is_not_called_a_bad_dump() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    let (program, file) = (dir.path().join("kstub"), dir.path().join("dump"));
+    std::fs::copy(KSTUB, &program).unwrap();
+    std::fs::write(&file, b"KDUMP   ").unwrap();
+    set(dir.path(), 0o755);
+    set(&program, 0o755);
+    set(&file, 0o000);
+    let mut command = Command::new(&program);
+    if std::fs::File::open(&file).is_ok() {
+        command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
+    }
+    let output = command.arg("info").arg(&file).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(6), "{said}");
+    assert!(said.contains("not readable for this user"), "{said}");
+}
+
+#[test]
+fn wrong_arguments_are_a_usage_error() {
+    for arguments in
+        [&["frobnicate"][..], &[], &["info"], &["serve", "x", "--listen"], &["info", "--nope", "x"]]
+    {
+        let output = kstub(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn help_has_examples_and_exit_codes() {
+    let help = String::from_utf8(kstub(&["--help"]).stdout).unwrap();
+    for word in ["Examples:", "Exit codes:", "kstub gdb vmcore", "target remote"] {
+        assert!(help.contains(word), "no '{word}' in:\n{help}");
+    }
+    for command in ["gdb", "serve", "info"] {
+        let help = String::from_utf8(kstub(&[command, "--help"]).stdout).unwrap();
+        assert!(help.contains("Examples:"), "{help}");
+    }
+}
+
+#[test]
+fn addresses_that_cannot_be_listened_on() {
+    // The address is checked before the dump is opened.
+    for (listen, word) in [("192.0.2.1:1", "--allow-remote"), ("nonsense", "listen"), ("unix:", "path")] {
+        let (code, said) = refusal(&["serve", "/nonexistent", "--listen", listen]);
+        assert_eq!(code, 5, "{said}");
+        assert!(said.contains(word), "no '{word}' in: {said}");
+    }
+}
