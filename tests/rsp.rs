@@ -6,7 +6,7 @@ mod fake_machine;
 #[path = "support/rsp_client.rs"]
 mod rsp_client;
 
-use fake_machine::{BULK, BULK_PAGES, DATA, OWN, fake_machine, pattern};
+use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
 use std::path::Path;
@@ -125,6 +125,17 @@ fn a_client_that_stalls_floods_or_vanishes_holds_up_nobody() {
     drop(client);
     // Whether it is still stuck does not matter to anyone.
     drop(flood);
+}
+
+#[test]
+fn a_defect_ends_one_session_only() {
+    let address = server(":0");
+    let mut other = RspClient::tcp(&address).like_gdb();
+    let mut victim = RspClient::tcp(&address).like_gdb();
+    victim.send_raw(&packet(format!("m{DEFECT:x},8")));
+    assert_eq!(victim.receive(), None);
+    assert_eq!(other.ask("qC"), "QCp1.4");
+    assert_eq!(RspClient::tcp(&address).like_gdb().ask("qC"), "QCp1.4");
 }
 
 /// gdb's output for some commands, or `None` where there is no gdb.

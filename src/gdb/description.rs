@@ -1,9 +1,9 @@
 //! `target.xml`: the registers' names, order and types, generated from the register table.
 //!
 //! Same order as QEMU's, so scripts made for QEMU work. gdb's own names for the parts (`i386.core`,
-//! `i386.sse`) make it map DWARF's xmm registers. `osabi` is `none`: with Linux's, gdb would look for user-space things (signal frames,
-//! a dynamic linker) in a kernel. Source: GDB manual, appendix G "Target Descriptions"; bit names: Intel SDM
-//! vol. 1 3.4.3 and 10.2.3, vol. 3 2.5; AMD APM vol. 2 3.1.7 (EFER).
+//! `i386.sse`) make it map DWARF's xmm registers. `osabi` is `none`: with Linux's, gdb would look for
+//! user-space things (signal frames, a dynamic linker) in a kernel. Source: GDB manual, "Target Descriptions";
+//! bit names: Intel SDM vol. 1 3.4.3 and 10.2.3, vol. 3 2.5; AMD APM vol. 2 3.1.7 (EFER).
 
 use super::registers::{GdbRegister, Kind};
 use crate::arch::x86_64::Reg;

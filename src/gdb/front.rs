@@ -2,7 +2,7 @@
 //!
 //! Owns acknowledgement, the packets that gdbstub lacks or that need other words for a target that cannot
 //! run, and all bulk memory; asks [`Engine`] for the rest. Knows no socket.
-//! Source: GDB manual, E.2 "Packets", E.3 "Stop Reply Packets", E.4 "General Query Packets", E.12 "Packet
+//! Source: GDB manual, "Packets", "Stop Reply Packets", "General Query Packets", "Packet
 //! Acknowledgment"; QEMU `gdbstub/gdbstub.c` for `qqemu.*`.
 
 use super::engine::Engine;

@@ -2,7 +2,7 @@
 //!
 //! gdb would write the same file itself at the end of a first slow session; here it is made once, with
 //! something to show meanwhile. Changes no setting of the user's: `set` lasts for one gdb process.
-//! Source: GDB manual, 18.5 "Index Files Speed Up GDB" and "Automatic symbol index cache".
+//! Source: GDB manual, "Index Files Speed Up GDB" and "Automatic symbol index cache".
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

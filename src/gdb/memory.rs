@@ -1,7 +1,7 @@
 //! Reads of memory: `m` (hex) and `x` (binary) through one path.
 //!
 //! A reply may be shorter than asked: it ends exactly where memory becomes unreadable. A first byte that
-//! cannot be read is an error, never zeros. Source: GDB manual, E.2 "Packets" (`m`, `x`).
+//! cannot be read is an error, never zeros. Source: GDB manual, "Packets" (`m`, `x`).
 
 use super::target::errno;
 use crate::addr::{PhysAddr, VirtAddr};

@@ -2,7 +2,7 @@
 //!
 //! [`Front`] holds one client's session: packets in, bytes out. It answers itself what gdbstub lacks or gets
 //! wrong for a target that cannot run, and asks gdbstub for the rest. Knows no socket and no async runtime;
-//! it is the only layer that names gdbstub. Source: GDB manual, appendix E "Remote Serial Protocol".
+//! it is the only layer that names gdbstub. Source: GDB manual, "Remote Serial Protocol".
 
 mod description;
 mod engine;

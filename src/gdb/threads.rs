@@ -2,7 +2,7 @@
 //!
 //! Knows names and descriptions, not registers. A task's `comm` comes from the dump and is shown on a
 //! terminal: nothing but printable text leaves this file.
-//! Source: GDB manual, E.2 "Packets" (thread-id), E.11 "Thread List Format".
+//! Source: GDB manual, "Packets" (thread-id), "Thread List Format".
 
 use crate::kernel::{Cpu, CpuId, Machine};
 use std::fmt::Write;

@@ -1,6 +1,6 @@
 //! From a reply's body to what goes on the wire.
 //!
-//! Source: GDB manual, E.1 "Overview" (framing, escapes).
+//! Source: GDB manual, "Overview" (framing, escapes).
 
 use super::{checksum, hex};
 

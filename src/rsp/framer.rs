@@ -1,6 +1,6 @@
 //! Packets out of a stream of bytes, however it is cut and whatever is in it.
 //!
-//! Source: GDB manual, E.1 "Overview", E.10 "Interrupts", E.12 "Packet Acknowledgment".
+//! Source: GDB manual, "Overview", "Interrupts", "Packet Acknowledgment".
 
 use super::{checksum, hex};
 

@@ -1,6 +1,6 @@
 //! Hexadecimal as the protocol writes it: two lower-case digits a byte, numbers big-endian without prefix.
 //!
-//! Source: GDB manual, E.1 "Overview".
+//! Source: GDB manual, "Overview".
 
 /// Both digits of every byte: memory is sent through this table, so it must be fast.
 const DIGITS: [[u8; 2]; 256] = {

@@ -1,7 +1,7 @@
 //! The GDB remote protocol as bytes: packets out of a stream, checksums, escapes, hex.
 //!
 //! Knows no packet's meaning, no socket and no machine. Every input is untrusted: nothing here can panic or
-//! grow without bound. Source: GDB manual, appendix E.1 "Overview" and E.2 "Packets".
+//! grow without bound. Source: GDB manual, "Overview" and "Packets".
 
 mod encode;
 mod framer;

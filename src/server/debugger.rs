@@ -1,6 +1,6 @@
 //! `kstub gdb`: a server for one gdb, which gets the terminal.
 //!
-//! Source: GDB manual, 2.1.1 "Choosing Files" (`-iex`), 20.1 "Types of Remote Connections".
+//! Source: GDB manual, "Choosing Files" (`-iex`), "Types of Remote Connections".
 
 use super::listen::{Listen, Listener};
 use crate::gdb::index;

@@ -134,6 +134,9 @@ impl Drop for SocketFile {
 /// directory and then linked to `path`, which fails if something is there.
 fn bind_unix(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     let shown = path.display();
+    // `sun_path` holds 108 bytes with the final NUL. The link could be longer, but nobody could connect to it.
+    let length = path.as_os_str().len();
+    ensure!(length < 108, "{shown}: the path of a socket has at most 107 bytes, and this one has {length}");
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let private = tempfile::Builder::new()
         .prefix(".kstub-")
@@ -222,6 +225,9 @@ mod tests {
         assert!(path.exists());
         let error = Listener::bind(&listen).await.err().unwrap().to_string();
         assert!(error.contains("no socket"), "{error}");
+        let long = dir.path().join("x".repeat(108));
+        let error = Listener::bind(&Listen::Unix(long)).await.err().unwrap().to_string();
+        assert!(error.contains("at most 107 bytes"), "{error}");
     }
 
     #[tokio::test]

@@ -16,11 +16,15 @@ pub const OWN: u64 = 0x0000_7fff_0000_0000;
 /// Much memory, for reads of the largest size.
 pub const BULK: u64 = 0xffff_8880_1000_0000;
 pub const BULK_PAGES: u64 = 64;
+/// Reading here is a defect of the backend: it panics.
+#[allow(dead_code)]
+pub const DEFECT: u64 = 0xffff_8880_2000_0000;
 
 const TEXT_PHYS: u64 = 0x20_0000;
 const DATA_PHYS: u64 = 0x10_0000;
 const OWN_PHYS: u64 = 0x30_0000;
 const BULK_PHYS: u64 = 0x40_0000;
+const DEFECT_PHYS: u64 = 0x60_0000;
 
 /// The byte of the data pages at `offset` from their start; every value occurs, `}#$*` among them.
 pub fn pattern(offset: u64) -> u8 {
@@ -31,6 +35,7 @@ struct Ram(MemoryImage);
 
 impl PhysicalMemory for Ram {
     fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        assert!(at.page_start() != PhysAddr(DEFECT_PHYS), "a defect, as the test wants it");
         self.0.read_phys(at, buf)
     }
     fn ranges(&self) -> Vec<PhysRange> {
@@ -107,6 +112,7 @@ pub fn fake_machine() -> Arc<Machine> {
             tables.map(root, BULK + page * PAGE_SIZE, BULK_PHYS + page * PAGE_SIZE);
         }
         tables.map(root, TEXT, TEXT_PHYS);
+        tables.map(root, DEFECT, DEFECT_PHYS);
         let own = OWN_PHYS + u64::from(id) * PAGE_SIZE;
         tables.map(root, OWN, own);
         tables.ram.write(PhysAddr(own), format!("memory of CPU {id}\0").as_bytes());
