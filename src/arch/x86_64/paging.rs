@@ -109,6 +109,12 @@ pub enum TranslateError {
         /// Where and why.
         source: MemoryError,
     },
+    /// A read ran past the last address.
+    #[error("a read from {at} runs past the end of the address space")]
+    EndOfAddressSpace {
+        /// Where the read began.
+        at: VirtAddr,
+    },
     /// Nobody knows the page tables this address belongs to.
     #[error("{at}: {why}")]
     NoTables {
@@ -126,6 +132,7 @@ impl TranslateError {
             Self::NonCanonical { .. } => "non-canonical",
             Self::NotPresent { .. } => "not-mapped",
             Self::TableUnreadable { .. } => "table-unreadable",
+            Self::EndOfAddressSpace { .. } => "end-of-address-space",
             Self::NoTables { .. } => "no-page-tables",
         }
     }
@@ -205,15 +212,14 @@ impl AddressSpace {
             visit(step);
             let is_leaf = level == Level::Pte
                 || (entry & PAGE_SIZE_BIT != 0 && matches!(level, Level::Pmd | Level::Pud));
-            let target = match leaf_or_table(mem, entry, is_leaf) {
-                Some(entry) => entry & address_mask,
-                None => return Err(TranslateError::NotPresent { at, step, levels }),
+            let page_mask = if is_leaf { !((1u64 << level.shift()) - 1) } else { !0xfff };
+            let Some(target) = target(mem, entry, address_mask & page_mask, is_leaf) else {
+                return Err(TranslateError::NotPresent { at, step, levels });
             };
             if is_leaf {
                 let page_size = 1u64 << level.shift();
-                // Bit 12 of a huge page's entry is its PAT bit, not address.
                 let offset = at.0 & (page_size - 1);
-                let phys = PhysAddr((target & !(page_size - 1)) | offset);
+                let phys = PhysAddr(target | offset);
                 return Ok(Translation { phys, left_in_page: page_size - offset, page_size, leaf: step });
             }
             table = PhysAddr(target);
@@ -227,7 +233,7 @@ impl AddressSpace {
         let mut filled = 0;
         while filled < buf.len() {
             let Some(here) = at.checked_add(filled as u64) else {
-                let error = TranslateError::NonCanonical { at: VirtAddr(0), levels: self.levels };
+                let error = TranslateError::EndOfAddressSpace { at };
                 return VirtOutcome { filled, stopped: Some(error.into()) };
             };
             let translation = match self.translate(mem, here) {
@@ -253,10 +259,11 @@ pub fn is_canonical(at: VirtAddr, levels: u8) -> bool {
     (((at.0 << unused) as i64) >> unused) as u64 == at.0
 }
 
-/// The entry as if it were present, or `None` if it leads nowhere.
-fn leaf_or_table(mem: &dyn PhysicalMemory, entry: u64, is_leaf: bool) -> Option<u64> {
+/// The address in an entry, or `None` if it leads nowhere. `mask` has the entry's address bits: without the
+/// encryption bit, and for a huge page without the PAT bit, which is its bit 12.
+fn target(mem: &dyn PhysicalMemory, entry: u64, mask: u64, is_leaf: bool) -> Option<u64> {
     if entry & PRESENT != 0 {
-        return Some(entry);
+        return Some(entry & mask);
     }
     if !is_leaf || entry & PROTNONE == 0 {
         return None;
@@ -264,11 +271,10 @@ fn leaf_or_table(mem: &dyn PhysicalMemory, entry: u64, is_leaf: bool) -> Option<
     // Since Linux commit 6b28baca9b1f ("x86/speculation/l1tf: Protect PROT_NONE PTEs against
     // speculation") (in v4.19) the address bits of such an entry are inverted. An inverted address lies
     // beyond all RAM, which is the point of it, so memory itself tells which of the two it is.
-    let in_ram = |entry: u64| {
-        let at = PhysAddr(entry & ADDRESS_MASK);
-        mem.ranges().iter().any(|range| range.contains(at))
-    };
-    [entry ^ ADDRESS_MASK, entry].into_iter().find(|&entry| in_ram(entry))
+    let ranges = mem.ranges();
+    [!entry & mask, entry & mask]
+        .into_iter()
+        .find(|&at| ranges.iter().any(|range| range.contains(PhysAddr(at))))
 }
 
 impl fmt::Display for Step {
