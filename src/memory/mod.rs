@@ -33,11 +33,6 @@ pub enum Unreadable {
         /// What is wrong with it, as half a sentence.
         what: String,
     },
-    /// The file holds the page in a way that kstub cannot decode.
-    Unsupported {
-        /// What that is, as half a sentence.
-        what: &'static str,
-    },
     /// The operating system failed the read.
     Io {
         /// File offset of the failed read.
@@ -56,7 +51,6 @@ impl Unreadable {
             Self::NotRam => "not-ram",
             Self::Truncated { .. } => "truncated",
             Self::Corrupt { .. } => "corrupt",
-            Self::Unsupported { .. } => "unsupported",
             Self::Io { .. } => "io-error",
         }
     }
@@ -75,7 +69,6 @@ impl fmt::Display for Unreadable {
             Self::NotRam => write!(f, "not RAM as far as the dump knows"),
             Self::Truncated { offset } => write!(f, "the file ends before offset {offset:#x} (truncated)"),
             Self::Corrupt { offset, what } => write!(f, "corrupt at file offset {offset:#x}: {what}"),
-            Self::Unsupported { what } => write!(f, "{what}"),
             Self::Io { offset, message } => {
                 write!(f, "reading the file at offset {offset:#x} failed: {message}")
             }

@@ -126,11 +126,6 @@ impl Kdump {
                  truncated; copy or take the dump again"
             ));
         }
-        for codec in self.sampled.keys() {
-            if let Some(why) = codec.unsupported() {
-                self.problems.push(format!("pages are {why}"));
-            }
-        }
     }
 
     pub fn pages(&self) -> &Pages {

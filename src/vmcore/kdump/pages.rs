@@ -4,7 +4,7 @@
 //! the file, read with one pread. Source: makedumpfile `diskdump_mod.h`, `struct page_desc`.
 
 use super::bitmap::{Bitmaps, CHUNK, CHUNK_PAGES, clear_from, rank_if_set};
-use super::codec::{Codec, CodecError, Decoder};
+use super::codec::{Codec, Decoder};
 use super::header::flags;
 use crate::addr::PhysAddr;
 use crate::bytes::{u32_at, u64_at};
@@ -290,17 +290,13 @@ impl Pages {
         data: &[u8],
         page: &mut [u8],
     ) -> Result<(), Unreadable> {
-        let decoded = match Codec::from_flags(descriptor.flags) {
-            Ok(codec) => decoder.decode(codec, data, page),
-            Err(what) => Err(CodecError::Damaged(what)),
-        };
+        let decoded = Codec::from_flags(descriptor.flags).and_then(|codec| decoder.decode(codec, data, page));
         match decoded {
             Ok(()) => {
                 self.learn_zero_page(descriptor, page);
                 Ok(())
             }
-            Err(CodecError::Unsupported(what)) => Err(Unreadable::Unsupported { what }),
-            Err(CodecError::Damaged(what)) => Err(Unreadable::Corrupt {
+            Err(what) => Err(Unreadable::Corrupt {
                 offset: self.source.file.origin(descriptor.offset),
                 what: format!("page data of pfn {pfn:#x}: {what}"),
             }),

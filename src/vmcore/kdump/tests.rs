@@ -178,15 +178,6 @@ fn every_read_equals_a_byte_by_byte_model() {
 }
 
 #[test]
-fn a_codec_without_decoder_is_named_and_not_called_damage() {
-    let kdump = open(Builder::new(&[Lzo, Raw]).build()).unwrap();
-    assert!(kdump.complete);
-    assert!(kdump.problems[0].contains("lzo"), "{:?}", kdump.problems);
-    assert!(matches!(why(&kdump, 0), Unreadable::Unsupported { what } if what.contains("lzo")));
-    assert_eq!(read(&kdump, 4096, 4096).1, contents(1));
-}
-
-#[test]
 fn damaged_descriptors_name_page_and_offset() {
     let file = Builder::new(&[Raw, Zlib, Zlib, Raw]).build();
     let descriptor = |pfn: usize| 4 * BLOCK + 24 * pfn;
