@@ -1,6 +1,6 @@
 //! The command line: what can be typed, its help, and the exit codes. Runs nothing.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -37,7 +37,7 @@ Examples:
   kstub gdb vmcore                        start gdb on a dump, with symbols
   kstub gdb vmcore -- -batch -ex bt       the panicking CPU's backtrace, and exit
   kstub info vmcore                       what the dump is and which kernel is in it
-  kstub serve vmcore                      then, in gdb: target remote 127.0.0.1:1234
+  kstub serve vmcore                      then: gdb -ex 'target remote 127.0.0.1:1234'
 
 Exit codes:
   0  success (kstub gdb: gdb's own exit code)
@@ -69,7 +69,8 @@ pub enum Command {
     /// Serve a dump to gdb clients, any number at once
     #[command(
         after_help = "Examples:\n  kstub serve vmcore\n  kstub serve vmcore --listen unix:/tmp/kstub.sock\n  \
-                            gdb vmlinux -ex 'target remote | kstub serve vmcore --listen -'"
+                            kstub serve vmcore --listen 0.0.0.0:1234 --allow-remote --files serve\n  \
+                            gdb -ex 'target remote | kstub serve vmcore --listen -'"
     )]
     Serve {
         #[command(flatten)]
@@ -80,6 +81,9 @@ pub enum Command {
         /// Allow an address that other machines can reach (there is no authentication)
         #[arg(long)]
         allow_remote: bool,
+        /// How gdb gets at the vmlinux without being given one
+        #[arg(long, value_name = "HOW", value_enum, default_value_t = ServeFiles::Local)]
+        files: ServeFiles,
     },
     /// Print what a dump is, which kernel is in it, and what is missing
     #[command(after_help = "Examples:\n  kstub info vmcore\n  kstub info vmcore --json | jq .kernel.release")]
@@ -90,6 +94,17 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// How a gdb that was given no file gets at the vmlinux.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ServeFiles {
+    /// By its path, for a gdb on this machine
+    Local,
+    /// Through the connection, for a gdb on another machine: symbols at once, debug info if gdb has none by build-id
+    Serve,
+    /// Not at all
+    None,
 }
 
 /// The dump and what belongs to it.

@@ -3,8 +3,8 @@
 use anyhow::Context;
 use clap::Parser;
 use kstub::backend::Dump;
-use kstub::cli::{Cli, Command, Target, exit};
-use kstub::gdb::index;
+use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
+use kstub::gdb::{Files, index};
 use kstub::kernel::{Machine, OpenError, Options};
 use kstub::{command, debuginfo, server, vmcore};
 use std::io::{IsTerminal, Write};
@@ -40,11 +40,19 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             fill_gdb_index(&machine, &gdb);
             server::gdb(machine, &server::Debugger { program: gdb, vmlinux, args })
         }
-        Command::Serve { target, listen, allow_remote } => {
+        Command::Serve { target, listen, allow_remote, files } => {
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
             let machine = Arc::new(open(&target)?);
             report_problems(&machine);
-            server::serve(machine, listen, |address| eprintln!("kstub: in gdb: target remote {address}"))?;
+            let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
+            let files = match files {
+                ServeFiles::Local => Files::local(vmlinux),
+                ServeFiles::Serve => Files::serve(vmlinux)?,
+                ServeFiles::None => Files::none(),
+            };
+            server::serve(machine, files, listen, |address| {
+                eprintln!("kstub: in gdb: target remote {address}")
+            })?;
             Ok(0)
         }
         Command::Info { target, json } => {

@@ -5,9 +5,11 @@
 mod btf;
 mod dwarf;
 pub mod find;
+mod strip;
 mod symbols;
 mod vmlinux;
 
+pub use strip::Contents;
 pub use symbols::{Symbol, SymbolTable};
 pub use vmlinux::DebugInfo;
 

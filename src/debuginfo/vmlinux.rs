@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-type Elf<'a> = ElfFile64<'a, Endianness, &'a ReadCache<File>>;
+pub(super) type Elf<'a> = ElfFile64<'a, Endianness, &'a ReadCache<File>>;
 
 /// Debug info of the kernel image.
 pub struct DebugInfo {
@@ -127,6 +127,19 @@ impl DebugInfo {
         self.build_id.as_deref()
     }
 
+    pub(super) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
+    pub(super) fn read_cache(&self) -> Result<ReadCache<File>, Error> {
+        let io = |source| Error::Io { path: self.path.display().to_string(), source };
+        Ok(ReadCache::new(self.file.try_clone().map_err(io)?))
+    }
+
+    pub(super) fn parse<'a>(&self, cache: &'a ReadCache<File>) -> Result<Elf<'a>, Error> {
+        parse(&self.path, cache)
+    }
+
     /// Link-time address of the first loaded segment: what gdb's `TextSeg` relocates.
     pub fn first_load(&self) -> Option<u64> {
         self.first_load
@@ -223,9 +236,8 @@ impl DebugInfo {
         if !self.sections.contains_key(name) {
             return Ok(None);
         }
-        let io = |source| Error::Io { path: self.path.display().to_string(), source };
-        let cache = ReadCache::new(self.file.try_clone().map_err(io)?);
-        let elf = parse(&self.path, &cache)?;
+        let cache = self.read_cache()?;
+        let elf = self.parse(&cache)?;
         let data = elf.section_by_name(name).map(|section| section.uncompressed_data()).transpose();
         let data = data.map_err(|e| malformed(&self.path, format!("section {name}: {e}")))?;
         Ok(data.map(std::borrow::Cow::into_owned))
@@ -245,7 +257,7 @@ fn parse<'a>(path: &Path, cache: &'a ReadCache<File>) -> Result<Elf<'a>, Error> 
     Elf::parse(cache).map_err(|e| malformed(path, format!("{e}")))
 }
 
-fn malformed(path: &Path, what: impl Into<String>) -> Error {
+pub(super) fn malformed(path: &Path, what: impl Into<String>) -> Error {
     Error::Malformed { path: path.display().to_string(), what: what.into() }
 }
 

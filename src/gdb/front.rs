@@ -6,6 +6,7 @@
 //! Acknowledgment"; QEMU `gdbstub/gdbstub.c` for `qqemu.*`.
 
 use super::engine::Engine;
+use super::files::{Files, OpenFiles};
 use super::memory::{self, Space};
 use super::target::{Target, errno};
 use super::threads::{self, Choice};
@@ -17,7 +18,7 @@ use std::sync::Arc;
 pub const MAX_REQUEST: usize = 0x10000;
 
 /// The most bytes one reply carries, so that even fully escaped or in hex it stays within `PacketSize`.
-const MAX_PAYLOAD: usize = MAX_REQUEST / 2 - 8;
+pub(super) const MAX_PAYLOAD: usize = MAX_REQUEST / 2 - 8;
 
 const CANNOT_RUN: &str = "This is a crash dump: it cannot run or step.\n";
 const CANNOT_WRITE: &[u8] = b"E.this is a crash dump, its registers cannot be changed";
@@ -51,6 +52,7 @@ pub struct Front {
     /// The last packet sent, for a client that asks for it again.
     last_packet: Vec<u8>,
     physical: bool,
+    files: OpenFiles,
 }
 
 /// The packets to send for one request: rarely more than one.
@@ -80,8 +82,13 @@ fn error(errno: u8) -> Vec<u8> {
 }
 
 impl Front {
-    /// A session on `machine`.
+    /// A session on `machine` that is told of no files.
     pub fn new(machine: Arc<Machine>) -> Self {
+        Self::with_files(machine, Files::none())
+    }
+
+    /// A session on `machine` and the kernel's `files`.
+    pub fn with_files(machine: Arc<Machine>, files: Files) -> Self {
         let target = Target { machine: Arc::clone(&machine), selected: machine.first_cpu(), console: None };
         Self {
             machine,
@@ -91,6 +98,7 @@ impl Front {
             acknowledge: true,
             last_packet: Vec::new(),
             physical: false,
+            files: OpenFiles::new(files),
         }
     }
 
@@ -163,7 +171,10 @@ impl Front {
             _ if is_goodbye(body) => b"OK"[..].into(),
             _ if body.starts_with(b"qRcmd,") => self.monitor(body),
             _ if body.starts_with(b"qXfer:threads:read:") => self.thread_list(body).into(),
-            _ => self.qemu(body).unwrap_or_else(|| self.ask(body)).into(),
+            _ => {
+                let ours = self.files.answer(body).or_else(|| self.qemu(body));
+                ours.unwrap_or_else(|| self.ask(body)).into()
+            }
         }
     }
 
@@ -193,6 +204,7 @@ impl Front {
             gdb: features.contains(&&b"QThreadEvents+"[..]),
         };
         let mut reply = format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+").into_bytes();
+        reply.extend_from_slice(self.files.files.features().as_bytes());
         if client.gdb {
             reply.extend_from_slice(b";binary-upload+");
         }
@@ -294,18 +306,8 @@ impl Front {
 
     /// `qXfer:threads:read::OFFSET,LENGTH`
     fn thread_list(&self, request: &[u8]) -> Vec<u8> {
-        let window = request.rsplit(|&b| b == b':').next().unwrap_or_default();
-        let mut numbers = window.splitn(2, |&b| b == b',').map(rsp::parse_u64);
-        let (Some(Some(offset)), Some(Some(length))) = (numbers.next(), numbers.next()) else {
-            return error(errno::EINVAL);
-        };
         let xml = threads::list(&self.machine, self.client.multiprocess);
-        let clamp = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        let rest = xml.as_bytes().get(clamp(offset)..).unwrap_or_default();
-        let part = &rest[..clamp(length).min(MAX_PAYLOAD).min(rest.len())];
-        let mut body = if part.len() == rest.len() { b"l".to_vec() } else { b"m".to_vec() };
-        rsp::escape(part, &mut body);
-        body
+        window(xml.as_bytes(), request)
     }
 
     /// QEMU's own packets, by which tools made for QEMU know it and read physical memory.
@@ -326,4 +328,19 @@ impl Front {
 /// `k`, `vKill;…`, `D`, `D;…`: the client leaves. The dump stays, and so do other clients.
 fn is_goodbye(body: &[u8]) -> bool {
     matches!(body, b"k" | b"vKill" | b"D") || body.starts_with(b"vKill;") || body.starts_with(b"D;")
+}
+
+/// The part of `object` that a `qXfer` `request` wants, which ends in `:OFFSET,LENGTH`.
+pub(super) fn window(object: &[u8], request: &[u8]) -> Vec<u8> {
+    let window = request.rsplit(|&b| b == b':').next().unwrap_or_default();
+    let mut numbers = window.splitn(2, |&b| b == b',').map(rsp::parse_u64);
+    let (Some(Some(offset)), Some(Some(length))) = (numbers.next(), numbers.next()) else {
+        return error(errno::EINVAL);
+    };
+    let clamp = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+    let rest = object.get(clamp(offset)..).unwrap_or_default();
+    let part = &rest[..clamp(length).min(MAX_PAYLOAD).min(rest.len())];
+    let mut body = if part.len() == rest.len() { b"l".to_vec() } else { b"m".to_vec() };
+    rsp::escape(part, &mut body);
+    body
 }

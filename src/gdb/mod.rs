@@ -6,6 +6,7 @@
 
 mod description;
 mod engine;
+mod files;
 mod front;
 pub mod index;
 mod memory;
@@ -13,4 +14,5 @@ mod registers;
 mod target;
 mod threads;
 
+pub use files::Files;
 pub use front::{Flow, Front, MAX_REQUEST};

@@ -3,7 +3,7 @@
 //! Source: GDB manual, "Choosing Files" (`-iex`), "Types of Remote Connections".
 
 use super::listen::{Listen, Listener};
-use crate::gdb::index;
+use crate::gdb::{Files, index};
 use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
@@ -43,13 +43,15 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         tempfile::Builder::new().prefix("kstub-").tempdir().context("cannot make a private directory")?;
     let socket = private.path().join("gdb");
     let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
+    // gdb has the file on its command line; this only keeps it from asking for one where there is none.
+    let files = Files::local(machine.kernel().and_then(|kernel| kernel.debug_info()));
     let mut child = command(debugger, &socket).spawn().map_err(|error| cannot_start(debugger, error))?;
     tokio::select! {
         status = child.wait() => status.context("cannot wait for gdb"),
         // gdb then finds the connection closed; the directory is removed.
         _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
         _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
-        never = super::accept(&listener, &machine) => match never {},
+        never = super::accept(&listener, &machine, &files) => match never {},
     }
 }
 

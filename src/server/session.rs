@@ -4,7 +4,7 @@
 //! blocks this loop and no other. (Measured: handing requests and replies between threads or async tasks
 //! doubles or triples the time of a small request, of which gdb makes thousands.)
 
-use crate::gdb::{Flow, Front, MAX_REQUEST};
+use crate::gdb::{Files, Flow, Front, MAX_REQUEST};
 use crate::kernel::Machine;
 use crate::rsp::Framer;
 use std::io::{self, ErrorKind, Read, Write};
@@ -20,12 +20,12 @@ pub(super) enum Client {
 }
 
 /// Serves one client in the background until either side ends it.
-pub(super) fn start(machine: Arc<Machine>, client: Client) {
+pub(super) fn start(machine: Arc<Machine>, files: Files, client: Client) {
     let work = move || {
         // A defect met by one client must not take the others' sessions along.
         let session = AssertUnwindSafe(|| match client {
-            Client::Tcp(stream) => converse(machine, &stream, &stream),
-            Client::Unix(stream) => converse(machine, &stream, &stream),
+            Client::Tcp(stream) => converse(machine, files, &stream, &stream),
+            Client::Unix(stream) => converse(machine, files, &stream, &stream),
         });
         match std::panic::catch_unwind(session) {
             Ok(Ok(())) => {}
@@ -39,8 +39,8 @@ pub(super) fn start(machine: Arc<Machine>, client: Client) {
 }
 
 /// The only session, on standard input and output, until it ends or the input does.
-pub(super) fn over_stdio(machine: Arc<Machine>) -> anyhow::Result<()> {
-    match converse(machine, std::io::stdin().lock(), std::io::stdout().lock()) {
+pub(super) fn over_stdio(machine: Arc<Machine>, files: Files) -> anyhow::Result<()> {
+    match converse(machine, files, std::io::stdin().lock(), std::io::stdout().lock()) {
         // The client ended the session by going away, which is no failure of ours.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         outcome => Ok(outcome?),
@@ -48,8 +48,13 @@ pub(super) fn over_stdio(machine: Arc<Machine>) -> anyhow::Result<()> {
 }
 
 /// Answers everything that comes, until the client says goodbye or its input ends.
-fn converse(machine: Arc<Machine>, mut input: impl Read, mut output: impl Write) -> io::Result<()> {
-    let mut front = Front::new(machine);
+fn converse(
+    machine: Arc<Machine>,
+    files: Files,
+    mut input: impl Read,
+    mut output: impl Write,
+) -> io::Result<()> {
+    let mut front = Front::with_files(machine, files);
     let mut framer = Framer::new(MAX_REQUEST);
     let mut chunk = vec![0; MAX_REQUEST];
     loop {

@@ -1,0 +1,198 @@
+//! The kernel's file, as gdb gets to know of it: its name, and its bytes for a gdb on another machine.
+//!
+//! gdb asks for the program's name (`qXfer:exec-file`) and then for its bytes (`vFile:…`); where those are not
+//! served it opens the name on its own machine. No path of a client's is ever opened: what it names is compared with
+//! what kstub itself has named, and the files behind those are open already.
+//! Source: GDB manual, "General Query Packets", "Host I/O Packets", "Protocol-specific Representation of
+//! Datatypes"; gdb `remote.c` (`remote_filesystem_is_local`), `gdb/build-id.c` (names of debug files).
+
+use super::front::{MAX_PAYLOAD, window};
+use crate::debuginfo::{Contents, DebugInfo, Error};
+use crate::rsp;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+/// Files one client can have open; gdb keeps two.
+const MAX_OPEN: usize = 16;
+
+/// errno values of the File-I/O protocol.
+mod errno {
+    pub const ENOENT: u8 = 2;
+    pub const EIO: u8 = 5;
+    pub const EBADF: u8 = 9;
+    pub const EINVAL: u8 = 22;
+    pub const ENFILE: u8 = 23;
+    pub const EROFS: u8 = 30;
+}
+
+/// What clients are told of the kernel's file. Cheap to clone: every session has one.
+#[derive(Clone, Default)]
+pub struct Files(Option<Arc<Offer>>);
+
+struct Offer {
+    /// The program's absolute path; empty where there is no file.
+    program: Vec<u8>,
+    served: Option<Served>,
+}
+
+struct Served {
+    /// The vmlinux without debug info.
+    stripped: Arc<Contents>,
+    /// The end of the debug file's path, and the file.
+    debug: Option<(String, Arc<Contents>)>,
+}
+
+impl Files {
+    /// Nothing is told.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// The path of the vmlinux, for a gdb that can open it there.
+    pub fn local(vmlinux: Option<&DebugInfo>) -> Self {
+        Self(Some(Arc::new(Offer { program: program(vmlinux), served: None })))
+    }
+
+    /// The vmlinux without debug info, and with it if gdb finds none of its own by the build-id.
+    pub fn serve(vmlinux: Option<&DebugInfo>) -> Result<Self, Error> {
+        let Some(info) = vmlinux else { return Ok(Self::local(None)) };
+        let link = info.build_id().and_then(|id| id.split_at_checked(2));
+        let debug = match link {
+            Some((dir, rest)) if info.has_dwarf() => {
+                Some((format!("/.build-id/{dir}/{rest}.debug"), Arc::new(info.whole()?)))
+            }
+            _ => None,
+        };
+        let served = Served { stripped: Arc::new(info.stripped()?), debug };
+        Ok(Self(Some(Arc::new(Offer { program: program(vmlinux), served: Some(served) }))))
+    }
+
+    /// What `qSupported` is to say of it.
+    pub(super) fn features(&self) -> &'static str {
+        if self.0.is_some() { ";qXfer:exec-file:read+" } else { "" }
+    }
+}
+
+fn program(vmlinux: Option<&DebugInfo>) -> Vec<u8> {
+    let path =
+        vmlinux.map(|info| std::path::absolute(info.path()).unwrap_or_else(|_| info.path().to_owned()));
+    path.map(|path| path.as_os_str().as_bytes().to_vec()).unwrap_or_default()
+}
+
+/// One client's open files.
+pub(super) struct OpenFiles {
+    pub(super) files: Files,
+    open: [Option<Arc<Contents>>; MAX_OPEN],
+}
+
+impl OpenFiles {
+    pub(super) fn new(files: Files) -> Self {
+        Self { files, open: [const { None }; MAX_OPEN] }
+    }
+
+    /// The answer to a packet about files; `None` if it is not one, or if nothing is served.
+    pub(super) fn answer(&mut self, body: &[u8]) -> Option<Vec<u8>> {
+        let offer = Arc::clone(self.files.0.as_ref()?);
+        if let Some(request) = body.strip_prefix(b"qXfer:exec-file:read:") {
+            // In front of the window stands a process, of which there is one.
+            return Some(window(&offer.program, request));
+        }
+        let served = offer.served.as_ref()?;
+        let request = body.strip_prefix(b"vFile:")?;
+        let colon = request.iter().position(|&b| b == b':')?;
+        let arguments: Vec<&[u8]> = request[colon + 1..].split(|&b| b == b',').collect();
+        let answer = match (&request[..colon], &arguments[..]) {
+            // There is one file system.
+            (b"setfs", _) => Ok(b"F0".to_vec()),
+            (b"open", [name, flags, _mode]) => self.open(&offer.program, served, name, flags),
+            (b"close", [handle]) => self.close(handle),
+            (b"pread", [handle, count, offset]) => self.pread(handle, count, offset),
+            (b"fstat", [handle]) => self.get(handle).map(|contents| stat(contents)),
+            (b"stat" | b"lstat", [name]) => find(&offer.program, served, name).map(|found| stat(&found)),
+            // gdb follows links by itself, and there are none.
+            (b"readlink", _) => Err(errno::EINVAL),
+            (b"pwrite" | b"unlink", _) => Err(errno::EROFS),
+            (b"open" | b"close" | b"pread" | b"fstat" | b"stat" | b"lstat", _) => Err(errno::EINVAL),
+            _ => return None,
+        };
+        Some(answer.unwrap_or_else(|errno| format!("F-1,{errno:x}").into_bytes()))
+    }
+
+    fn open(&mut self, program: &[u8], served: &Served, name: &[u8], flags: &[u8]) -> Result<Vec<u8>, u8> {
+        const O_RDONLY: u64 = 0;
+        if rsp::parse_u64(flags) != Some(O_RDONLY) {
+            return Err(errno::EROFS);
+        }
+        let found = find(program, served, name)?;
+        let free = self.open.iter().position(Option::is_none).ok_or(errno::ENFILE)?;
+        self.open[free] = Some(found);
+        Ok(format!("F{free:x}").into_bytes())
+    }
+
+    fn close(&mut self, handle: &[u8]) -> Result<Vec<u8>, u8> {
+        self.get(handle)?;
+        let slot = number(handle).and_then(|handle| self.open.get_mut(handle)).ok_or(errno::EBADF)?;
+        *slot = None;
+        Ok(b"F0".to_vec())
+    }
+
+    fn pread(&self, handle: &[u8], count: &[u8], offset: &[u8]) -> Result<Vec<u8>, u8> {
+        let contents = self.get(handle)?;
+        let offset = rsp::parse_u64(offset).ok_or(errno::EINVAL)?;
+        let mut buf = vec![0; number(count).ok_or(errno::EINVAL)?.min(MAX_PAYLOAD)];
+        let n = contents.read(offset, &mut buf).map_err(|error| {
+            tracing::warn!("the vmlinux cannot be read any more: {error}");
+            errno::EIO
+        })?;
+        let mut body = format!("F{n:x};").into_bytes();
+        rsp::escape(&buf[..n], &mut body);
+        Ok(body)
+    }
+
+    fn get(&self, handle: &[u8]) -> Result<&Arc<Contents>, u8> {
+        number(handle).and_then(|handle| self.open.get(handle)?.as_ref()).ok_or(errno::EBADF)
+    }
+}
+
+fn number(text: &[u8]) -> Option<usize> {
+    rsp::parse_u64(text).and_then(|n| usize::try_from(n).ok())
+}
+
+/// The file called `name` (in hex): the program, or its debug file below any directory for such files, since that
+/// directory is set in gdb.
+fn find(program: &[u8], served: &Served, name: &[u8]) -> Result<Arc<Contents>, u8> {
+    let name = rsp::decode(name).ok_or(errno::EINVAL)?;
+    if name == program {
+        return Ok(Arc::clone(&served.stripped));
+    }
+    match &served.debug {
+        Some((end, contents)) if name.starts_with(b"/") && name.ends_with(end.as_bytes()) => {
+            Ok(Arc::clone(contents))
+        }
+        _ => Err(errno::ENOENT),
+    }
+}
+
+/// `struct stat` of the File-I/O protocol, big-endian.
+fn stat(contents: &Contents) -> Vec<u8> {
+    const REGULAR_AND_READABLE: u32 = 0o100_444;
+    const BLOCK: u64 = 512;
+    let len = contents.len();
+    let time = u32::try_from(contents.mtime()).unwrap_or_default();
+    let mut stat = Vec::with_capacity(64);
+    // st_dev, st_ino, st_mode, st_nlink, st_uid, st_gid, st_rdev
+    for word in [0, 0, REGULAR_AND_READABLE, 1, 0, 0, 0] {
+        stat.extend_from_slice(&word.to_be_bytes());
+    }
+    // st_size, st_blksize, st_blocks
+    for long in [len, 4096, len.div_ceil(BLOCK)] {
+        stat.extend_from_slice(&long.to_be_bytes());
+    }
+    // st_atime, st_mtime, st_ctime
+    for _ in 0..3 {
+        stat.extend_from_slice(&time.to_be_bytes());
+    }
+    let mut body = format!("F{:x};", stat.len()).into_bytes();
+    rsp::escape(&stat, &mut body);
+    body
+}
