@@ -85,10 +85,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 fn open(target: &Target) -> anyhow::Result<Machine> {
-    let dump = Dump::open(&target.dump)?;
-    // A dump reached through a link has its vmlinux beside the link or beside the file.
+    let dump = Dump::open_arguments(&target.dump)?;
     let beside =
-        target.dump.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+        dump.path().parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     let options = Options { vmlinux: target.vmlinux.clone(), beside: beside.map(Path::to_owned) };
     let bar = scan_bar();
     let machine = Machine::open(Arc::new(dump), &options, &|done, total| {
