@@ -12,6 +12,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let default = ["warn", "kstub=info", "kstub=trace"][usize::from(cli.verbose.min(2))];

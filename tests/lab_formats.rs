@@ -124,10 +124,7 @@ fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Option<Found> {
     let found = compare(&opened, truth, 0, u64::MAX).unwrap_or_else(|e| panic!("{what}: {e}"));
     check_outside(&what, &opened, truth);
     let total: u64 = truth.pieces.iter().map(|p| p.len).sum();
-    let mut kinds = found.kinds();
-    if matches!(dump.compression.as_deref(), Some("lzo" | "snappy")) {
-        kinds.retain(|kind| *kind != "unsupported");
-    }
+    let kinds = found.kinds();
     let filtered = dump.filter_level.unwrap_or(0) != 0;
     eprintln!("{what}: {} MiB equal, holes {:?}", found.equal >> 20, found.kinds());
     match (dump.complete, filtered, dump.format.as_str()) {
@@ -163,7 +160,7 @@ fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Option<Found> {
         (_, true, _) => assert_eq!(kinds, ["zero-or-excluded"], "{what}"),
     }
     assert!(found.equal > total / 100, "{what}: only {} bytes could be compared", found.equal);
-    if dump.complete && dump.split.is_empty() && found.frames("unsupported") == 0 {
+    if dump.complete && dump.split.is_empty() {
         assert_eq!(opened.problems(), Vec::<String>::new(), "{what}");
     }
     let info = opened.vmcoreinfo_note();

@@ -7,7 +7,8 @@ use super::{Backend, Fact, SavedCpu};
 use crate::addr::{PhysAddr, PhysRange};
 use crate::memory::{PhysicalMemory, ReadOutcome};
 use crate::vmcore::{Error, Vmcore};
-use std::path::Path;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 /// An opened dump.
 pub struct Dump {
@@ -22,6 +23,16 @@ impl Dump {
         Ok(Self::new(Vmcore::open(path)?))
     }
 
+    /// Opens what the user named: one dump, all parts of a split one, or raw images as `FILE@PHYSADDR`.
+    pub fn open_arguments(arguments: &[OsString]) -> Result<Self, Error> {
+        Ok(Self::new(Vmcore::open_arguments(arguments)?))
+    }
+
+    /// Opens all parts of a split dump, in any order.
+    pub fn open_parts(paths: &[PathBuf]) -> Result<Self, Error> {
+        Ok(Self::new(Vmcore::open_parts(paths)?))
+    }
+
     /// A machine of an opened dump file.
     pub fn new(vmcore: Vmcore) -> Self {
         let (cpus, cpu_problems) = saved_cpus(vmcore.notes());
@@ -30,7 +41,7 @@ impl Dump {
         Self { vmcore, cpus, problems }
     }
 
-    /// The file.
+    /// The file, or the one that was named first.
     pub fn path(&self) -> &Path {
         self.vmcore.path()
     }

@@ -26,17 +26,19 @@ pub enum Unreadable {
         /// File offset that could not be reached.
         offset: u64,
     },
+    /// The dump is split, and the part that has these page frames was not given.
+    MissingPart {
+        /// The first page frame that no part has.
+        start_pfn: u64,
+        /// One past the last.
+        end_pfn: u64,
+    },
     /// What the file holds for this page makes no sense.
     Corrupt {
         /// File offset of the damaged structure.
         offset: u64,
         /// What is wrong with it, as half a sentence.
         what: String,
-    },
-    /// The file holds the page in a way that kstub cannot decode.
-    Unsupported {
-        /// What that is, as half a sentence.
-        what: &'static str,
     },
     /// The operating system failed the read.
     Io {
@@ -55,8 +57,8 @@ impl Unreadable {
             Self::ZeroOrExcluded => "zero-or-excluded",
             Self::NotRam => "not-ram",
             Self::Truncated { .. } => "truncated",
+            Self::MissingPart { .. } => "missing-part",
             Self::Corrupt { .. } => "corrupt",
-            Self::Unsupported { .. } => "unsupported",
             Self::Io { .. } => "io-error",
         }
     }
@@ -74,8 +76,13 @@ impl fmt::Display for Unreadable {
             }
             Self::NotRam => write!(f, "not RAM as far as the dump knows"),
             Self::Truncated { offset } => write!(f, "the file ends before offset {offset:#x} (truncated)"),
+            Self::MissingPart { start_pfn, end_pfn } => {
+                write!(
+                    f,
+                    "in a part of the split dump that was not given (pages {start_pfn:#x} to {end_pfn:#x})"
+                )
+            }
             Self::Corrupt { offset, what } => write!(f, "corrupt at file offset {offset:#x}: {what}"),
-            Self::Unsupported { what } => write!(f, "{what}"),
             Self::Io { offset, message } => {
                 write!(f, "reading the file at offset {offset:#x} failed: {message}")
             }

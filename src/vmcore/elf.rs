@@ -9,11 +9,10 @@ use super::error::Error;
 use super::file::Source;
 use super::notes::Notes;
 use super::plausible_phys_base;
-use super::segments::{Backing, SegmentMap};
-use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange, join_ranges};
-use crate::bytes::{u16_at, u32_at, u64_at};
-use crate::memory::{PageCache, ReadOutcome, Unreadable};
-use std::sync::Arc;
+use super::segments::Backing;
+use super::stored::StoredMemory;
+use crate::addr::{PhysAddr, PhysRange, join_ranges};
+use crate::bytes::{ByteSize, u16_at, u32_at, u64_at};
 
 const HEADER_SIZE: usize = 64;
 const PHDR_SIZE: u64 = 56;
@@ -32,22 +31,23 @@ const MAX_SEGMENTS: u64 = 1 << 20;
 const MAX_HINTS: usize = 16;
 /// The notes of 8192 CPUs fit many times.
 const MAX_NOTES: u64 = 64 << 20;
+/// What a segment of notes counts for at least: there is one for each CPU in the kernel's own cores.
+const NOTES_READ_COST: u64 = 1 << 10;
 
 /// An ELF core file.
 pub(super) struct ElfCore {
     source: Source,
-    map: SegmentMap,
-    cache: PageCache,
+    pub memory: StoredMemory,
     pub ranges: Vec<PhysRange>,
     pub notes: Notes,
+    notes_read: u64,
+    notes_cut: bool,
     pub phys_base_hints: Vec<u64>,
     pub problems: Vec<String>,
     /// Whether all that was to be written is there.
     pub complete: bool,
     /// Program headers of type PT_LOAD with memory in them.
     pub segments: usize,
-    /// Bytes of RAM that the file really holds.
-    pub bytes_held: u64,
 }
 
 /// One program header.
@@ -84,15 +84,15 @@ impl ElfCore {
         source.read_exact(0, &mut header, "the ELF header")?;
 
         let mut core = Self {
-            map: SegmentMap::default(),
-            cache: PageCache::new(cache_bytes, PAGE_SIZE),
+            memory: StoredMemory::default(),
             ranges: Vec::new(),
             notes: Notes::default(),
+            notes_read: 0,
+            notes_cut: false,
             phys_base_hints: Vec::new(),
             problems: Vec::new(),
             complete: true,
             segments: 0,
-            bytes_held: 0,
             source,
         };
         let mut needed = 0;
@@ -104,23 +104,27 @@ impl ElfCore {
                 cure: "open that with gdb; kstub reads dumps of a whole machine",
             });
         }
-        core.add_loads(&loads)?;
+        let listed = core.add_loads(&loads, cache_bytes)?;
         let size = core.source.file.size();
         if needed > size {
             core.complete = false;
             core.problems.push(format!(
-                "the file ends at offset {size:#x}, {} bytes before the end of the memory that its \
-                 headers list: it was cut, and pages beyond read as truncated; copy or take the dump again",
-                needed - size
+                "the file ends at offset {size:#x}, {} before the end that its headers tell: it was cut, \
+                 {} of {} of memory are there, and pages beyond read as truncated; copy or take the dump \
+                 again",
+                ByteSize(needed - size),
+                ByteSize(core.memory.bytes_held()),
+                ByteSize(listed),
             ));
         }
         if u32_at(&header, 48).is_some_and(|flags| flags & DUMP_ELF_INCOMPLETE != 0) {
             core.complete = false;
-            core.problems.push(
-                "makedumpfile marked the dump as incomplete: it ran out of space while writing; dump again \
-                 with more space or a higher dump level"
-                    .into(),
-            );
+            core.problems.push(format!(
+                "makedumpfile marked the dump as incomplete: it ran out of space while writing, and {} of {} \
+                 of memory are there; dump again with more space or a higher dump level",
+                ByteSize(core.memory.bytes_held()),
+                ByteSize(core.ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add)),
+            ));
         }
         Ok(core)
     }
@@ -183,9 +187,16 @@ impl ElfCore {
     }
 
     fn read_notes(&mut self, phdr: &Phdr) {
-        let (bytes, stopped) = self.source.read_up_to(phdr.offset, phdr.filesz, MAX_NOTES);
+        // All together: a million headers could name the same notes.
+        let left = MAX_NOTES.saturating_sub(self.notes_read);
+        if left == 0 {
+            return;
+        }
+        let (bytes, stopped) = self.source.read_up_to(phdr.offset, phdr.filesz, left);
+        self.notes_read += (bytes.len() as u64).max(NOTES_READ_COST);
         self.notes.add(&bytes, phdr.offset);
-        if stopped.is_some() {
+        // One is enough said.
+        if stopped.is_some() && !std::mem::replace(&mut self.notes_cut, true) {
             self.problems.push(format!(
                 "the file ends inside its ELF notes at offset {:#x}: registers or VMCOREINFO may be \
                  missing; copy or take the dump again",
@@ -194,11 +205,13 @@ impl ElfCore {
         }
     }
 
-    fn add_loads(&mut self, loads: &[Phdr]) -> Result<(), Error> {
+    /// Puts the memory together; how many bytes of it the headers say the file has.
+    fn add_loads(&mut self, loads: &[Phdr], cache_bytes: u64) -> Result<u64, Error> {
         let size = self.source.file.size();
-        let mut backings = Vec::new();
-        let mut ranges = Vec::new();
-        for (index, phdr) in loads.iter().enumerate() {
+        let mut backings = Vec::with_capacity(loads.len());
+        let mut ranges = Vec::with_capacity(loads.len());
+        let mut beyond = None;
+        for phdr in loads {
             // u64::MAX: the kernel knows no physical address (vmalloc and text in /proc/kcore).
             if phdr.memsz == 0 || phdr.paddr == u64::MAX {
                 continue;
@@ -208,11 +221,7 @@ impl ElfCore {
                 continue;
             }
             let Some(range) = PhysRange::new(PhysAddr(phdr.paddr), phdr.memsz) else {
-                self.problems.push(format!(
-                    "segment {index} runs past the end of the address space (p_paddr {:#x}, p_memsz \
-                     {:#x}): it is left out; copy or take the dump again",
-                    phdr.paddr, phdr.memsz
-                ));
+                beyond = beyond.or(Some(phdr));
                 continue;
             };
             self.segments += 1;
@@ -220,18 +229,27 @@ impl ElfCore {
             let filesz = phdr.filesz.min(phdr.memsz);
             let held = size.saturating_sub(phdr.offset).min(filesz);
             let at = |n| PhysAddr(phdr.paddr.saturating_add(n));
-            backings.push((at(0), at(held), Backing::File { offset: phdr.offset }));
-            backings.push((at(held), at(filesz), Backing::CutOff));
-            backings.push((at(filesz), range.end, Backing::Absent));
+            let claims = [
+                (at(0), at(held), Backing::File { file: 0, offset: phdr.offset }),
+                (at(held), at(filesz), Backing::CutOff { file: 0 }),
+                (at(filesz), range.end, Backing::Absent),
+            ];
+            backings.extend(claims.into_iter().filter(|(from, to, _)| from < to));
             self.add_phys_base_hint(phdr);
+        }
+        if let Some(phdr) = beyond {
+            self.problems.push(format!(
+                "a segment runs past the end of the address space (p_paddr {:#x}, p_memsz {:#x}) and is left \
+                 out; copy or take the dump again",
+                phdr.paddr, phdr.memsz
+            ));
         }
         if ranges.is_empty() {
             return Err(self.source.invalid(32, "no program header lists memory"));
         }
         self.ranges = join_ranges(ranges);
-        self.map = SegmentMap::new(backings);
-        self.bytes_held = self.map.bytes_in_file();
-        Ok(())
+        self.memory = StoredMemory::new(vec![self.source.clone()], backings, cache_bytes);
+        Ok(self.memory.bytes_held().saturating_add(self.memory.bytes_cut()))
     }
 
     /// A segment of the kernel image tells how far it was moved.
@@ -244,66 +262,6 @@ impl ElfCore {
         {
             self.phys_base_hints.push(hint);
         }
-    }
-
-    /// As [`crate::memory::PhysicalMemory::read_phys`].
-    pub fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        match self.read_from_cached_page(at, buf) {
-            Some(outcome) => outcome,
-            None => self.read_file(at, buf),
-        }
-    }
-
-    /// Walks of page tables and lists come back to the same pages: ten times faster than a pread for each
-    /// word. `None` if `buf` is not a part of one whole page.
-    fn read_from_cached_page(&self, at: PhysAddr, buf: &mut [u8]) -> Option<ReadOutcome> {
-        let from = usize::try_from(at.page_offset()).ok()?;
-        let to = from.checked_add(buf.len())?;
-        if to > PAGE_SIZE as usize || buf.len() == PAGE_SIZE as usize {
-            return None;
-        }
-        let pfn = at.pfn().0;
-        let page = match self.cache.get(pfn) {
-            Some(page) => page,
-            None => {
-                let mut page: Arc<[u8]> = std::iter::repeat_n(0, PAGE_SIZE as usize).collect();
-                let read = self.read_file(at.page_start(), Arc::get_mut(&mut page)?);
-                if read.stopped.is_some() {
-                    return None;
-                }
-                self.cache.insert(pfn, Arc::clone(&page));
-                page
-            }
-        };
-        buf.copy_from_slice(page.get(from..to)?);
-        Some(ReadOutcome::complete(buf.len()))
-    }
-
-    fn read_file(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        let mut filled = 0;
-        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            let Some(here) = at.checked_add(filled as u64) else {
-                return ReadOutcome::stopped(filled, PhysAddr(u64::MAX), Unreadable::NotRam);
-            };
-            let Some((backing, left)) = self.map.find(here) else {
-                return ReadOutcome::stopped(filled, here, Unreadable::NotRam);
-            };
-            let offset = match backing {
-                Backing::File { offset } => offset,
-                Backing::CutOff => {
-                    let offset = self.source.file.origin(self.source.file.size());
-                    return ReadOutcome::stopped(filled, here, Unreadable::Truncated { offset });
-                }
-                Backing::Absent => return ReadOutcome::stopped(filled, here, Unreadable::ZeroOrExcluded),
-            };
-            let n = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
-            let read = self.source.file.read_at(offset, &mut rest[..n]);
-            filled += read.filled.min(n);
-            if let Some(stop) = read.stopped {
-                return ReadOutcome::stopped(filled, at.wrapping_add(filled as u64), stop.into());
-            }
-        }
-        ReadOutcome::complete(filled)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Why a file could not be opened as a dump.
 
+use crate::addr::PhysAddr;
 use std::io;
 use std::path::PathBuf;
 
@@ -66,19 +67,79 @@ pub enum Error {
         /// The architecture.
         machine: String,
     },
-    /// It is one part of a dump that `makedumpfile --split` wrote.
+    /// It is one part of a dump that `makedumpfile --split` wrote, and other parts lie beside it.
     #[error(
-        "'{}' is one part of a split dump (pages {start_pfn:#x} to {end_pfn:#x}); all parts are needed: \
-         join them with 'makedumpfile --reassemble PART1 PART2 … DUMP'",
-        path.display()
+        "'{}' is only a part of a split dump, and other parts lie beside it; name all of its parts: {}",
+        path.display(), quoted(parts)
     )]
-    SplitPart {
-        /// The file.
+    MoreParts {
+        /// The file that was named.
         path: PathBuf,
+        /// All parts, in the order of their page frames.
+        parts: Vec<PathBuf>,
+    },
+    /// Two files are the same part of a split dump.
+    #[error(
+        "'{}' and '{}' are the same part of a split dump (pages {start_pfn:#x} to {end_pfn:#x}); name each \
+         part once",
+        path.display(), other.display()
+    )]
+    PartTwice {
+        /// One file.
+        path: PathBuf,
+        /// The other.
+        other: PathBuf,
         /// First page frame of the part.
         start_pfn: u64,
         /// One past its last page frame.
         end_pfn: u64,
+    },
+    /// Two files are not of the same split dump.
+    #[error(
+        "'{}' and '{}' are not parts of one dump: {what}; name the parts that one 'makedumpfile --split' wrote",
+        path.display(), other.display()
+    )]
+    OtherDump {
+        /// One file.
+        path: PathBuf,
+        /// The other.
+        other: PathBuf,
+        /// How they differ.
+        what: &'static str,
+    },
+    /// Several files were named, and this one is a dump of its own.
+    #[error(
+        "several files were named, but '{}' is no part of a split dump; name one dump, all parts of a split \
+         one, or raw images as FILE@PHYSADDR",
+        path.display()
+    )]
+    NotAPart {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Nothing was named.
+    #[error("no dump was named; name one dump, all parts of a split one, or raw images as FILE@PHYSADDR")]
+    Nothing,
+    /// A raw image's address cannot be used.
+    #[error("'{}': {what}; write FILE@PHYSADDR with a hexadecimal address, as in ram.bin@0x100000000", argument.display())]
+    RawAddress {
+        /// The argument.
+        argument: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// Two raw images claim the same memory.
+    #[error(
+        "'{}' and '{}' both hold physical address {at:#x}; give each image the address at which it starts",
+        path.display(), other.display()
+    )]
+    RawOverlap {
+        /// One file.
+        path: PathBuf,
+        /// The other.
+        other: PathBuf,
+        /// The first address that both have.
+        at: PhysAddr,
     },
     /// It ends inside a structure without which nothing can be read.
     #[error(
@@ -113,4 +174,9 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+}
+
+/// `'a' 'b'`, ready for a command line unless a name has quotes in it.
+fn quoted(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| format!("'{}'", path.display())).collect::<Vec<_>>().join(" ")
 }

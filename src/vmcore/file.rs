@@ -171,9 +171,13 @@ impl Source {
         let mut bytes = vec![0; usize::try_from(want).unwrap_or(0)];
         let read = self.file.read_at(offset, &mut bytes);
         bytes.truncate(read.filled);
-        let short =
-            (want < len.min(max)).then_some(Stop::Ended { offset: self.file.origin(self.file.size()) });
+        let short = (want < len.min(max)).then_some(Stop::Ended { offset: self.end() });
         (bytes, read.stopped.or(short))
+    }
+
+    /// Where the file ends, as the user sees it.
+    pub fn end(&self) -> u64 {
+        self.file.origin(self.file.size())
     }
 
     /// An error about the structure at `offset`.

@@ -4,15 +4,19 @@
 //! notes' registers. Files are hostile: every count is bounded by the file's length. Each format's module
 //! names its source.
 
+mod arguments;
 mod elf;
 mod error;
 mod file;
 mod flattened;
 mod kdump;
+mod lime;
 mod notes;
 mod probe;
 mod qemu_note;
+mod raw;
 mod segments;
+mod stored;
 #[cfg(test)]
 mod tests;
 
@@ -22,111 +26,139 @@ pub use flattened::{Cut, Flattened};
 pub use notes::{Note, NoteIter, Notes, PRSTATUS_SIZE};
 pub use qemu_note::{QemuCpu, QemuSegment};
 
-use crate::addr::{PhysAddr, PhysRange};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::bytes::ByteSize;
 use crate::memory::{PhysicalMemory, ReadOutcome};
 use elf::ElfCore;
-use file::Source;
 use kdump::Kdump;
-use probe::Format;
+use raw::RawMemory;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use stored::StoredMemory;
 
 /// Pages kept by default.
 pub const DEFAULT_CACHE_BYTES: u64 = 64 << 20;
 
-/// An opened dump file.
+/// An opened dump: one file, or several that make one.
 pub struct Vmcore {
     path: PathBuf,
     body: Body,
     ranges: Vec<PhysRange>,
     notes: Notes,
+    phys_base_hints: Vec<u64>,
     facts: Vec<(&'static str, String)>,
     problems: Vec<String>,
 }
 
 enum Body {
-    Elf(Box<ElfCore>),
+    Stored(Box<StoredMemory>),
     Kdump(Box<Kdump>),
+}
+
+impl Body {
+    fn kdump(&self) -> Option<&Kdump> {
+        match self {
+            Self::Kdump(kdump) => Some(kdump),
+            Self::Stored(_) => None,
+        }
+    }
+}
+
+/// What a format's reader found out.
+struct Contents {
+    body: Body,
+    ranges: Vec<PhysRange>,
+    notes: Notes,
+    phys_base_hints: Vec<u64>,
+    facts: Vec<(&'static str, String)>,
+    problems: Vec<String>,
+    /// Whether all that was to be written is there.
+    complete: bool,
+    /// Bytes of memory that are there.
+    held: u64,
+}
+
+impl From<ElfCore> for Contents {
+    fn from(elf: ElfCore) -> Self {
+        Self {
+            held: elf.memory.bytes_held(),
+            body: Body::Stored(Box::new(elf.memory)),
+            ranges: elf.ranges,
+            notes: elf.notes,
+            phys_base_hints: elf.phys_base_hints,
+            facts: vec![("segments", elf.segments.to_string())],
+            problems: elf.problems,
+            complete: elf.complete,
+        }
+    }
+}
+
+impl From<RawMemory> for Contents {
+    fn from(raw: RawMemory) -> Self {
+        Self {
+            held: raw.memory.bytes_held(),
+            body: Body::Stored(Box::new(raw.memory)),
+            ranges: raw.ranges,
+            notes: Notes::default(),
+            phys_base_hints: Vec::new(),
+            facts: vec![raw.fact],
+            problems: raw.problems,
+            complete: raw.complete,
+        }
+    }
+}
+
+impl From<Kdump> for Contents {
+    fn from(mut kdump: Kdump) -> Self {
+        Self {
+            ranges: kdump.ranges().to_vec(),
+            notes: std::mem::take(&mut kdump.notes),
+            phys_base_hints: kdump.phys_base_hint().into_iter().collect(),
+            facts: kdump.facts(),
+            problems: std::mem::take(&mut kdump.problems),
+            complete: kdump.complete,
+            held: kdump.held_pages().saturating_mul(PAGE_SIZE),
+            body: Body::Kdump(Box::new(kdump)),
+        }
+    }
 }
 
 impl Vmcore {
     /// Opens the dump at `path`.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Self::open_with_cache(path, DEFAULT_CACHE_BYTES)
+        Self::open_parts(&[path.to_path_buf()])
     }
 
-    /// Opens the dump at `path`, keeping up to `cache_bytes` of pages.
-    pub fn open_with_cache(path: &Path, cache_bytes: u64) -> Result<Self, Error> {
-        Self::from_file(path, Arc::new(DiskFile::open(path)?), cache_bytes)
-    }
-
-    /// Reads `file` as a dump; `path` is its name in errors.
+    /// Reads `file` as a dump, keeping up to `cache_bytes` of its pages; `path` is its name in errors.
     pub fn from_file(path: &Path, file: Arc<dyn ReadAt>, cache_bytes: u64) -> Result<Self, Error> {
-        let mut source = Source { path: path.to_path_buf(), file };
-        let mut problems = Vec::new();
-        let mut flattened = None;
-        if probe::is_flattened(&source) {
-            let stream = Arc::new(Flattened::open(&source)?);
-            if let Some(Cut { offset, why }) = stream.cut() {
-                problems.push(format!(
-                    "the flattened stream is incomplete: {why} (offset {offset:#x}), and what it did not \
-                     write reads as truncated; copy or take the dump again"
-                ));
-            }
-            source.file = Arc::clone(&stream) as Arc<dyn ReadAt>;
-            flattened = Some(stream);
-        }
-        let format = probe::format(&source)?;
-        let mut vmcore = Self {
-            path: source.path.clone(),
-            ranges: Vec::new(),
-            notes: Notes::default(),
-            facts: vec![("format", format.name().to_string())],
+        Self::of_files(vec![arguments::File::new(path, file)?], cache_bytes)
+    }
+
+    /// Puts together what `about` says of the files and what is in them.
+    fn new(about: About, mut contents: Contents) -> Self {
+        let mut facts = vec![("format", about.format.to_string())];
+        let flattened = about.records.map(|records| format!("yes ({records} records)"));
+        facts.push(("flattened", flattened.unwrap_or_else(|| "no".into())));
+        facts.append(&mut contents.facts);
+        let total = contents.ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
+        facts.push(("dumped", format!("{} of {}", ByteSize(contents.held), ByteSize(total))));
+        let complete = contents.complete && about.problems.is_empty();
+        facts.push(("complete", if complete { "yes" } else { "no" }.into()));
+        let mut problems = about.problems;
+        problems.append(&mut contents.problems);
+        problems.append(&mut contents.notes.problems);
+        Self {
+            path: about.path,
+            body: contents.body,
+            ranges: contents.ranges,
+            notes: contents.notes,
+            phys_base_hints: contents.phys_base_hints,
+            facts,
             problems,
-            body: match format {
-                Format::Elf => Body::Elf(Box::new(ElfCore::open(source, cache_bytes)?)),
-                Format::Kdump => Body::Kdump(Box::new(Kdump::open(source, cache_bytes)?)),
-            },
-        };
-        let flattened = match flattened {
-            Some(stream) => format!("yes ({} records)", stream.records()),
-            None => "no".into(),
-        };
-        vmcore.facts.push(("flattened", flattened));
-        let whole = vmcore.problems.is_empty();
-        let whole = vmcore.take_over() && whole;
-        vmcore.facts.push(("complete", if whole { "yes" } else { "no" }.into()));
-        Ok(vmcore)
+        }
     }
 
-    /// Collects what the format's reader found out; whether it found the file complete.
-    fn take_over(&mut self) -> bool {
-        let (held, complete) = match &mut self.body {
-            Body::Elf(elf) => {
-                self.ranges = std::mem::take(&mut elf.ranges);
-                self.notes = std::mem::take(&mut elf.notes);
-                self.problems.append(&mut elf.problems);
-                self.facts.push(("segments", elf.segments.to_string()));
-                (elf.bytes_held, elf.complete)
-            }
-            Body::Kdump(kdump) => {
-                self.ranges = kdump.ranges().to_vec();
-                self.notes = std::mem::take(&mut kdump.notes);
-                self.problems.append(&mut kdump.problems);
-                self.facts.extend(kdump.facts());
-                let (dumped, ram) = kdump.page_counts();
-                self.facts.push(("pages", format!("{dumped} dumped of {ram} in RAM")));
-                (dumped.saturating_mul(kdump.block_size()), kdump.complete)
-            }
-        };
-        let total = self.ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
-        self.facts.push(("dumped", format!("{} of {}", ByteSize(held), ByteSize(total))));
-        self.problems.append(&mut self.notes.problems);
-        complete
-    }
-
-    /// The file.
+    /// The file, or the one that was named first.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -143,10 +175,7 @@ impl Vmcore {
 
     /// Values of `phys_base` which the headers suggest; QEMU's are often wrong.
     pub fn phys_base_hints(&self) -> Vec<u64> {
-        match &self.body {
-            Body::Elf(elf) => elf.phys_base_hints.clone(),
-            Body::Kdump(kdump) => kdump.phys_base_hint().into_iter().collect(),
-        }
+        self.phys_base_hints.clone()
     }
 
     /// What the file is, as names and values for people.
@@ -160,6 +189,16 @@ impl Vmcore {
     }
 }
 
+/// What is known of the files before their format's reader sees them.
+struct About {
+    path: PathBuf,
+    format: &'static str,
+    /// Number of records, if flattened.
+    records: Option<u64>,
+    /// Why a flattened stream is incomplete.
+    problems: Vec<String>,
+}
+
 /// The kernel is loaded at a multiple of 2 MiB (`MIN_KERNEL_ALIGN`). QEMU takes the decimal `phys_base` of
 /// VMCOREINFO for hexadecimal, so its header often has another value.
 fn plausible_phys_base(hint: u64) -> bool {
@@ -169,7 +208,7 @@ fn plausible_phys_base(hint: u64) -> bool {
 impl PhysicalMemory for Vmcore {
     fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
         match &self.body {
-            Body::Elf(elf) => elf.read_phys(at, buf),
+            Body::Stored(memory) => memory.read_phys(at, buf),
             Body::Kdump(kdump) => kdump.pages().read_phys(at, buf),
         }
     }

@@ -12,6 +12,10 @@ const NT_AUXV: u32 = 6;
 const NT_FILE: u32 = 0x4649_4c45;
 /// `sizeof(struct elf_prstatus)` on x86-64 (`include/linux/elfcore.h`).
 pub const PRSTATUS_SIZE: usize = 336;
+/// Linux runs on at most 8192 CPUs (`NR_CPUS`); notes for more are damage.
+const MAX_CPUS: usize = 1 << 16;
+/// So many problems say enough of damaged notes.
+const MAX_PROBLEMS: usize = 16;
 
 /// One note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,15 +121,18 @@ impl Notes {
             };
             match (note.name, note.kind) {
                 (b"CORE", NT_PRSTATUS) if note.desc.len() >= PRSTATUS_SIZE => {
-                    self.prstatus.push(note.desc.to_vec());
+                    if self.prstatus.len() < MAX_CPUS {
+                        self.prstatus.push(note.desc.to_vec());
+                    }
                 }
+                (b"CORE", NT_PRSTATUS) if self.problems.len() >= MAX_PROBLEMS => {}
                 (b"CORE", NT_PRSTATUS) => self.problems.push(format!(
                     "an NT_PRSTATUS note has {} bytes instead of {PRSTATUS_SIZE} (not written by an \
                      x86-64 kernel?): the registers of that CPU are left out",
                     note.desc.len()
                 )),
                 (b"CORE", NT_AUXV | NT_FILE) => self.of_a_process = true,
-                (b"QEMU", 0) => self.qemu.push(note.desc.to_vec()),
+                (b"QEMU", 0) if self.qemu.len() < MAX_CPUS => self.qemu.push(note.desc.to_vec()),
                 // The first one is the kernel's; makedumpfile can add that of a hypervisor's under another
                 // name.
                 (b"VMCOREINFO", _) if self.vmcoreinfo.is_none() => {

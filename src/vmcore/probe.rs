@@ -5,13 +5,14 @@
 
 use super::error::Error;
 use super::file::Source;
-use super::{flattened, kdump};
+use super::{flattened, kdump, lime};
 
 /// A format that can be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Format {
     Elf,
     Kdump,
+    Lime,
 }
 
 impl Format {
@@ -19,12 +20,14 @@ impl Format {
         match self {
             Self::Elf => "elf",
             Self::Kdump => "kdump-compressed",
+            Self::Lime => "lime",
         }
     }
 }
 
 const DECOMPRESS: &str = "decompress it first";
 const DUMP_INSTEAD: &str = "give an ELF or kdump-compressed dump";
+const RAW: &str = "give a dump, or a raw image of memory as FILE@PHYSADDR";
 
 /// What people give by mistake: signature, its offset, what it is, the cure.
 const NOT_DUMPS: [(&[u8], usize, &str, &str); 11] = [
@@ -44,7 +47,7 @@ const NOT_DUMPS: [(&[u8], usize, &str, &str); 11] = [
 /// Dumps of kinds that are not read.
 const UNSUPPORTED: [(&[u8], &str, &str); 7] = [
     (b"DISKDUMP", "a dump of the diskdump format that came before kdump", DUMP_INSTEAD),
-    (b"EMiL", "a LiME memory image", DUMP_INSTEAD),
+    (b"AVML", "a compressed memory image of AVML", "convert it with 'avml-convert --format lime'"),
     (b"QEVM", "a saved QEMU guest", "take a dump with 'dump-guest-memory' or 'virsh dump --memory-only'"),
     (b"LibvirtQemudSave", "a saved libvirt guest", "take a dump with 'virsh dump --memory-only'"),
     (b"LibvirtQemudPart", "an unfinished saved libvirt guest", "take a dump with 'virsh dump --memory-only'"),
@@ -75,6 +78,9 @@ pub(super) fn format(source: &Source) -> Result<Format, Error> {
     if has(kdump::SIGNATURE, 0) {
         return Ok(Format::Kdump);
     }
+    if has(lime::SIGNATURE, 0) {
+        return Ok(Format::Lime);
+    }
     let path = || source.path.clone();
     for (signature, what, cure) in UNSUPPORTED {
         if has(signature, 0) {
@@ -92,13 +98,13 @@ pub(super) fn format(source: &Source) -> Result<Format, Error> {
         return Err(Error::Unsupported {
             path: path(),
             what: "a raw memory or disk image, or a dump whose start was never written".into(),
-            cure: DUMP_INSTEAD,
+            cure: RAW,
         });
     }
     Err(Error::NotADump {
         path: path(),
         looks_like: "a file of a format unknown to kstub (a raw memory image?)".into(),
-        cure: DUMP_INSTEAD,
+        cure: RAW,
     })
 }
 
@@ -121,7 +127,8 @@ mod tests {
         assert!(matches!(probe(b"DISKDUMP"), Err(Error::Unsupported { .. })));
         let text = probe(b"\x1f\x8b\x08").unwrap_err().to_string();
         assert_eq!(text, "'file' is not a kernel dump but a gzip-compressed file; decompress it first");
-        assert!(matches!(probe(b"EMiL"), Err(Error::Unsupported { .. })));
+        assert_eq!(probe(b"EMiL").unwrap(), Format::Lime);
+        assert!(matches!(probe(b"AVML"), Err(Error::Unsupported { .. })));
         assert!(matches!(probe(b""), Err(Error::Unsupported { .. })));
         assert!(matches!(probe(b"hello"), Err(Error::NotADump { .. })));
         let short = Source { path: "file".into(), file: Arc::new(b"KDU".to_vec()) };

@@ -1,4 +1,4 @@
-//! Which physical address has which backing, when several ELF segments claim the same one.
+//! Which physical address has which backing, when several segments claim the same one.
 //!
 //! The kernel lists its text twice in `/proc/vmcore` (`crash_prepare_elf64_headers`), QEMU with paging on
 //! lists every virtual mapping. A segment that really has bytes wins over one that was cut off, and that one
@@ -9,13 +9,18 @@ use crate::addr::PhysAddr;
 /// What stands behind a run of physical addresses; the order is the order of preference.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Backing {
-    /// Bytes of the file.
+    /// Bytes of a file.
     File {
+        /// Which of the dump's files.
+        file: u32,
         /// Offset of the first.
         offset: u64,
     },
-    /// Bytes that lie past the end of the file.
-    CutOff,
+    /// Bytes that lie past the end of a file.
+    CutOff {
+        /// Which of the dump's files.
+        file: u32,
+    },
     /// None: left out by the writer.
     Absent,
 }
@@ -38,7 +43,7 @@ impl SegmentMap {
     pub fn new(claims: Vec<(PhysAddr, PhysAddr, Backing)>) -> Self {
         let rank = |backing: &Backing| match backing {
             Backing::File { .. } => 0,
-            Backing::CutOff => 1,
+            Backing::CutOff { .. } => 1,
             Backing::Absent => 2,
         };
         let mut layers: [Vec<Piece>; 3] = Default::default();
@@ -65,10 +70,10 @@ impl SegmentMap {
         Some((piece.from(skip).backing, piece.end - at.0))
     }
 
-    /// How many bytes of memory the file has.
-    pub fn bytes_in_file(&self) -> u64 {
-        let held = self.pieces.iter().filter(|piece| matches!(piece.backing, Backing::File { .. }));
-        held.map(|piece| piece.end - piece.start).fold(0, u64::saturating_add)
+    /// How many bytes of memory have a backing of some kind.
+    pub fn bytes(&self, kind: impl Fn(&Backing) -> bool) -> u64 {
+        let pieces = self.pieces.iter().filter(|piece| kind(&piece.backing));
+        pieces.map(|piece| piece.end - piece.start).fold(0, u64::saturating_add)
     }
 }
 
@@ -76,7 +81,7 @@ impl Piece {
     /// Without its first `skip` bytes.
     fn from(self, skip: u64) -> Self {
         let backing = match self.backing {
-            Backing::File { offset } => Backing::File { offset: offset.saturating_add(skip) },
+            Backing::File { file, offset } => Backing::File { file, offset: offset.saturating_add(skip) },
             other => other,
         };
         Self { start: self.start.saturating_add(skip), end: self.end, backing }
@@ -130,9 +135,9 @@ mod tests {
                 let start = random(60);
                 let end = start + random(20);
                 let backing = match random(3) {
-                    0 => Backing::CutOff,
+                    0 => Backing::CutOff { file: 0 },
                     1 => Backing::Absent,
-                    _ => Backing::File { offset: 1000 * (i + 1) },
+                    _ => Backing::File { file: 0, offset: 1000 * (i + 1) },
                 };
                 claims.push((PhysAddr(start), PhysAddr(end), backing));
             }
@@ -143,19 +148,19 @@ mod tests {
                 let files: Vec<u64> = inside
                     .iter()
                     .filter_map(|(s, _, b)| match b {
-                        Backing::File { offset } => Some(offset + (at.0 - s.0)),
+                        Backing::File { offset, .. } => Some(offset + (at.0 - s.0)),
                         _ => None,
                     })
                     .collect();
                 match map.find(at) {
                     None => assert!(inside.is_empty()),
-                    Some((Backing::File { offset }, left)) => {
+                    Some((Backing::File { offset, .. }, left)) => {
                         assert!(files.contains(&offset) && left > 0);
                     }
                     Some((other, _)) => {
                         assert!(files.is_empty());
-                        let cut = inside.iter().any(|(_, _, b)| *b == Backing::CutOff);
-                        assert_eq!(other == Backing::CutOff, cut);
+                        let is_cut = |b: Backing| matches!(b, Backing::CutOff { .. });
+                        assert_eq!(is_cut(other), inside.iter().any(|(_, _, b)| is_cut(*b)));
                     }
                 }
             }

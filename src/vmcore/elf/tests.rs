@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::memory::{ReadOutcome, Unreadable};
+use std::sync::Arc;
 
 /// A PT_LOAD: offset, vaddr, paddr, filesz, memsz.
 type Load = (u64, u64, u64, u64, u64);
@@ -45,7 +47,7 @@ fn open(bytes: Vec<u8>) -> Result<ElfCore, Error> {
 
 fn read(core: &ElfCore, at: u64, len: usize) -> (ReadOutcome, Vec<u8>) {
     let mut buf = vec![0xaa; len];
-    (core.read_phys(PhysAddr(at), &mut buf), buf)
+    (core.memory.read_phys(PhysAddr(at), &mut buf), buf)
 }
 
 fn why(core: &ElfCore, at: u64) -> Option<&'static str> {
@@ -86,7 +88,7 @@ fn what_a_segment_lacks_has_a_reason() {
     }
     let ranges: Vec<_> = core.ranges.iter().map(|r| (r.start.0, r.end.0)).collect();
     assert_eq!(ranges, [(0x10_0000, 0x10_3000), (0x20_0000, 0x20_1000)]);
-    assert_eq!((core.segments, core.bytes_held, core.complete), (3, 0x1900, false));
+    assert_eq!((core.segments, core.memory.bytes_held(), core.complete), (3, 0x1900, false));
     assert_eq!(core.problems.len(), 2, "{:?}", core.problems);
 }
 

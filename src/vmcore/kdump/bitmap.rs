@@ -5,9 +5,10 @@
 //! Source: makedumpfile `IMPLEMENTATION`, "1st-bitmap" and "2nd-bitmap".
 
 use super::header::{BITMAP_BLOCKS, Header};
-use crate::addr::{PhysAddr, PhysRange};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
+use crate::memory::Unreadable;
 use crate::vmcore::error::Error;
-use crate::vmcore::file::Source;
+use crate::vmcore::file::{Source, Stop};
 
 /// Bytes of bitmap for each count.
 pub(super) const CHUNK: usize = 512;
@@ -19,12 +20,14 @@ const SCAN: usize = 1 << 20;
 
 /// Where the bitmaps lie, and what was counted in them.
 pub(super) struct Bitmaps {
+    source: Source,
     /// Page frames with a bit in each bitmap.
     pub pages: u64,
+    /// Page frames whose bits the file has: fewer if it was cut.
+    ram_known: u64,
+    dumped_known: u64,
     ram_offset: u64,
-    pub dumped_offset: u64,
-    /// Offset of the first page descriptor.
-    pub descriptors: u64,
+    dumped_offset: u64,
     /// Dumped pages before each chunk.
     dumped_before: Vec<u64>,
     pub ram_pages: u64,
@@ -37,41 +40,55 @@ impl Bitmaps {
     /// Locates and counts the bitmaps.
     pub fn read(source: &Source, header: &Header) -> Result<Self, Error> {
         let block = u64::from(header.block_size);
-        // Products of 32-bit fields cannot overflow 64 bits.
-        let start = (1 + u64::from(header.sub_header_blocks)) * block;
-        let total = u64::from(header.bitmap_blocks) * block;
-        let each = total / 2;
-        if u64::from(header.bitmap_blocks) < header.max_mapnr.div_ceil(8).div_ceil(block).saturating_mul(2) {
-            let (blocks, pages) = (header.bitmap_blocks, header.max_mapnr);
+        let pages = header.max_mapnr;
+        let needed = pages.div_ceil(8).div_ceil(block).saturating_mul(2);
+        let blocks = u64::from(header.bitmap_blocks);
+        let start = header.bitmaps_start();
+        let each = blocks * block / 2;
+        if blocks < needed {
             let what = format!("{blocks} blocks have no room for two bitmaps of {pages:#x} page frames");
             return Err(source.invalid(BITMAP_BLOCKS as u64, what));
         }
-        let end = start + total;
-        let have = source.file.size().min(start.saturating_add(source.file.stored()));
-        if end > have {
-            let offset = source.file.origin(have);
-            return Err(Error::Truncated { path: source.path.clone(), offset, what: "the page bitmaps" });
+        let size = source.file.size();
+        // Writers take no more than they need; so it is the field that is wrong, and not the file that is cut.
+        if blocks > needed && start + each > size {
+            let what = format!("{blocks} blocks for two bitmaps of {pages:#x} page frames");
+            return Err(source.invalid(BITMAP_BLOCKS as u64, what));
         }
         let mut bitmaps = Self {
-            pages: header.max_mapnr,
+            source: source.clone(),
+            pages,
+            ram_known: pages,
+            dumped_known: pages,
             ram_offset: start,
             dumped_offset: start + each,
-            descriptors: end,
             dumped_before: Vec::new(),
             ram_pages: 0,
             dumped_pages: 0,
             ranges: Vec::new(),
             problems: Vec::new(),
         };
-        bitmaps.count_dumped(source)?;
-        bitmaps.count_ram(source, block)?;
+        bitmaps.count_dumped()?;
+        bitmaps.count_ram(block)?;
+        if !bitmaps.whole() {
+            bitmaps.problems.push(format!(
+                "the file ends inside its page bitmaps: it was cut, none of its pages are there, and the memory \
+                 map is known up to {:#x} only; copy or take the dump again",
+                bitmaps.ram_known.saturating_mul(block)
+            ));
+        }
         Ok(bitmaps)
     }
 
-    fn count_dumped(&mut self, source: &Source) -> Result<(), Error> {
+    /// Whether the file has both bitmaps to their ends.
+    pub fn whole(&self) -> bool {
+        self.ram_known == self.pages && self.dumped_known == self.pages
+    }
+
+    fn count_dumped(&mut self) -> Result<(), Error> {
         let mut before = Vec::new();
         let mut count = 0u64;
-        scan(source, self.dumped_offset, self.pages, |_, bytes| {
+        self.dumped_known = scan(&self.source, self.dumped_offset, self.pages, |_, bytes| {
             for chunk in bytes.chunks(CHUNK) {
                 before.push(count);
                 count += ones(chunk);
@@ -81,17 +98,17 @@ impl Bitmaps {
         Ok(())
     }
 
-    fn count_ram(&mut self, source: &Source, block: u64) -> Result<(), Error> {
+    fn count_ram(&mut self, block: u64) -> Result<(), Error> {
         let mut ranges = Ranges { found: Vec::new(), open: None, merged: false };
         let mut count = 0u64;
-        scan(source, self.ram_offset, self.pages, |first, bytes| {
+        self.ram_known = scan(&self.source, self.ram_offset, self.pages, |first, bytes| {
             for (i, word) in bytes.chunks(8).enumerate() {
                 let word = word.iter().rev().fold(0u64, |bits, &byte| (bits << 8) | u64::from(byte));
                 count += u64::from(word.count_ones());
                 ranges.add(first + i as u64 * 64, word);
             }
         })?;
-        ranges.close(self.pages);
+        ranges.close(self.ram_known);
         if ranges.merged {
             self.problems.push(
                 "the bitmap of RAM is implausible (more than 65536 ranges): the memory map is \
@@ -105,6 +122,68 @@ impl Bitmaps {
         Ok(())
     }
 
+    /// How many page frames below `pfn` were dumped.
+    pub fn rank(&self, pfn: u64) -> Result<u64, Error> {
+        let pfn = pfn.min(self.dumped_known);
+        let Some(before) = self.dumped_before_chunk(pfn) else { return Ok(self.dumped_pages) };
+        let mut bytes = [0; CHUNK];
+        let first = pfn - pfn % CHUNK_PAGES;
+        let len = usize::try_from((pfn - first).div_ceil(8)).unwrap_or(CHUNK);
+        let part = bytes.get_mut(..len).unwrap_or_default();
+        self.source.read_exact(self.dumped_offset.saturating_add(first / 8), part, "the page bitmaps")?;
+        clear_from(part, pfn - first);
+        Ok(before + ones(part))
+    }
+
+    /// The chunk of the second bitmap with this number, without what the file does not have.
+    pub fn chunk(&self, number: u64) -> Result<[u8; CHUNK], Unreadable> {
+        let first = number.saturating_mul(CHUNK_PAGES);
+        let left = self.dumped_known.saturating_sub(first);
+        let mut chunk = [0; CHUNK];
+        let len = usize::try_from(left.div_ceil(8)).unwrap_or(CHUNK).min(CHUNK);
+        let at = self.dumped_offset.saturating_add(first / 8);
+        if let Some(stop) = self.source.file.read_at(at, &mut chunk[..len]).stopped {
+            return Err(stop.into());
+        }
+        clear_from(&mut chunk, left);
+        Ok(chunk)
+    }
+
+    /// The first bitmap tells what the second one left out from what never was.
+    pub fn why_not_dumped(&self, pfn: u64) -> Unreadable {
+        let at = pfn.checked_mul(PAGE_SIZE).map(PhysAddr).filter(|_| pfn < self.pages);
+        let Some(at) = at else { return Unreadable::NotRam };
+        let range = self.ranges.get(self.ranges.partition_point(|range| range.end <= at));
+        let is_ram = range.is_some_and(|range| range.contains(at));
+        if pfn >= self.ram_known || (is_ram && pfn >= self.dumped_known) {
+            Unreadable::Truncated { offset: self.source.end() }
+        } else if is_ram {
+            Unreadable::Excluded
+        } else {
+            Unreadable::NotRam
+        }
+    }
+
+    /// Whether the bitmaps that `header` tells of in `source` are the same, as far as both have them.
+    pub fn same_in(&self, source: &Source, header: &Header) -> Result<bool, Error> {
+        let shift =
+            |offset: u64| offset.saturating_sub(self.ram_offset).saturating_add(header.bitmaps_start());
+        for (at, known) in [(self.ram_offset, self.ram_known), (self.dumped_offset, self.dumped_known)] {
+            let mut same = true;
+            let mut mine = vec![0; SCAN];
+            scan(source, shift(at), known, |first, theirs| {
+                let mine = mine.get_mut(..theirs.len()).unwrap_or_default();
+                let read = self.source.file.read_at(at.saturating_add(first / 8), mine);
+                clear_from(mine, known.saturating_sub(first));
+                same &= read.stopped.is_none() && mine == theirs;
+            })?;
+            if !same {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Dumped pages before the chunk that holds `pfn`.
     pub fn dumped_before_chunk(&self, pfn: u64) -> Option<u64> {
         self.dumped_before.get(usize::try_from(pfn / CHUNK_PAGES).ok()?).copied()
@@ -112,20 +191,30 @@ impl Bitmaps {
 }
 
 /// Calls `see` with the page frame number of the first bit and the bytes, in pieces of whole chunks; bits
-/// from `pages` on are cleared.
-fn scan(source: &Source, offset: u64, pages: u64, mut see: impl FnMut(u64, &[u8])) -> Result<(), Error> {
+/// from `pages` on are cleared. How many bits there are: fewer than `pages` if the file ends before.
+fn scan(source: &Source, offset: u64, pages: u64, mut see: impl FnMut(u64, &[u8])) -> Result<u64, Error> {
     let mut buf = vec![0; SCAN];
     let mut first = 0;
     while first < pages {
         let bytes = (pages - first).div_ceil(8);
         let n = usize::try_from(bytes).unwrap_or(SCAN).min(SCAN);
         let Some(piece) = buf.get_mut(..n) else { break };
-        source.read_exact(offset.saturating_add(first / 8), piece, "the page bitmaps")?;
+        let read = source.file.read_at(offset.saturating_add(first / 8), piece);
+        let Some(piece) = piece.get_mut(..read.filled) else { break };
         clear_from(piece, pages - first);
-        see(first, piece);
-        first += n as u64 * 8;
+        if !piece.is_empty() {
+            see(first, piece);
+        }
+        first += read.filled as u64 * 8;
+        match read.stopped {
+            None => {}
+            Some(Stop::Ended { .. }) => return Ok(first.min(pages)),
+            Some(Stop::Io { offset, source: error }) => {
+                return Err(Error::Io { path: source.path.clone(), offset, source: error });
+            }
+        }
     }
-    Ok(())
+    Ok(pages)
 }
 
 /// Clears bit `bits` and all after it.
@@ -265,19 +354,59 @@ mod tests {
     }
 
     #[test]
-    fn bitmaps_longer_than_the_file_are_refused_before_they_are_read() {
-        let source = Source { path: "bits".into(), file: std::sync::Arc::new(vec![0; 16384]) };
+    fn bitmaps_longer_than_the_file_are_known_as_far_as_they_go() {
+        let mut file = vec![0; 8192 + 10];
+        file[8192..].fill(0x0f);
+        let source = Source { path: "bits".into(), file: std::sync::Arc::new(file) };
+        let header = |bitmap_blocks, max_mapnr| Header {
+            block_size: 4096,
+            sub_header_blocks: 1,
+            bitmap_blocks,
+            max_mapnr,
+            ..Header::default()
+        };
+        let bitmaps = Bitmaps::read(&source, &header(1 << 20, 1 << 34)).unwrap();
+        assert!(!bitmaps.whole() && bitmaps.problems[0].contains("bitmaps"));
+        assert_eq!((bitmaps.ram_pages, bitmaps.dumped_pages), (40, 0));
+        assert_eq!(bitmaps.why_not_dumped(4), Unreadable::NotRam);
+        for pfn in [3, 80, (1 << 34) - 1] {
+            assert_eq!(bitmaps.why_not_dumped(pfn), Unreadable::Truncated { offset: 8202 });
+        }
+        assert_eq!(bitmaps.why_not_dumped(1 << 34), Unreadable::NotRam);
+        for (bitmap_blocks, max_mapnr) in
+            [(u32::MAX, 1 << 44), (u32::MAX, u64::MAX), (2, 32769), (1, 1), (0, 1)]
+        {
+            let read = Bitmaps::read(&source, &header(bitmap_blocks, max_mapnr));
+            assert!(
+                matches!(read, Err(Error::Invalid { offset: 436, .. })),
+                "{bitmap_blocks:#x} {max_mapnr:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn bitmaps_are_compared_bit_by_bit() {
+        let (pages, each) = (5000u64, 4096);
+        let file = |seed| [vec![0; 8192], bits(each, seed), bits(each, seed + 1)].concat();
+        let source = |file: Vec<u8>| Source { path: "bits".into(), file: std::sync::Arc::new(file) };
         let header = Header {
             block_size: 4096,
             sub_header_blocks: 1,
-            bitmap_blocks: u32::MAX,
-            max_mapnr: 1 << 44,
+            bitmap_blocks: 2,
+            max_mapnr: pages,
             ..Header::default()
         };
-        assert!(matches!(Bitmaps::read(&source, &header), Err(Error::Truncated { .. })));
-        for (bitmap_blocks, max_mapnr) in [(u32::MAX, u64::MAX), (2, 32769), (1, 1), (0, 1)] {
-            let header = Header { bitmap_blocks, max_mapnr, ..header.clone() };
-            assert!(matches!(Bitmaps::read(&source, &header), Err(Error::Invalid { offset: 436, .. })));
+        let bitmaps = Bitmaps::read(&source(file(1)), &header).unwrap();
+        assert!(bitmaps.same_in(&source(file(1)), &header).unwrap());
+        for (at, same) in [(8192, false), (8192 + 624, false), (8192 + 625, true), (12288 + 624, false)] {
+            let mut other = file(1);
+            other[at] ^= 0x80;
+            assert_eq!(bitmaps.same_in(&source(other), &header).unwrap(), same, "{at}");
+        }
+        let mut count = 0;
+        for pfn in 0..=pages + 1 {
+            assert_eq!(bitmaps.rank(pfn).unwrap(), count, "{pfn}");
+            count += u64::from(pfn < pages && file(1)[12288 + pfn as usize / 8] >> (pfn % 8) & 1 == 1);
         }
     }
 }

@@ -16,15 +16,6 @@ pub(in crate::vmcore) enum Codec {
 const FLAGS: [(u32, Codec); 4] =
     [(0x1, Codec::Zlib), (0x2, Codec::Lzo), (0x4, Codec::Snappy), (0x20, Codec::Zstd)];
 
-/// Why a page could not be decoded.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum CodecError {
-    /// The bytes make no sense: half a sentence.
-    Damaged(String),
-    /// There is no decoder: half a sentence with the cure.
-    Unsupported(&'static str),
-}
-
 impl Codec {
     /// The codec that a descriptor's or the header's flags name.
     pub fn from_flags(flags: u32) -> Result<Self, String> {
@@ -52,19 +43,6 @@ impl Codec {
             Self::Zstd => "zstd",
         }
     }
-
-    /// Why pages of this codec cannot be read, if so, as half a sentence with the cure.
-    pub fn unsupported(self) -> Option<&'static str> {
-        match self {
-            Self::None | Self::Zlib | Self::Zstd => None,
-            Self::Lzo => {
-                Some("compressed with lzo, which is not supported; convert the dump with 'makedumpfile -c'")
-            }
-            Self::Snappy => Some(
-                "compressed with snappy, which is not supported; convert the dump with 'makedumpfile -c'",
-            ),
-        }
-    }
 }
 
 /// The state of the decoders, kept for reuse: one per thread.
@@ -72,17 +50,17 @@ pub(super) struct Decoder {
     zlib: libdeflater::Decompressor,
     /// Made when first needed: its tables are large.
     zstd: Option<zstd::bulk::Decompressor<'static>>,
+    snappy: snap::raw::Decoder,
 }
 
 impl Decoder {
     pub fn new() -> Self {
-        Self { zlib: libdeflater::Decompressor::new(), zstd: None }
+        Self { zlib: libdeflater::Decompressor::new(), zstd: None, snappy: snap::raw::Decoder::new() }
     }
 
-    /// Decodes `data` into the whole of `page`.
-    pub fn decode(&mut self, codec: Codec, data: &[u8], page: &mut [u8]) -> Result<(), CodecError> {
-        let damaged =
-            |why: &dyn std::fmt::Display| CodecError::Damaged(format!("{} says: {why}", codec.name()));
+    /// Decodes `data` into the whole of `page`; an error is half a sentence.
+    pub fn decode(&mut self, codec: Codec, data: &[u8], page: &mut [u8]) -> Result<(), String> {
+        let damaged = |why: &dyn std::fmt::Display| format!("{} says: {why}", codec.name());
         let len = match codec {
             Codec::None => {
                 let n = data.len().min(page.len());
@@ -97,16 +75,13 @@ impl Decoder {
                 };
                 zstd.decompress_to_buffer(data, page).map_err(|error| damaged(&error))?
             }
-            Codec::Lzo | Codec::Snappy => {
-                return Err(CodecError::Unsupported(codec.unsupported().unwrap_or("not supported")));
+            Codec::Lzo => {
+                lzokay::decompress::decompress(data, page).map_err(|error| damaged(&format!("{error:?}")))?
             }
+            Codec::Snappy => self.snappy.decompress(data, page).map_err(|error| damaged(&error))?,
         };
         if len != page.len() {
-            return Err(CodecError::Damaged(format!(
-                "{len} bytes of {} where a page has {}",
-                codec.name(),
-                page.len()
-            )));
+            return Err(format!("{len} bytes of {} where a page has {}", codec.name(), page.len()));
         }
         Ok(())
     }
@@ -133,23 +108,27 @@ mod tests {
         let n = compressor.zlib_compress(&page, &mut deflate).unwrap();
         deflate.truncate(n);
         let zstd = zstd::bulk::compress(&page, 1).unwrap();
+        let snappy = snap::raw::Encoder::new().compress_vec(&page).unwrap();
+        // 0x00 0x..: literals of the whole page, then the end mark.
+        let lzo = [&[0][..], &[0; 15], &[253], &page, &[0x11, 0, 0]].concat();
         let mut decoder = Decoder::new();
-        for (codec, data) in [(Codec::Zlib, &deflate), (Codec::Zstd, &zstd), (Codec::None, &page)] {
+        for (codec, data) in [
+            (Codec::Zlib, &deflate),
+            (Codec::Zstd, &zstd),
+            (Codec::Snappy, &snappy),
+            (Codec::Lzo, &lzo),
+            (Codec::None, &page),
+        ] {
             let mut out = vec![0; 4096];
             assert_eq!(decoder.decode(codec, data, &mut out), Ok(()), "{codec:?}");
             assert_eq!(out, page);
             for wrong in [4095, 4097] {
                 let mut out = vec![0; wrong];
-                assert!(
-                    matches!(decoder.decode(codec, data, &mut out), Err(CodecError::Damaged(_))),
-                    "{codec:?}"
-                );
+                assert!(decoder.decode(codec, data, &mut out).is_err(), "{codec:?}");
             }
             let mut out = vec![0; 4096];
             let cut = data.get(..data.len() - 5).unwrap();
-            assert!(matches!(decoder.decode(codec, cut, &mut out), Err(CodecError::Damaged(_))), "{codec:?}");
+            assert!(decoder.decode(codec, cut, &mut out).is_err(), "{codec:?}");
         }
-        let mut out = vec![0; 4096];
-        assert!(matches!(decoder.decode(Codec::Lzo, &page, &mut out), Err(CodecError::Unsupported(_))));
     }
 }

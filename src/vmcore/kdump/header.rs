@@ -8,6 +8,7 @@ use crate::addr::PAGE_SIZE;
 use crate::bytes::{cstr_at, u32_at, u64_at};
 use crate::vmcore::error::Error;
 use crate::vmcore::file::Source;
+use std::ops::Range;
 
 const MAIN_HEADER: usize = 464;
 const SUB_HEADER: usize = 104;
@@ -60,6 +61,10 @@ pub(super) struct Header {
     pub vmcoreinfo: Option<Extent>,
     pub notes: Option<Extent>,
     pub eraseinfo: Option<Extent>,
+    /// The page frames whose pages this file has, if it is a part of a split dump.
+    pub split: Option<Range<u64>>,
+    /// Version, names and time: the same in all parts of a split dump.
+    pub origin: Vec<u8>,
 }
 
 impl Header {
@@ -99,6 +104,7 @@ impl Header {
             sub_header_blocks: word(SUB_HEADER_BLOCKS),
             bitmap_blocks: word(BITMAP_BLOCKS),
             max_mapnr: word(MAX_MAPNR).into(),
+            origin: main.get(VERSION..STATUS).unwrap_or_default().to_vec(),
             ..Self::default()
         };
         header.read_sub_header(source)?;
@@ -125,8 +131,39 @@ impl Header {
             self.max_mapnr = long(96);
         }
         if split {
-            return Err(Error::SplitPart { path: source.path.clone(), start_pfn, end_pfn });
+            if start_pfn > end_pfn || end_pfn > self.max_mapnr {
+                let what = format!(
+                    "a part of a split dump with page frames {start_pfn:#x} to {end_pfn:#x} of {:#x}",
+                    self.max_mapnr
+                );
+                return Err(source.invalid(u64::from(self.block_size) + 12, what));
+            }
+            self.split = Some(start_pfn..end_pfn);
         }
         Ok(())
+    }
+
+    /// Offset behind both headers, where the bitmaps start.
+    pub fn bitmaps_start(&self) -> u64 {
+        // Products of 32-bit fields cannot overflow 64 bits.
+        (1 + u64::from(self.sub_header_blocks)) * u64::from(self.block_size)
+    }
+
+    /// Offset behind both bitmaps, where the descriptors start.
+    pub fn bitmaps_end(&self) -> u64 {
+        self.bitmaps_start() + u64::from(self.bitmap_blocks) * u64::from(self.block_size)
+    }
+
+    /// What shows that `other` was not written together with this one.
+    pub fn differs(&self, other: &Self) -> Option<&'static str> {
+        if self.origin != other.origin {
+            Some("their headers differ in machine or time")
+        } else if self.max_mapnr != other.max_mapnr || self.bitmap_blocks != other.bitmap_blocks {
+            Some("their headers differ in the size of memory")
+        } else if self.dump_level != other.dump_level || self.phys_base != other.phys_base {
+            Some("their headers differ in dump level or kernel address")
+        } else {
+            None
+        }
     }
 }

@@ -8,6 +8,8 @@ mod bitmap;
 mod codec;
 mod header;
 mod pages;
+mod part;
+mod split;
 #[cfg(test)]
 mod tests;
 
@@ -19,8 +21,11 @@ use crate::addr::PhysRange;
 use bitmap::Bitmaps;
 pub(super) use codec::Codec;
 use header::{Extent, Header};
-use pages::{DESCRIPTORS_PER_BLOCK, Pages};
+use pages::Pages;
+use part::{DESCRIPTORS_PER_BLOCK, Part};
+use split::Missing;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The first bytes of the format.
 pub(super) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
@@ -44,36 +49,46 @@ pub(super) struct Kdump {
     pub complete: bool,
     /// How many sampled pages each codec has.
     sampled: BTreeMap<Codec, u64>,
+    /// Parts of a split dump that are not there.
+    missing: Vec<Missing>,
+    /// About how many pages are there.
+    held: u64,
 }
 
 impl Kdump {
-    /// Reads the headers of `source`, which starts with [`SIGNATURE`]; decoded pages are kept in up to
-    /// `cache_bytes`.
-    pub fn open(source: Source, cache_bytes: u64) -> Result<Self, Error> {
-        let header = Header::read(&source)?;
-        let mut bitmaps = Bitmaps::read(&source, &header)?;
+    /// Reads the headers of `sources`, each of which starts with [`SIGNATURE`]: one file, or the parts of a
+    /// split dump in any order. Decoded pages are kept in up to `cache_bytes`.
+    pub fn open(sources: Vec<Source>, cache_bytes: u64) -> Result<Self, Error> {
+        let mut files = Vec::with_capacity(sources.len());
+        for source in sources {
+            let header = Header::read(&source)?;
+            files.push((source, header));
+        }
+        split::sort(&mut files)?;
+        let mut bitmaps = whole_bitmaps(&files)?;
         let mut problems = std::mem::take(&mut bitmaps.problems);
-        let mut notes = Notes::default();
-        if let Some(at) = header.notes {
-            let bytes = read_extent(&source, at, MAX_NOTES, "ELF notes", &mut problems);
-            notes.add(&bytes, at.offset);
-            problems.append(&mut notes.problems);
+        let (mut notes, notes_problems) = whole_notes(&files);
+        problems.extend(notes_problems);
+        problems.append(&mut notes.problems);
+        let parts = (0..)
+            .zip(&files)
+            .map(|(number, (source, header))| Part::new(source.clone(), header, &bitmaps, number));
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        let Some((_, header)) = files.into_iter().next() else { return Err(Error::Nothing) };
+        let missing = split::missing(&parts, &bitmaps);
+        let complete = bitmaps.whole() && missing.is_empty();
+        let pages = Pages::new(parts, bitmaps, cache_bytes);
+        let sampled = BTreeMap::new();
+        let mut kdump = Self { header, pages, notes, problems, complete, sampled, missing, held: 0 };
+        kdump.check_whole();
+        for number in 0..kdump.pages.parts.len() {
+            kdump.look_at_part(number);
         }
-        if let Some(at) = header.vmcoreinfo {
-            let bytes = read_extent(&source, at, MAX_VMCOREINFO, "VMCOREINFO", &mut problems);
-            let text = without_padding(&bytes);
-            if !text.is_empty() {
-                notes.vmcoreinfo = Some(text);
-            }
-        }
-        let pages = Pages::new(source, header.block_size, header.status, bitmaps, cache_bytes);
-        let mut kdump = Self { header, pages, notes, problems, complete: true, sampled: BTreeMap::new() };
-        kdump.look_at_pages();
         Ok(kdump)
     }
 
-    /// Samples descriptors for their codec, and checks whether the file has all of them and their pages.
-    fn look_at_pages(&mut self) {
+    /// What can be told without looking at pages.
+    fn check_whole(&mut self) {
         let header = &self.header;
         if header.version > header::NEWEST_VERSION {
             self.problems.push(format!(
@@ -83,35 +98,39 @@ impl Kdump {
                 header::NEWEST_VERSION
             ));
         }
-        if header.status & header::flags::INCOMPLETE != 0 {
-            self.complete = false;
-            self.problems.push(
-                "the header marks the dump as incomplete: makedumpfile ran out of space while writing, \
-                 and pages it could not write read as truncated; dump again with more space or a higher \
-                 dump level"
-                    .into(),
-            );
-        }
-        let dumped = self.pages.bitmaps.dumped_pages;
-        if dumped > self.pages.bitmaps.ram_pages {
+        let (dumped, ram) = self.page_counts();
+        if dumped > ram && self.pages.bitmaps.whole() {
             self.problems.push(format!(
-                "the bitmaps disagree: {dumped:#x} pages dumped of {:#x} pages of RAM; copy or take the \
-                 dump again",
-                self.pages.bitmaps.ram_pages
+                "the bitmaps disagree: {dumped:#x} pages dumped of {ram:#x} pages of RAM; copy or take the \
+                 dump again"
             ));
         }
-        let blocks = dumped.div_ceil(DESCRIPTORS_PER_BLOCK);
+        for Missing { pfns, pages } in &self.missing {
+            self.problems.push(format!(
+                "the part of the split dump with pages {:#x} to {:#x} is not there ({pages} of {dumped} dumped \
+                 pages): name its file too",
+                pfns.start, pfns.end
+            ));
+        }
+    }
+
+    /// Samples a part's descriptors for their codec, and checks whether the file has all of them and their
+    /// pages.
+    fn look_at_part(&mut self, number: usize) {
+        let Some(part) = self.pages.parts.get(number) else { return };
+        let index = &self.pages.index;
+        let blocks = part.pages.div_ceil(DESCRIPTORS_PER_BLOCK);
         let step = (blocks / SAMPLES).max(1);
         let mut cut = None;
         let samples = (0..blocks).step_by(usize::try_from(step).unwrap_or(usize::MAX));
         for block in samples.chain(blocks.checked_sub(1)) {
             let first = block * DESCRIPTORS_PER_BLOCK;
-            for rank in first..(first + DESCRIPTORS_PER_BLOCK).min(dumped) {
-                let Ok(descriptor) = self.pages.descriptor(rank) else {
+            for rank in first..(first + DESCRIPTORS_PER_BLOCK).min(part.pages) {
+                let Ok(descriptor) = part.descriptor(rank, index) else {
                     cut = Some("page descriptors");
                     break;
                 };
-                if self.pages.past_the_end(&descriptor) {
+                if descriptor.end() > part.source.file.size() {
                     cut = cut.or(Some("pages"));
                 }
                 if let Ok(codec) = Codec::from_flags(descriptor.flags) {
@@ -119,18 +138,65 @@ impl Kdump {
                 }
             }
         }
+        let held = if cut.is_some() || part.incomplete { part.held_pages(index) } else { part.pages };
+        self.held += held;
+        let pages = part.pages;
+        // With several files it matters which.
+        let the_file = if self.header.split.is_some() {
+            format!("'{}'", part.source.path.display())
+        } else {
+            "the file".into()
+        };
+        if part.incomplete {
+            self.complete = false;
+            self.problems.push(format!(
+                "{the_file} is marked as incomplete: makedumpfile ran out of space while writing, about {held} \
+                 of {pages} pages are there, and the others read as truncated; dump again with more space or \
+                 a higher dump level"
+            ));
+        }
         if let Some(what) = cut {
             self.complete = false;
             self.problems.push(format!(
-                "the file ends before its last {what}: it was cut, and pages beyond its end read as \
-                 truncated; copy or take the dump again"
+                "{the_file} ends before its last {what}: it was cut, about {held} of {pages} pages are there, \
+                 and the others read as truncated; copy or take the dump again"
             ));
         }
-        for codec in self.sampled.keys() {
-            if let Some(why) = codec.unsupported() {
-                self.problems.push(format!("pages are {why}"));
-            }
+        if let Some(count) = part.miscounted(index) {
+            self.problems.push(format!(
+                "{the_file} has {count} page descriptors where its bitmap tells of {}: pages may be taken for \
+                 one another; copy or take the dump again",
+                self.pages.bitmaps.dumped_pages
+            ));
         }
+    }
+
+    /// First page frame and file of each part, in that order.
+    pub fn parts(&self) -> impl Iterator<Item = (u64, &Path)> {
+        self.pages.parts.iter().map(|part| (part.pfns.start, part.source.path.as_path()))
+    }
+
+    /// Parts of a split dump that are not there.
+    pub fn missing(&self) -> &[Missing] {
+        &self.missing
+    }
+
+    /// The first page frame of `source`, if it is a part that is missing here.
+    pub fn completes(&self, source: &Source) -> Option<u64> {
+        let other = Header::read(source).ok()?;
+        let pfns = other.split.clone()?;
+        let missing = self.missing.iter().any(|missing| {
+            !pfns.is_empty() && missing.pfns.start <= pfns.start && pfns.end <= missing.pfns.end
+        });
+        let same = missing
+            && self.header.differs(&other).is_none()
+            && self.pages.bitmaps.same_in(source, &other).unwrap_or(false);
+        same.then_some(pfns.start)
+    }
+
+    /// About how many of the dumped pages are there.
+    pub fn held_pages(&self) -> u64 {
+        self.held
     }
 
     pub fn pages(&self) -> &Pages {
@@ -150,21 +216,32 @@ impl Kdump {
         (self.pages.bitmaps.dumped_pages, self.pages.bitmaps.ram_pages)
     }
 
-    pub fn block_size(&self) -> u64 {
-        self.header.block_size.into()
-    }
-
     /// What the format itself tells, as name and text.
     pub fn facts(&self) -> Vec<(&'static str, String)> {
         let header = &self.header;
         let mut facts =
             vec![("header version", header.version.to_string()), ("compression", self.compression())];
+        if header.split.is_some() {
+            let parts = self.pages.parts.len();
+            let missing: Vec<String> = self
+                .missing
+                .iter()
+                .map(|Missing { pfns, .. }| format!("{:#x} to {:#x}", pfns.start, pfns.end))
+                .collect();
+            let missing = match missing.as_slice() {
+                [] => String::new(),
+                ranges => format!(", without pages {}", ranges.join(", ")),
+            };
+            facts.push(("parts", format!("{parts}{missing}")));
+        }
         if let Some(level) = header.dump_level {
             facts.push(("dump level", dump_level(level)));
         }
         if header.status & header::flags::EXCLUDED_VMEMMAP != 0 {
             facts.push(("excluded", "unused vmemmap".into()));
         }
+        let (dumped, ram) = self.page_counts();
+        facts.push(("pages", format!("{dumped} dumped of {ram} in RAM")));
         if header.eraseinfo.is_some() {
             facts.push(("erased", "makedumpfile overwrote some data (--config or --eppic)".into()));
         }
@@ -200,6 +277,59 @@ fn dump_level(level: u32) -> String {
         [] => format!("{level} (nothing excluded)"),
         names => format!("{level} (excludes {})", names.join(", ")),
     }
+}
+
+/// The bitmaps of a file that has them to their end, if there is one; every file must have the same.
+fn whole_bitmaps(files: &[(Source, Header)]) -> Result<Bitmaps, Error> {
+    let mut found: Option<(&Source, Bitmaps)> = None;
+    for (source, header) in files {
+        if found.as_ref().is_none_or(|(_, bitmaps)| !bitmaps.whole()) {
+            let bitmaps = Bitmaps::read(source, header)?;
+            if found.is_none() || bitmaps.whole() {
+                found = Some((source, bitmaps));
+            }
+        }
+    }
+    let Some((source, bitmaps)) = found else { return Err(Error::Nothing) };
+    for (other, header) in files {
+        // A part that was cut inside its bitmaps has no pages either: look_at_part says so.
+        let has_them = header.bitmaps_end() <= other.file.size();
+        if other.path != source.path && has_them && !bitmaps.same_in(other, header)? {
+            let what = "their page bitmaps differ";
+            return Err(Error::OtherDump { path: source.path.clone(), other: other.path.clone(), what });
+        }
+    }
+    Ok(bitmaps)
+}
+
+/// The notes of a file that has all of them, if there is one, and what is wrong with them.
+fn whole_notes(files: &[(Source, Header)]) -> (Notes, Vec<String>) {
+    let mut first = None;
+    for (source, header) in files {
+        let (notes, problems) = read_notes(source, header);
+        if problems.is_empty() && notes.problems.is_empty() {
+            return (notes, problems);
+        }
+        first.get_or_insert((notes, problems));
+    }
+    first.unwrap_or_default()
+}
+
+fn read_notes(source: &Source, header: &Header) -> (Notes, Vec<String>) {
+    let mut notes = Notes::default();
+    let mut problems = Vec::new();
+    if let Some(at) = header.notes {
+        let bytes = read_extent(source, at, MAX_NOTES, "ELF notes", &mut problems);
+        notes.add(&bytes, at.offset);
+    }
+    if let Some(at) = header.vmcoreinfo {
+        let bytes = read_extent(source, at, MAX_VMCOREINFO, "VMCOREINFO", &mut problems);
+        let text = without_padding(&bytes);
+        if !text.is_empty() {
+            notes.vmcoreinfo = Some(text);
+        }
+    }
+    (notes, problems)
 }
 
 /// The bytes of `at` as far as the file has them, at most `max`.

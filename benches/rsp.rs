@@ -1,0 +1,222 @@
+//! A raw GDB client, and a stub that answers at once: both ends of the protocol, to measure the other end by.
+//!
+//! `rsp bulk ADDRESS FROM LENGTH m|x` reads memory as fast as the stub's packets allow; `rsp small ADDRESS FROM COUNT`
+//! reads 8 bytes at a time; `rsp floor SOCKET FILE FROM` serves FILE's bytes at FROM from memory, with no other work:
+//! what any stub would need at least. Prints JSON. `scripts/bench` runs it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Instant;
+
+trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
+
+struct Client {
+    stream: Box<dyn Stream>,
+    input: Vec<u8>,
+    acks: bool,
+    packet_size: usize,
+}
+
+fn frame(body: &[u8]) -> Vec<u8> {
+    let sum = body.iter().fold(0u8, |sum, b| sum.wrapping_add(*b));
+    [b"$", body, format!("#{sum:02x}").as_bytes()].concat()
+}
+
+impl Client {
+    fn connect(address: &str) -> Self {
+        let stream: Box<dyn Stream> = if address.starts_with('/') {
+            Box::new(UnixStream::connect(address).expect("connect"))
+        } else {
+            let stream = TcpStream::connect(address).expect("connect");
+            stream.set_nodelay(true).expect("nodelay");
+            Box::new(stream)
+        };
+        let mut client = Self { stream, input: Vec::new(), acks: true, packet_size: 0x400 };
+        // As gdb introduces itself; QThreadEvents tells a stub that this is gdb.
+        let features = client
+            .ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;qRelocInsn+;vContSupported+;QThreadEvents+");
+        let features = String::from_utf8_lossy(&features).into_owned();
+        let size = features.split(';').find_map(|f| f.strip_prefix("PacketSize=")).expect("PacketSize");
+        client.packet_size = usize::from_str_radix(size, 16).expect("PacketSize");
+        if features.contains("QStartNoAckMode+") {
+            assert_eq!(client.ask(b"QStartNoAckMode"), b"OK");
+            client.acks = false;
+        }
+        client.ask(b"?");
+        client
+    }
+
+    /// Sends a packet and returns the body of the answer, still escaped.
+    fn ask(&mut self, body: &[u8]) -> Vec<u8> {
+        self.stream.write_all(&frame(body)).expect("write");
+        let mut chunk = vec![0; 1 << 18];
+        loop {
+            if let Some(start) = self.input.iter().position(|&b| b == b'$')
+                && let Some(end) = memchr::memchr(b'#', &self.input[start..]).map(|at| start + at)
+                && self.input.len() >= end + 3
+            {
+                let answer = self.input[start + 1..end].to_vec();
+                self.input.drain(..end + 3);
+                if self.acks {
+                    self.stream.write_all(b"+").expect("write");
+                }
+                return answer;
+            }
+            let n = self.stream.read(&mut chunk).expect("read");
+            assert!(n > 0, "the stub closed the connection");
+            self.input.extend_from_slice(&chunk[..n]);
+        }
+    }
+
+    fn read(&mut self, at: u64, length: usize, binary: bool) -> Vec<u8> {
+        let answer = self.ask(format!("{}{at:x},{length:x}", if binary { 'x' } else { 'm' }).as_bytes());
+        if binary {
+            let body = answer
+                .strip_prefix(b"b")
+                .unwrap_or_else(|| panic!("x: {}", String::from_utf8_lossy(&answer)));
+            let mut bytes = Vec::with_capacity(body.len());
+            let mut escaped = false;
+            for &byte in body {
+                match byte {
+                    b'}' if !escaped => escaped = true,
+                    _ => {
+                        bytes.push(if std::mem::take(&mut escaped) { byte ^ 0x20 } else { byte });
+                    }
+                }
+            }
+            return bytes;
+        }
+        let digit = |b: u8| {
+            (b as char).to_digit(16).unwrap_or_else(|| panic!("m: {}", String::from_utf8_lossy(&answer)))
+                as u8
+        };
+        // QEMU does not run-length encode; kstub does not either.
+        answer.chunks_exact(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+    }
+}
+
+fn sum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &b| (sum ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
+fn bulk(address: &str, from: u64, length: u64, binary: bool) {
+    let mut client = Client::connect(address);
+    let chunk = if binary { client.packet_size - 16 } else { (client.packet_size - 16) / 2 };
+    let mut bytes: Vec<u8> = Vec::with_capacity(length as usize);
+    let start = Instant::now();
+    while (bytes.len() as u64) < length {
+        let want = chunk.min(length as usize - bytes.len());
+        let got = client.read(from + bytes.len() as u64, want, binary);
+        assert!(!got.is_empty(), "short read at {:#x}", from + bytes.len() as u64);
+        bytes.extend(got);
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "{{\"bytes\": {length}, \"sum\": \"{:016x}\", \"packet\": {chunk}, \"seconds\": {seconds:.6}}}",
+        sum(&bytes)
+    );
+}
+
+fn small(address: &str, from: u64, count: u64) {
+    let mut client = Client::connect(address);
+    let mut bytes = Vec::new();
+    let start = Instant::now();
+    for i in 0..count {
+        bytes.extend(client.read(from + i * 8 % 4096, 8, false));
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{{\"reads\": {count}, \"sum\": \"{:016x}\", \"seconds\": {seconds:.6}}}", sum(&bytes));
+}
+
+/// Serves one client and ends with it.
+fn floor(socket: &str, file: &str, from: u64) {
+    let bytes = std::fs::read(file).expect("FILE");
+    let listener = UnixListener::bind(socket).expect("SOCKET");
+    let (mut stream, _) = listener.accept().expect("accept");
+    let mut input = Vec::new();
+    let mut chunk = vec![0; 1 << 16];
+    let mut acks = true;
+    loop {
+        let n = stream.read(&mut chunk).unwrap_or(0);
+        if n == 0 {
+            return;
+        }
+        input.extend_from_slice(&chunk[..n]);
+        while let Some(start) = input.iter().position(|&b| b == b'$')
+            && let Some(end) = input[start..].iter().position(|&b| b == b'#').map(|at| start + at)
+            && input.len() >= end + 3
+        {
+            let body = String::from_utf8_lossy(&input[start + 1..end]).into_owned();
+            input.drain(..end + 3);
+            let mut out = if acks { vec![b'+'] } else { Vec::new() };
+            let answer = answer(&body, &bytes, from);
+            out.extend(frame(&answer));
+            stream.write_all(&out).expect("write");
+            acks &= body != "QStartNoAckMode";
+        }
+    }
+}
+
+fn answer(body: &str, bytes: &[u8], from: u64) -> Vec<u8> {
+    let range = |text: &str| {
+        let (at, length) = text.split_once(',')?;
+        let at = u64::from_str_radix(at, 16).ok()?.checked_sub(from)? as usize;
+        let end = (at + usize::from_str_radix(length, 16).ok()?).min(bytes.len());
+        bytes.get(at..end).filter(|range| !range.is_empty())
+    };
+    match body {
+        _ if body.starts_with("qSupported") => {
+            b"PacketSize=10000;QStartNoAckMode+;qXfer:features:read+;binary-upload+".to_vec()
+        }
+        "QStartNoAckMode" => b"OK".to_vec(),
+        "?" => b"S05".to_vec(),
+        "g" => vec![b'0'; 1072],
+        "qAttached" => b"1".to_vec(),
+        _ if body.starts_with("qXfer:features:read:target.xml") => {
+            b"l<?xml version=\"1.0\"?><target><architecture>i386:x86-64</architecture></target>".to_vec()
+        }
+        _ if body.starts_with('m') => match range(&body[1..]) {
+            Some(range) => {
+                const DIGITS: &[u8; 16] = b"0123456789abcdef";
+                range
+                    .iter()
+                    .flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]])
+                    .collect()
+            }
+            None => b"E0e".to_vec(),
+        },
+        _ if body.starts_with('x') && body != "x0,0" => match range(&body[1..]) {
+            Some(range) => {
+                let mut out = vec![b'b'];
+                for &byte in range {
+                    if matches!(byte, b'#' | b'$' | b'*' | b'}') {
+                        out.extend([b'}', byte ^ 0x20]);
+                    } else {
+                        out.push(byte);
+                    }
+                }
+                out
+            }
+            None => b"E0e".to_vec(),
+        },
+        "D" | "Hg0" | "Hc-1" => b"OK".to_vec(),
+        _ => Vec::new(),
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("hexadecimal");
+    match words[..] {
+        ["bulk", address, from, length, kind] => bulk(address, hex(from), hex(length), kind == "x"),
+        ["small", address, from, count] => small(address, hex(from), count.parse().expect("COUNT")),
+        ["floor", socket, file, from] => floor(socket, file, hex(from)),
+        _ => eprintln!(
+            "usage: rsp bulk ADDRESS FROM LENGTH m|x | small ADDRESS FROM COUNT | floor SOCKET FILE FROM"
+        ),
+    }
+}

@@ -1,0 +1,103 @@
+//! Physical memory that lies in files as it is: ELF segments, LiME ranges, raw images.
+//!
+//! Knows which bytes of which file stand for which address, and no format. Source: pread(2).
+
+use super::file::Source;
+use super::segments::{Backing, SegmentMap};
+use crate::addr::{PAGE_SIZE, PhysAddr};
+use crate::memory::{PageCache, ReadOutcome, Unreadable};
+use std::sync::Arc;
+
+/// Pieces of files by physical address; pages read in part are kept.
+pub(super) struct StoredMemory {
+    sources: Vec<Source>,
+    map: SegmentMap,
+    cache: PageCache,
+}
+
+impl Default for StoredMemory {
+    fn default() -> Self {
+        Self::new(Vec::new(), Vec::new(), 0)
+    }
+}
+
+impl StoredMemory {
+    /// Puts together claims of `(start, end, backing)` on `sources`, keeping up to `cache_bytes` of pages.
+    pub fn new(sources: Vec<Source>, claims: Vec<(PhysAddr, PhysAddr, Backing)>, cache_bytes: u64) -> Self {
+        Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes, PAGE_SIZE) }
+    }
+
+    /// Bytes of memory that the files have.
+    pub fn bytes_held(&self) -> u64 {
+        self.map.bytes(|backing| matches!(backing, Backing::File { .. }))
+    }
+
+    /// Bytes of memory that lay in the files before they were cut.
+    pub fn bytes_cut(&self) -> u64 {
+        self.map.bytes(|backing| matches!(backing, Backing::CutOff { .. }))
+    }
+
+    /// As [`crate::memory::PhysicalMemory::read_phys`].
+    pub fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        match self.read_from_cached_page(at, buf) {
+            Some(outcome) => outcome,
+            None => self.read_files(at, buf),
+        }
+    }
+
+    /// Walks of page tables and lists come back to the same pages: ten times faster than a pread for each
+    /// word. `None` if `buf` is not a part of one whole page.
+    fn read_from_cached_page(&self, at: PhysAddr, buf: &mut [u8]) -> Option<ReadOutcome> {
+        let from = usize::try_from(at.page_offset()).ok()?;
+        let to = from.checked_add(buf.len())?;
+        if to > PAGE_SIZE as usize || buf.len() == PAGE_SIZE as usize {
+            return None;
+        }
+        let pfn = at.pfn().0;
+        let page = match self.cache.get(pfn) {
+            Some(page) => page,
+            None => {
+                let mut page: Arc<[u8]> = std::iter::repeat_n(0, PAGE_SIZE as usize).collect();
+                let read = self.read_files(at.page_start(), Arc::get_mut(&mut page)?);
+                if read.stopped.is_some() {
+                    return None;
+                }
+                self.cache.insert(pfn, Arc::clone(&page));
+                page
+            }
+        };
+        buf.copy_from_slice(page.get(from..to)?);
+        Some(ReadOutcome::complete(buf.len()))
+    }
+
+    fn read_files(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let Some(here) = at.checked_add(filled as u64) else {
+                return ReadOutcome::stopped(filled, PhysAddr(u64::MAX), Unreadable::NotRam);
+            };
+            let Some((backing, left)) = self.map.find(here) else {
+                return ReadOutcome::stopped(filled, here, Unreadable::NotRam);
+            };
+            let file = |number: u32| usize::try_from(number).ok().and_then(|n| self.sources.get(n));
+            let (source, offset) = match backing {
+                Backing::Absent => return ReadOutcome::stopped(filled, here, Unreadable::ZeroOrExcluded),
+                Backing::CutOff { file: number } => {
+                    let offset = file(number).map_or(0, Source::end);
+                    return ReadOutcome::stopped(filled, here, Unreadable::Truncated { offset });
+                }
+                Backing::File { file: number, offset } => match file(number) {
+                    Some(source) => (source, offset),
+                    None => return ReadOutcome::stopped(filled, here, Unreadable::NotRam),
+                },
+            };
+            let n = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
+            let read = source.file.read_at(offset, &mut rest[..n]);
+            filled += read.filled.min(n);
+            if let Some(stop) = read.stopped {
+                return ReadOutcome::stopped(filled, at.wrapping_add(filled as u64), stop.into());
+            }
+        }
+        ReadOutcome::complete(filled)
+    }
+}
