@@ -30,7 +30,7 @@ mod errno {
 pub struct Files(Option<Arc<Offer>>);
 
 struct Offer {
-    /// The program's absolute path; empty where there is no file.
+    /// The program's name: an absolute path where there is a file.
     program: Vec<u8>,
     served: Option<Served>,
 }
@@ -73,10 +73,14 @@ impl Files {
     }
 }
 
+/// The name gdb is told. Where there is no file it is a sentence's beginning: gdb completes it with "No such file or
+/// directory", and without any name would say that this target cannot tell one.
 fn program(vmlinux: Option<&DebugInfo>) -> Vec<u8> {
-    let path =
-        vmlinux.map(|info| std::path::absolute(info.path()).unwrap_or_else(|_| info.path().to_owned()));
-    path.map(|path| path.as_os_str().as_bytes().to_vec()).unwrap_or_default()
+    let Some(path) = vmlinux.map(DebugInfo::path) else {
+        return b"vmlinux of this kernel ('monitor info' says how to get it)".to_vec();
+    };
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    absolute.as_os_str().as_bytes().to_vec()
 }
 
 /// One client's open files.

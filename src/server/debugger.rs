@@ -43,8 +43,8 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         tempfile::Builder::new().prefix("kstub-").tempdir().context("cannot make a private directory")?;
     let socket = private.path().join("gdb");
     let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
-    // gdb has the file on its command line; this only keeps it from asking for one where there is none.
-    let files = Files::local(machine.kernel().and_then(|kernel| kernel.debug_info()));
+    // gdb has the vmlinux on its command line; without one it would ask for it.
+    let files = if debugger.vmlinux.is_some() { Files::none() } else { Files::local(None) };
     let mut child = command(debugger, &socket).spawn().map_err(|error| cannot_start(debugger, error))?;
     tokio::select! {
         status = child.wait() => status.context("cannot wait for gdb"),
