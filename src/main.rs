@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("kstub: {error:#}");
+            eprintln!("kstub: {}", command::printable(&format!("{error:#}")));
             ExitCode::from(exit_code(&error))
         }
     }
