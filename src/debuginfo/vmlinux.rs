@@ -253,7 +253,7 @@ impl TypeSource for NoTypes {
     }
 }
 
-fn parse<'a>(path: &Path, cache: &'a ReadCache<File>) -> Result<Elf<'a>, Error> {
+pub(super) fn parse<'a>(path: &Path, cache: &'a ReadCache<File>) -> Result<Elf<'a>, Error> {
     Elf::parse(cache).map_err(|e| malformed(path, format!("{e}")))
 }
 
@@ -261,7 +261,7 @@ pub(super) fn malformed(path: &Path, what: impl Into<String>) -> Error {
     Error::Malformed { path: path.display().to_string(), what: what.into() }
 }
 
-fn to_hex(bytes: &[u8]) -> String {
+pub(super) fn to_hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::new(), |mut hex, byte| {
         // Writing to a String cannot fail.
