@@ -117,8 +117,14 @@ pub struct Target {
     /// raw RAM images, each as FILE@PHYSADDR
     #[arg(required = true, value_name = "DUMP")]
     pub dump: Vec<OsString>,
-    /// The kernel's vmlinux with debug info [default: found by build-id or release under /usr/lib/debug, or beside
-    /// the dump]
+    /// The kernel's vmlinux with debug info [default: found by build-id or release under /usr/lib/debug, beside
+    /// the dump, or from the servers in DEBUGINFOD_URLS]
     #[arg(long, value_name = "FILE")]
     pub vmlinux: Option<PathBuf>,
+    /// A directory to search for the vmlinux, by build-id; may be repeated, or be several with ':' between them
+    #[arg(long, value_name = "DIR", env = "KSTUB_DEBUG_DIR", value_delimiter = ':')]
+    pub debug_dir: Vec<PathBuf>,
+    /// Do not ask the servers in DEBUGINFOD_URLS for a vmlinux
+    #[arg(long)]
+    pub no_debuginfod: bool,
 }

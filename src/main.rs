@@ -4,6 +4,8 @@ use anyhow::Context;
 use clap::Parser;
 use kstub::backend::Dump;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
+use kstub::debuginfo::debuginfod::Debuginfod;
+use kstub::debuginfo::find::{self, Places};
 use kstub::gdb::{Files, index};
 use kstub::kernel::{Machine, OpenError, Options};
 use kstub::{command, debuginfo, server, vmcore};
@@ -88,13 +90,28 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
     let dump = Dump::open_arguments(&target.dump)?;
     let beside =
         dump.path().parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
-    let options = Options { vmlinux: target.vmlinux.clone(), beside: beside.map(Path::to_owned) };
+    let caches = find::user_caches();
+    let download = download_bar();
+    let bar = download.clone();
+    let progress = move |got, size: Option<u64>| {
+        bar.set_length(size.unwrap_or(got));
+        bar.set_position(got);
+    };
+    let servers = || Debuginfod::from_environment(caches.as_deref(), Box::new(progress));
+    let places = Places {
+        beside: beside.map(Path::to_owned),
+        debug_dirs: target.debug_dir.clone(),
+        debuginfod: if target.no_debuginfod { None } else { servers() },
+        memory: caches.as_ref().map(|caches| caches.join("kstub/vmlinux")),
+    };
+    let options = Options { vmlinux: target.vmlinux.clone(), places };
     let bar = scan_bar();
     let machine = Machine::open(Arc::new(dump), &options, &|done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });
     bar.finish_and_clear();
+    download.finish_and_clear();
     Ok(machine?)
 }
 
@@ -103,6 +120,17 @@ fn scan_bar() -> indicatif::ProgressBar {
     let bar = terminal(indicatif::ProgressBar::new(0));
     if let Ok(style) = indicatif::ProgressStyle::with_template(
         "looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}",
+    ) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// A bar for what comes from debuginfod.
+fn download_bar() -> indicatif::ProgressBar {
+    let bar = terminal(indicatif::ProgressBar::new(0));
+    if let Ok(style) = indicatif::ProgressStyle::with_template(
+        "fetching the vmlinux {bar:40} {bytes}/{total_bytes} {bytes_per_sec}",
     ) {
         bar.set_style(style);
     }

@@ -8,6 +8,7 @@ mod support;
 use kstub::addr::VirtAddr;
 use kstub::arch::x86_64::{Reg, Saved};
 use kstub::backend::Dump;
+use kstub::debuginfo::find::Places;
 use kstub::kernel::{Cpu, CpuId, Machine, Options};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ const PLANTED: [&str; 18] = [
 
 fn open(dump: &DumpFile) -> Machine {
     let opened = Dump::open(&dump.path).unwrap_or_else(|e| panic!("{}: {e}", dump.path.display()));
-    let options = Options { vmlinux: None, beside: dump.path.parent().map(Path::to_owned) };
+    let beside = dump.path.parent().map(Path::to_owned);
+    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
     Machine::open(Arc::new(opened), &options, &|_, _| ()).unwrap()
 }
 

@@ -29,6 +29,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("gimli", &["debuginfo"]),
     ("addr2line", &["debuginfo"]),
     ("object", &["debuginfo", "vmcore"]),
+    ("ureq", &["debuginfo"]),
     ("iced_x86", &["arch"]),
     ("anyhow", &["main", "cli", "server"]),
 ];

@@ -3,6 +3,7 @@
 //! Everything above asks [`DebugInfo`] and cannot tell whether BTF or DWARF answered.
 
 mod btf;
+pub mod debuginfod;
 mod dwarf;
 pub mod find;
 mod strip;

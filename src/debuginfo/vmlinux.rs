@@ -253,7 +253,7 @@ impl TypeSource for NoTypes {
     }
 }
 
-fn parse<'a>(path: &Path, cache: &'a ReadCache<File>) -> Result<Elf<'a>, Error> {
+pub(super) fn parse<'a>(path: &Path, cache: &'a ReadCache<File>) -> Result<Elf<'a>, Error> {
     Elf::parse(cache).map_err(|e| malformed(path, format!("{e}")))
 }
 

@@ -4,6 +4,7 @@
 //! something to show meanwhile. Changes no setting of the user's: `set` lasts for one gdb process.
 //! Source: GDB manual, "Index Files Speed Up GDB" and "Automatic symbol index cache".
 
+use crate::debuginfo::find::user_caches;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -167,9 +168,7 @@ fn run_gdb(
 
 /// Where gdb keeps its index cache by default.
 fn cache_directory() -> Option<PathBuf> {
-    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let caches = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(caches.join("gdb"))
+    Some(user_caches()?.join("gdb"))
 }
 
 #[cfg(test)]

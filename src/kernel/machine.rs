@@ -44,8 +44,8 @@ pub struct Cpu {
 pub struct Options {
     /// The vmlinux to use; refused if it is not this kernel's. Without it, one is looked for.
     pub vmlinux: Option<PathBuf>,
-    /// Directory of the dump, where a vmlinux may lie.
-    pub beside: Option<PathBuf>,
+    /// Where to look for one besides the places that distributions use.
+    pub places: find::Places,
 }
 
 /// Why a machine could not be opened as asked.
@@ -276,26 +276,16 @@ fn choose_debug_info(
             let info = DebugInfo::open(path)?;
             let path = path.display().to_string();
             fits(&info).map_err(|why| OpenError::Mismatch { path, why })?;
+            find::remember(&options.places, &info);
             Some(info)
         }
         None => {
-            let wanted = find::Wanted {
-                release: &found.release,
-                build_id: found.build_id.as_deref(),
-                beside: options.beside.as_deref(),
-            };
-            let (info, rejected) = find::vmlinux(&wanted, &|info| fits(info).map(|_| ()));
-            if info.is_none() {
-                problems.extend(
-                    rejected.iter().map(|r| format!("'{}' was not used: it {}", r.path.display(), r.why)),
-                );
-                problems.push(format!(
-                    "no vmlinux with debug info for {0}: no symbols and no task names; install the kernel's debug \
-                     package (Debian: linux-image-{0}-dbg) or pass --vmlinux FILE",
-                    found.release
-                ));
+            let wanted = find::Wanted { release: &found.release, build_id: found.build_id.as_deref() };
+            let search = find::vmlinux(&wanted, &options.places, &|info| fits(info).map(|_| ()));
+            if search.found.is_none() {
+                report_search(&search, found, problems);
             }
-            info
+            search.found
         }
     };
     if let Some(info) = &chosen {
@@ -308,6 +298,24 @@ fn choose_debug_info(
         }
     }
     Ok(chosen)
+}
+
+/// Why there is no vmlinux, and the cures.
+fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String>) {
+    let rejected = search.rejected.iter();
+    problems.extend(rejected.map(|r| format!("'{}' was not used: it {}", r.path.display(), r.why)));
+    problems.extend(search.failures.iter().cloned());
+    let release = &found.release;
+    // A server cannot be asked for a kernel that does not tell its build-id.
+    let (servers, by) = match &found.build_id {
+        Some(id) => (", or set DEBUGINFOD_URLS", format!(" for build-id {id}")),
+        None => ("", String::new()),
+    };
+    problems.push(format!(
+        "no vmlinux with debug info for {release}: no symbols and no task names; install the kernel's debug package \
+         (Debian: linux-image-{release}-dbg), pass --vmlinux FILE or --debug-dir DIR{servers} (searched{by}: {})",
+        search.searched.join(", ")
+    ));
 }
 
 /// Whether `info` is the debug info of the kernel at `found`: by build-id or, where the kernel does not tell its
