@@ -114,25 +114,17 @@ impl Decoder<'_> {
     fn repeat(&mut self, distance: usize, len: usize) -> Result<(), &'static str> {
         let from = self.filled.checked_sub(distance).ok_or("a repetition of what lies before the page")?;
         let end = self.filled.checked_add(len).filter(|&end| end <= self.page.len()).ok_or(PAGE_ENDS)?;
-        let mut done = 0;
-        if distance >= MOVE {
-            // Each move reads only what is already there; the last one may write too much.
-            while done < len {
-                let Some(bytes) = self.page.get(from + done..).and_then(|rest| rest.first_chunk::<MOVE>())
-                else {
-                    break;
-                };
-                let bytes = *bytes;
-                let to = self.page.get_mut(self.filled + done..);
-                let Some(to) = to.and_then(|rest| rest.first_chunk_mut::<MOVE>()) else { break };
-                *to = bytes;
-                done += MOVE;
+        let done = match distance {
+            16.. => self.moves::<16>(from, len),
+            8.. => self.moves::<8>(from, len),
+            4.. => self.moves::<4>(from, len),
+            1 if len > 8 => {
+                let byte = self.page.get(from).copied().unwrap_or(0);
+                self.page.get_mut(self.filled..end).unwrap_or_default().fill(byte);
+                len
             }
-        } else if distance == 1 && len > 8 {
-            let byte = self.page.get(from).copied().unwrap_or(0);
-            self.page.get_mut(self.filled..end).unwrap_or_default().fill(byte);
-            done = len;
-        }
+            _ => 0,
+        };
         for i in done..len {
             let byte = self.page.get(from + i).copied().unwrap_or(0);
             if let Some(to) = self.page.get_mut(self.filled + i) {
@@ -141,6 +133,23 @@ impl Decoder<'_> {
         }
         self.filled = end;
         Ok(())
+    }
+
+    /// Copies by `N` bytes, at most as many as lie between source and target: how many of `len`, or a few more.
+    fn moves<const N: usize>(&mut self, from: usize, len: usize) -> usize {
+        let mut done = 0;
+        while done < len {
+            let Some(bytes) = self.page.get(from + done..).and_then(|rest| rest.first_chunk::<N>()) else {
+                break;
+            };
+            let bytes = *bytes;
+            let to = self.page.get_mut(self.filled + done..).and_then(|rest| rest.first_chunk_mut::<N>());
+            let Some(to) = to else { break };
+            // What is too much is overwritten by what comes next.
+            *to = bytes;
+            done += N;
+        }
+        done
     }
 }
 
