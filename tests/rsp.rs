@@ -20,7 +20,7 @@ fn server(listen: &str) -> String {
     let listen = Listen::parse(listen, false).unwrap();
     let (ready, address) = mpsc::channel();
     std::thread::spawn(move || {
-        serve(fake_machine(), listen, Files::none(), |address| ready.send(address.to_owned()).unwrap())
+        serve(fake_machine(), Files::none(), listen, |address| ready.send(address.to_owned()).unwrap())
     });
     address.recv_timeout(Duration::from_secs(10)).expect("the server is ready")
 }
