@@ -27,6 +27,11 @@ impl StoredMemory {
         Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes, PAGE_SIZE) }
     }
 
+    /// The memory whose bytes are in the files, sorted.
+    pub fn in_files(&self) -> Vec<PhysRange> {
+        self.map.in_files()
+    }
+
     /// Bytes of memory that the files have.
     pub fn bytes_held(&self) -> u64 {
         self.map.bytes(|backing| matches!(backing, Backing::File { .. }))
