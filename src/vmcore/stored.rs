@@ -4,7 +4,7 @@
 
 use super::file::Source;
 use super::segments::{Backing, SegmentMap};
-use crate::addr::{PhysAddr, PhysRange};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::memory::{PageCache, ReadOutcome, Unreadable};
 use std::sync::Arc;
 
