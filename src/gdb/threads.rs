@@ -124,6 +124,7 @@ mod tests {
 
     #[test]
     fn hostile_names_stay_text() {
-        assert_eq!(xml_escape(&printable("<a&b>\"'\x1b[2J\u{202e}é")), "&lt;a&amp;b&gt;&quot;&apos;?[2J?é");
+        let escaped = xml_escape(&printable("<a&b>\"'\x1b[2J\u{202e}é"));
+        assert_eq!(escaped, "&lt;a&amp;b&gt;&quot;&apos;\\u{1b}[2J\\u{202e}é");
     }
 }
