@@ -120,10 +120,9 @@ impl Notes {
                 }
             };
             match (note.name, note.kind) {
+                (b"CORE", NT_PRSTATUS) if self.prstatus.len() >= MAX_CPUS => {}
                 (b"CORE", NT_PRSTATUS) if note.desc.len() >= PRSTATUS_SIZE => {
-                    if self.prstatus.len() < MAX_CPUS {
-                        self.prstatus.push(note.desc.to_vec());
-                    }
+                    self.prstatus.push(note.desc.to_vec());
                 }
                 (b"CORE", NT_PRSTATUS) if self.problems.len() >= MAX_PROBLEMS => {}
                 (b"CORE", NT_PRSTATUS) => self.problems.push(format!(
