@@ -120,9 +120,9 @@ impl Notes {
                 }
             };
             match (note.name, note.kind) {
+                (b"CORE", NT_PRSTATUS) if self.prstatus.len() >= MAX_CPUS => {}
                 (b"CORE", NT_PRSTATUS) if note.desc.len() >= PRSTATUS_SIZE => {
-                    let room = MAX_CPUS.saturating_sub(self.prstatus.len());
-                    self.prstatus.extend(Some(note.desc.to_vec()).filter(|_| room > 0));
+                    self.prstatus.push(note.desc.to_vec());
                 }
                 (b"CORE", NT_PRSTATUS) if self.problems.len() >= MAX_PROBLEMS => {}
                 (b"CORE", NT_PRSTATUS) => self.problems.push(format!(

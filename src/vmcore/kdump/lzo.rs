@@ -71,12 +71,14 @@ struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
+    #[inline(always)]
     fn byte(&mut self) -> Result<u8, &'static str> {
         let byte = self.data.get(self.at).copied().ok_or(INPUT_ENDS)?;
         self.at += 1;
         Ok(byte)
     }
 
+    #[inline(always)]
     fn word(&mut self) -> Result<usize, &'static str> {
         Ok(usize::from(self.byte()?) | usize::from(self.byte()?) << 8)
     }
@@ -92,6 +94,7 @@ impl Decoder<'_> {
         }
     }
 
+    #[inline(always)]
     fn literals(&mut self, len: usize) -> Result<(), &'static str> {
         if len <= MOVE
             && let Some(from) = self.data.get(self.at..).and_then(|rest| rest.first_chunk::<MOVE>())
@@ -111,6 +114,7 @@ impl Decoder<'_> {
     }
 
     /// Copies `len` bytes from `distance` back; where they reach into themselves, they repeat.
+    #[inline(always)]
     fn repeat(&mut self, distance: usize, len: usize) -> Result<(), &'static str> {
         let from = self.filled.checked_sub(distance).ok_or("a repetition of what lies before the page")?;
         let end = self.filled.checked_add(len).filter(|&end| end <= self.page.len()).ok_or(PAGE_ENDS)?;
@@ -136,6 +140,7 @@ impl Decoder<'_> {
     }
 
     /// Copies by `N` bytes, at most as many as lie between source and target: how many of `len`, or a few more.
+    #[inline(always)]
     fn moves<const N: usize>(&mut self, from: usize, len: usize) -> usize {
         let mut done = 0;
         while done < len {

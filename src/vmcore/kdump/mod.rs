@@ -139,7 +139,7 @@ impl Kdump {
                 }
             }
         }
-        let held = if cut.is_some() || part.incomplete { part.held_pages(index) } else { part.pages };
+        let held = if cut.is_some() || part.incomplete { part.held_pages() } else { part.pages };
         self.held += held;
         let pages = part.pages;
         // With several files it matters which.

@@ -41,15 +41,26 @@ struct Window {
     filled: usize,
 }
 
+/// What a read brought.
+struct Fetched<'a> {
+    /// As many bytes as there are.
+    raw: &'a [u8],
+    /// Why they are fewer than were asked for.
+    stopped: Option<Stop>,
+    /// The thread reads the file in order: a scan, which does not come back.
+    in_order: bool,
+}
+
 impl Window {
-    /// The `len` bytes at `offset`, or as many as there are and what stopped the read.
-    fn fetch(&mut self, part: &Part, offset: u64, len: usize) -> (&[u8], Option<Stop>) {
+    /// The `len` bytes at `offset`.
+    fn fetch(&mut self, part: &Part, offset: u64, len: usize) -> Fetched<'_> {
         let skip = offset.checked_sub(self.start).and_then(|skip| usize::try_from(skip).ok());
         let skip = skip.filter(|skip| self.of == part.id && *skip <= self.filled);
         if let Some(from) = skip
             && let Some(to) = from.checked_add(len).filter(|to| *to <= self.filled)
         {
-            return (self.bytes.get(from..to).unwrap_or_default(), None);
+            let raw = self.bytes.get(from..to).unwrap_or_default();
+            return Fetched { raw, stopped: None, in_order: true };
         }
         // It starts where the last read ended.
         let want = if skip.is_some() { len.max(AHEAD) } else { len };
@@ -57,7 +68,8 @@ impl Window {
         let read = part.source.file.read_at(offset, self.bytes.get_mut(..want).unwrap_or_default());
         (self.of, self.start, self.filled) = (part.id, offset, read.filled);
         let have = read.filled.min(len);
-        (self.bytes.get(..have).unwrap_or_default(), read.stopped.filter(|_| have < len))
+        let raw = self.bytes.get(..have).unwrap_or_default();
+        Fetched { raw, stopped: read.stopped.filter(|_| have < len), in_order: skip.is_some() }
     }
 }
 
@@ -141,8 +153,8 @@ impl Pages {
         if let Some(bytes) = Arc::get_mut(&mut page) {
             SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
                 match window.fetch(part, descriptor.offset, descriptor.size as usize) {
-                    (_, Some(stop)) => Err(stop.into()),
-                    (raw, None) => part.decode(decoder, &descriptor, pfn, raw, bytes),
+                    Fetched { stopped: Some(stop), .. } => Err(stop.into()),
+                    Fetched { raw, .. } => part.decode(decoder, &descriptor, pfn, raw, bytes),
                 }
             })?;
         }
@@ -173,7 +185,8 @@ impl Pages {
             };
         }
         SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
-            let (raw, stopped) = window.fetch(part, batch.start, batch.len);
+            let Fetched { raw, stopped, in_order } = window.fetch(part, batch.start, batch.len);
+            let keep = keep && !in_order;
             let mut filled = 0;
             for (index, descriptor) in batch.descriptors.iter().enumerate() {
                 let Some(page) = out.get_mut(filled..filled + PAGE) else { break };
