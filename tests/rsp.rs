@@ -7,6 +7,7 @@ mod fake_machine;
 mod rsp_client;
 
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
+use kstub::gdb::Files;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
 use std::path::Path;
@@ -19,7 +20,7 @@ fn server(listen: &str) -> String {
     let listen = Listen::parse(listen, false).unwrap();
     let (ready, address) = mpsc::channel();
     std::thread::spawn(move || {
-        serve(fake_machine(), listen, |address| ready.send(address.to_owned()).unwrap())
+        serve(fake_machine(), Files::none(), listen, |address| ready.send(address.to_owned()).unwrap())
     });
     address.recv_timeout(Duration::from_secs(10)).expect("the server is ready")
 }
