@@ -27,6 +27,19 @@ pub fn cstr_at(bytes: &[u8], at: usize, max: usize) -> Option<&[u8]> {
     Some(field.split(|&b| b == 0).next().unwrap_or(field))
 }
 
+/// Untrusted text with what a terminal or an XML reader would act on escaped: control characters, and those
+/// that reorder the text around them.
+pub fn printable(text: &str) -> String {
+    let reorders =
+        |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        let harmful = c.is_control() || reorders(c) || matches!(c, '\u{fffe}' | '\u{ffff}');
+        if harmful { out.extend(c.escape_unicode()) } else { out.push(c) }
+    }
+    out
+}
+
 /// A number of bytes as people read it: `636 KiB`, `766.9 MiB`, `1.00 GiB`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ByteSize(pub u64);
@@ -46,6 +59,12 @@ impl std::fmt::Display for ByteSize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_acts_on_a_terminal_is_escaped() {
+        assert_eq!(printable("a\x1b[2J\u{9b}\u{202e}b\n"), "a\\u{1b}[2J\\u{9b}\\u{202e}b\\u{a}");
+        assert_eq!(printable("kworker/0:1H-kblockd é"), "kworker/0:1H-kblockd é");
+    }
 
     #[test]
     fn past_the_end_is_none() {

@@ -86,7 +86,10 @@ pub enum Command {
         files: ServeFiles,
     },
     /// Print what a dump is, which kernel is in it, and what is missing
-    #[command(after_help = "Examples:\n  kstub info vmcore\n  kstub info vmcore --json | jq .kernel.release")]
+    #[command(
+        after_help = "Examples:\n  kstub info vmcore\n  kstub info vmcore --json | jq .kernel.release\n  \
+                            kstub info part1 part2 part3\n  kstub info low.bin@0 high.bin@0x100000000"
+    )]
     Info {
         #[command(flatten)]
         target: Target,
@@ -110,8 +113,10 @@ pub enum ServeFiles {
 /// The dump and what belongs to it.
 #[derive(Args, Debug)]
 pub struct Target {
-    /// The dump: ELF vmcore or kdump-compressed, flattened or not
-    pub dump: PathBuf,
+    /// The dump: ELF vmcore or kdump-compressed, flattened or not; all parts of a split one, in any order; LiME; or
+    /// raw RAM images, each as FILE@PHYSADDR
+    #[arg(required = true, value_name = "DUMP")]
+    pub dump: Vec<OsString>,
     /// The kernel's vmlinux with debug info [default: found by build-id or release under /usr/lib/debug, beside
     /// the dump, or from the servers in DEBUGINFOD_URLS]
     #[arg(long, value_name = "FILE")]

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("kstub: {error:#}");
+            eprintln!("kstub: {}", command::printable(&format!("{error:#}")));
             ExitCode::from(exit_code(&error))
         }
     }
@@ -87,10 +87,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 fn open(target: &Target) -> anyhow::Result<Machine> {
-    let dump = Dump::open(&target.dump)?;
-    // A dump reached through a link has its vmlinux beside the link or beside the file.
+    let dump = Dump::open_arguments(&target.dump)?;
     let beside =
-        target.dump.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+        dump.path().parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     let caches = find::user_caches();
     let download = download_bar();
     let bar = download.clone();

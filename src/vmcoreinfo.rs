@@ -57,7 +57,8 @@ impl VmcoreInfo {
 
     /// `OSRELEASE`: what `uname -r` prints.
     pub fn release(&self) -> Option<&str> {
-        self.get("OSRELEASE").filter(|release| !release.is_empty())
+        self.get("OSRELEASE")
+            .filter(|release| !release.is_empty() && release.bytes().all(|b| b.is_ascii_graphic()))
     }
 
     /// `BUILD-ID` as lower-case hex. Since Linux commit 0935288c6e00 ("kdump: append kernel build-id

@@ -15,18 +15,15 @@ use support::lab::{self, DumpFile, Set, Truth};
 
 const CHUNK: u64 = 1 << 20;
 
-/// Opens a dump. `None` for one part of a split set, if that is refused with the reason.
-fn open(set: &Set, dump: &DumpFile) -> Option<Dump> {
-    match Dump::open(&dump.path) {
-        Ok(opened) => Some(opened),
-        Err(error) => {
-            let text = error.to_string();
-            let what = format!("{}/{}: {text}", set.name(), dump.name);
-            assert!(!dump.split.is_empty() && text.contains("split") && text.contains("part"), "{what}");
-            eprintln!("{what}");
-            None
-        }
-    }
+/// Opens a dump; one part of a split set brings all the others, in another order.
+fn open(set: &Set, dump: &DumpFile) -> Dump {
+    let mut paths = if dump.split.is_empty() { vec![dump.path.clone()] } else { dump.split.clone() };
+    paths.rotate_right(1);
+    Dump::open_parts(&paths).unwrap_or_else(|error| panic!("{}/{}: {error}", set.name(), dump.name))
+}
+
+fn fact(dump: &Dump, name: &str) -> String {
+    dump.facts().into_iter().find(|fact| fact.name == name).map(|fact| fact.value).unwrap_or_default()
 }
 
 /// What a comparison found: bytes that agree, and frames that are missing by kind.
@@ -118,9 +115,9 @@ fn check_outside(what: &str, dump: &dyn PhysicalMemory, truth: &Truth) {
     }
 }
 
-fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Option<Found> {
+fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Found {
     let what = format!("{}/{}", set.name(), dump.name);
-    let opened = open(set, dump)?;
+    let opened = open(set, dump);
     let found = compare(&opened, truth, 0, u64::MAX).unwrap_or_else(|e| panic!("{what}: {e}"));
     check_outside(&what, &opened, truth);
     let total: u64 = truth.pieces.iter().map(|p| p.len).sum();
@@ -144,7 +141,6 @@ fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Option<Found> {
             assert!(kinds.iter().all(|kind| *kind == "not-ram"), "{what}: {kinds:?}");
             assert!(found.equal > total * 9 / 10, "{what}: only {} bytes mapped", found.equal);
         }
-        _ if !dump.split.is_empty() => assert!(!kinds.contains(&"not-ram"), "{what}: {kinds:?}"),
         (_, false, _) => {
             assert_eq!(found.holes, BTreeMap::new(), "{what}: an unfiltered dump has everything");
             assert_eq!(found.equal, total, "{what}");
@@ -160,7 +156,8 @@ fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Option<Found> {
         (_, true, _) => assert_eq!(kinds, ["zero-or-excluded"], "{what}"),
     }
     assert!(found.equal > total / 100, "{what}: only {} bytes could be compared", found.equal);
-    if dump.complete && dump.split.is_empty() {
+    assert_eq!(fact(&opened, "complete"), if dump.complete { "yes" } else { "no" }, "{what}");
+    if dump.complete {
         assert_eq!(opened.problems(), Vec::<String>::new(), "{what}");
     }
     let info = opened.vmcoreinfo_note();
@@ -169,7 +166,7 @@ fn check_file(set: &Set, dump: &DumpFile, truth: &Truth) -> Option<Found> {
         let release = format!("OSRELEASE={}\n", set.json["release"].as_str().unwrap());
         assert!(String::from_utf8_lossy(info).starts_with(&release), "{what}: VMCOREINFO of another kernel");
     }
-    Some(found)
+    found
 }
 
 #[test]
@@ -180,8 +177,8 @@ fn every_file_of_a_set_equals_the_raw_memory() {
         // Files that went through the same filter must lack the same frames.
         let mut by_filter: BTreeMap<(String, u64), (String, Found)> = BTreeMap::new();
         for dump in set.dumps() {
-            let Some(found) = check_file(&set, &dump, &truth) else { continue };
-            if !dump.complete || !dump.split.is_empty() || dump.paging {
+            let found = check_file(&set, &dump, &truth);
+            if !dump.complete || dump.paging {
                 continue;
             }
             let key = (dump.format.clone(), dump.filter_level.unwrap_or(0));
@@ -203,12 +200,157 @@ fn mutation_a_shifted_comparison_fails() {
             if !dump.complete {
                 continue;
             }
-            let Some(opened) = open(&set, &dump) else { continue };
+            let opened = open(&set, &dump);
             for shift in [8, 4096, 1 << 20] {
                 let result = compare(&opened, &truth, shift, u64::MAX);
                 assert!(result.is_err(), "{}/{}: shifted by {shift:#x}, yet equal", set.name(), dump.name);
             }
         }
+    }
+}
+
+/// The frames that the truth has and the dump gives, and those of each kind that it lacks.
+fn count_frames(dump: &Dump, truth: &Truth) -> BTreeMap<&'static str, u64> {
+    let found = compare(dump, truth, 0, u64::MAX).unwrap_or_else(|e| panic!("{e}"));
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for (from, (to, kind)) in &found.holes {
+        *counts.entry(kind).or_default() += to - from;
+    }
+    counts.insert("equal", found.equal / 4096);
+    counts
+}
+
+/// How many frames of memory are zero.
+fn zero_frames(truth: &Truth) -> u64 {
+    let mut zeros = 0;
+    let mut buf = vec![0; CHUNK as usize];
+    for piece in &truth.pieces {
+        for at in (piece.start..piece.end()).step_by(CHUNK as usize) {
+            let buf = &mut buf[..(piece.end() - at).min(CHUNK) as usize];
+            piece.read(at, buf);
+            zeros += buf.chunks(4096).filter(|page| page.iter().all(|&byte| byte == 0)).count() as u64;
+        }
+    }
+    zeros
+}
+
+/// The numbers in "about N of M pages".
+fn about(text: &str) -> (u64, u64) {
+    let rest = text.split_once("about ").unwrap_or_else(|| panic!("{text:?}")).1;
+    let mut words = rest.split(' ');
+    let n = words.next().unwrap().parse().unwrap();
+    assert_eq!(words.next(), Some("of"), "{text}");
+    (n, words.next().unwrap().parse().unwrap())
+}
+
+#[test]
+fn split_sets_of_makedumpfile() {
+    let Some(sets) = lab::sets() else { return };
+    let mut seen = 0;
+    for set in sets {
+        let truth = set.truth();
+        for dump in set.dumps().iter().filter(|dump| !dump.split.is_empty()) {
+            let what = format!("{}/{}", set.name(), dump.name);
+            // Alone, its siblings beside it: they are named, in order.
+            let text = Dump::open(&dump.path).err().unwrap_or_else(|| panic!("{what}: opened")).to_string();
+            let places: Vec<_> = dump.split.iter().map(|part| text.rfind(&*part.to_string_lossy())).collect();
+            assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{what}: {text}");
+            // Alone in a directory: what it has, and what it lacks.
+            let dir = tempfile::tempdir().unwrap();
+            let link = dir.path().join(&dump.name);
+            std::os::unix::fs::symlink(&dump.path, &link).unwrap();
+            let alone = Dump::open(&link).unwrap_or_else(|error| panic!("{what}: {error}"));
+            let (part, all) = (count_frames(&alone, &truth), count_frames(&open(&set, dump), &truth));
+            assert_eq!(part["equal"] + part["missing-part"], all["equal"], "{what}: {part:?} {all:?}");
+            assert_eq!(part["excluded"], all["excluded"], "{what}");
+            assert!(part["equal"] > 0 && part["missing-part"] > 0, "{what}: {part:?}");
+            assert_eq!(fact(&alone, "complete"), "no", "{what}");
+            eprintln!("{what}: {}", alone.problems().join("; "));
+            // Twice the same, and with a dump of its own.
+            for other in ["vmcore.kdump-zlib-d31", &dump.name] {
+                let other = set.dir.join(other);
+                if other.exists() {
+                    let named = [dump.path.clone(), other.clone()];
+                    assert!(Dump::open_parts(&named).is_err(), "{what} and {}", other.display());
+                }
+            }
+            seen += 1;
+        }
+    }
+    eprintln!("{seen} parts of split sets");
+}
+
+#[test]
+fn cut_dumps_say_how_much_is_there() {
+    let Some(sets) = lab::sets() else { return };
+    for set in sets {
+        let truth = set.truth();
+        let zeros = zero_frames(&truth);
+        for dump in set.dumps().iter().filter(|dump| dump.complete && dump.split.is_empty()) {
+            let size = std::fs::metadata(&dump.path).unwrap().len();
+            if size > 200 << 20 {
+                continue;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("vmcore");
+            std::fs::copy(&dump.path, &path).unwrap();
+            let whole = compare(&open(&set, dump), &truth, 0, u64::MAX).unwrap().equal;
+            // Ever shorter: two thirds, the end of the bitmaps and notes, little more than the headers.
+            for len in [size - 1, size * 2 / 3, size / 10, 200_000, 30_000, 12_000] {
+                let what = format!("{}/{} cut to {len} of {size}", set.name(), dump.name);
+                std::fs::File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+                let opened = match Dump::open(&path) {
+                    Ok(opened) => opened,
+                    Err(error) => {
+                        // A flattened file has its headers at the end.
+                        assert!(dump.flattened || len < 20_000, "{what}: {error}");
+                        continue;
+                    }
+                };
+                assert_eq!(fact(&opened, "complete"), "no", "{what}");
+                let problems = opened.problems().join("; ");
+                let found = compare(&opened, &truth, 0, u64::MAX).unwrap_or_else(|e| panic!("{what}: {e}"));
+                let kinds = ["truncated", "excluded", "zero-or-excluded", "not-ram"];
+                assert!(found.kinds().iter().all(|kind| kinds.contains(kind)), "{what}: {:?}", found.kinds());
+                assert!(found.frames("truncated") > 0 && found.equal < whole, "{what}: {:?}", found.kinds());
+                if dump.format == "kdump" && !dump.flattened && problems.contains("about ") {
+                    let (held, of) = about(&problems);
+                    // Zero pages beyond the cut are there too: they share one page.
+                    let (low, high) =
+                        (found.equal / 4096 - zeros.min(found.equal / 4096), found.equal / 4096);
+                    let right = low.saturating_sub(200) <= held && held <= high + 200 && held <= of;
+                    assert!(right, "{what}: says {held}, has {low} to {high}");
+                }
+                if dump.has_vmcoreinfo && !dump.flattened && len >= 30_000 {
+                    assert!(opened.vmcoreinfo_note().is_some(), "{what}: VMCOREINFO lies before the cut");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn raw_images_of_qemus_ram() {
+    let Some(sets) = lab::sets() else { return };
+    for set in sets {
+        let mut arguments: Vec<std::ffi::OsString> = Vec::new();
+        for ram in set.json["truth"]["ram"].as_array().into_iter().flatten() {
+            let path = set.dir.join(ram["file"].as_str().unwrap());
+            arguments.push(format!("{}@{}", path.display(), ram["start"].as_str().unwrap()).into());
+        }
+        if arguments.is_empty() {
+            continue;
+        }
+        arguments.reverse();
+        let opened = Dump::open_arguments(&arguments).unwrap();
+        let truth = set.truth();
+        let found = compare(&opened, &truth, 0, u64::MAX).unwrap_or_else(|e| panic!("{}: {e}", set.name()));
+        // Only the BIOS is missing.
+        assert!(found.kinds().iter().all(|kind| *kind == "not-ram"), "{}: {:?}", set.name(), found.kinds());
+        let bytes: u64 =
+            set.json["truth"]["ram"].as_array().unwrap().iter().map(|r| r["size"].as_u64().unwrap()).sum();
+        assert_eq!(found.equal, bytes, "{}", set.name());
+        assert!(compare(&opened, &truth, 4096, u64::MAX).is_err(), "{}: shifted, yet equal", set.name());
     }
 }
 
@@ -243,7 +385,7 @@ fn registers_are_what_qemu_printed() {
         assert_eq!(truth.len() as u64, set.json["smp"].as_u64().unwrap(), "{}", set.name());
         for dump in set.dumps() {
             let what = format!("{}/{}", set.name(), dump.name);
-            let Some(opened) = open(set, &dump) else { continue };
+            let opened = open(set, &dump);
             let saved = opened.saved_cpus();
             assert_eq!(saved.len(), truth.len(), "{what}");
             for (i, cpu) in saved.iter().enumerate() {
@@ -294,7 +436,7 @@ fn a_planted_user_program_is_found_in_the_kernels_own_notes() {
         };
         for dump in set.dumps() {
             let what = format!("{}/{}", set.name(), dump.name);
-            let Some(opened) = open(set, &dump) else { continue };
+            let opened = open(set, &dump);
             let saved = opened.saved_cpus();
             assert_eq!(saved.len() as u64, set.json["smp"].as_u64().unwrap(), "{what}");
             // The notes are in the order of CPU numbers here, since every CPU answered.

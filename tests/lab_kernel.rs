@@ -156,9 +156,10 @@ fn a_panic_is_told_with_its_cpu_task_and_words() {
     let mut panics = 0;
     for_each_dump(&mut |set, dump, machine| {
         let what = format!("{}/{}", set.name(), dump.name);
-        let text = machine.kernel().unwrap().panic_text();
+        let failure = machine.kernel().unwrap().failure();
+        let text = failure.as_ref().filter(|failure| failure.is_panic).map(|failure| failure.text.clone());
         let Some(panic) = set.json.get("panic").filter(|panic| panic.is_object()) else {
-            assert_eq!(text, None, "{what}");
+            assert_eq!(failure, None, "{what}");
             return;
         };
         panics += 1;

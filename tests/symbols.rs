@@ -13,6 +13,7 @@ use kstub::debuginfo::DebugInfo;
 use kstub::gdb::Files;
 use kstub::server::{self, Listen};
 use rsp_client::{RspClient, to_hex};
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -348,8 +349,9 @@ fn in_guest(set: &Set, symbol: &str) -> String {
 
 /// One set of each kernel.
 fn kernels() -> Vec<Set> {
+    let mut seen = BTreeSet::new();
     let mut sets = lab::sets().unwrap_or_default();
-    sets.dedup_by_key(|set| set.json["release"].to_string());
+    sets.retain(|set| seen.insert(set.json["release"].to_string()));
     sets
 }
 

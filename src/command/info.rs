@@ -80,8 +80,12 @@ pub fn render(machine: &Machine) -> Output {
     for cpu in machine.cpus() {
         line("", &format!("{:>3}{}{}", cpu.id, running(cpu), place(machine, cpu)));
     }
-    let panic = machine.kernel().and_then(|kernel| kernel.panic_text());
-    line("panic", panic.as_deref().unwrap_or("no panic or oops message found"));
+    let failure = machine.kernel().and_then(|kernel| kernel.failure());
+    match &failure {
+        Some(failure) if failure.is_panic => line("panic", &failure.text),
+        Some(failure) => line("oops", &failure.text),
+        None => line("panic", "no panic or oops message found"),
+    }
     let problems = machine.problems();
     for problem in &problems {
         line("problem", problem);
@@ -95,7 +99,8 @@ pub fn render(machine: &Machine) -> Output {
         "kernel": kernel_json,
         "cpus": machine.cpus().iter().map(cpu_json).collect::<Vec<_>>(),
         "first_cpu": machine.first_cpu().0,
-        "panic": panic,
+        "panic": failure.as_ref().filter(|failure| failure.is_panic).map(|failure| &failure.text),
+        "oops": failure.as_ref().filter(|failure| !failure.is_panic).map(|failure| &failure.text),
         "problems": problems,
     });
     Output { text, json }

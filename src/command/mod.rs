@@ -11,6 +11,7 @@ mod why;
 
 pub use info::render as render_info;
 
+pub use crate::bytes::printable;
 use crate::kernel::{CpuId, Machine};
 
 /// What a command is run with.
@@ -75,15 +76,6 @@ fn no_arguments(command: &str, arguments: &[&str]) -> Result<(), CommandError> {
     }
 }
 
-/// Untrusted text with control characters escaped: a task's name must not move the terminal's cursor.
-pub fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,10 +86,5 @@ mod tests {
             assert!(command.help.contains("Example"), "{}", command.name);
             assert!(!command.summary.ends_with('.'), "{}", command.name);
         }
-    }
-
-    #[test]
-    fn control_characters_are_escaped() {
-        assert_eq!(printable("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
     }
 }

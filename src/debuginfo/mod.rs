@@ -1,4 +1,5 @@
-//! Symbols and types from bytes this layer is *given*: an ELF file with debug info. Never reads a machine.
+//! Symbols and types from bytes this layer is *given*: an ELF file with debug info; and finding that file.
+//! Never reads a machine.
 //!
 //! Everything above asks [`DebugInfo`] and cannot tell whether BTF or DWARF answered.
 
@@ -27,6 +28,23 @@ pub struct Member {
 trait TypeSource: Send + Sync {
     /// The member at `path` (`"thread.sp"`) of `struct` or `union` `container`; anonymous members are looked through.
     fn member(&self, container: &str, path: &str) -> Result<Option<Member>, Error>;
+}
+
+/// The GNU build-id in the bytes of an ELF note section, in lower-case hex. Source: `elf.h`, `NT_GNU_BUILD_ID`.
+pub fn build_id_in_notes(notes: &[u8]) -> Option<String> {
+    const NT_GNU_BUILD_ID: u32 = 3;
+    let mut at = 0usize;
+    loop {
+        let word = |i: usize| crate::bytes::u32_at(notes, at.checked_add(i)?);
+        let (name, desc, kind) = (word(0)? as usize, word(4)? as usize, word(8)?);
+        let name_at = at.checked_add(12)?;
+        let desc_at = name_at.checked_add(name.checked_next_multiple_of(4)?)?;
+        let end = desc_at.checked_add(desc)?;
+        if kind == NT_GNU_BUILD_ID && notes.get(name_at..name_at.checked_add(name)?) == Some(b"GNU\0") {
+            return notes.get(desc_at..end).map(vmlinux::to_hex);
+        }
+        at = end.checked_next_multiple_of(4)?;
+    }
 }
 
 /// What can go wrong with debug info; the text names the file.

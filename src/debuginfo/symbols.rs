@@ -81,15 +81,15 @@ impl SymbolTable {
     }
 
     /// The symbol that covers `addr`, and the offset into it: the nearest one below whose size, if it has one,
-    /// reaches that far. Of several at one address a sized one wins.
+    /// reaches that far; one without a size reaches to the next symbol. Of several at one address a sized one wins.
     pub fn at(&self, addr: u64) -> Option<(Symbol<'_>, u64)> {
         let end = self.entries.partition_point(|entry| entry.addr <= addr);
         let nearest = self.entries.get(end.checked_sub(1)?)?.addr;
         let start = self.entries.partition_point(|entry| entry.addr < nearest);
         let offset = addr - nearest;
         let best = self.entries.get(start..end)?.iter().max_by_key(|e| (e.size > offset, e.size == 0))?;
-        let symbol = self.symbol(best).filter(|symbol| symbol.size == 0 || symbol.size > offset)?;
-        Some((symbol, offset))
+        let covers = if best.size == 0 { end < self.entries.len() } else { best.size > offset };
+        covers.then(|| self.symbol(best)).flatten().map(|symbol| (symbol, offset))
     }
 
     fn name(&self, entry: &Entry) -> &[u8] {
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(table.at(0x14), None, "past the end of a sized symbol");
         assert_eq!(table.at(0x24).map(|(s, o)| (s.name, o)), Some(("b", 4)));
         assert_eq!(table.at(0x30).map(|(s, o)| (s.name, o)), Some(("label", 0x10)));
-        assert_eq!(table.at(0x99).map(|(s, _)| s.name), Some("tail"));
+        assert_eq!(table.at(0x99), None, "nothing bounds the last symbol");
         assert_eq!(table.at(0x0), None);
     }
 }

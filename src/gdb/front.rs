@@ -226,7 +226,7 @@ impl Front {
             Some(Choice::One(cpu)) => cpu,
             None => return error(errno::EINVAL),
         };
-        if threads::find(&self.machine, cpu).is_none() {
+        if self.machine.cpu(cpu).is_none() {
             return error(errno::ESRCH);
         }
         match operation {
@@ -279,7 +279,7 @@ impl Front {
         let named = request.split(|&b| b == b';').find_map(|action| {
             let colon = action.iter().position(|&b| b == b':')?;
             match Choice::parse(action.get(colon + 1..)?)? {
-                Choice::One(cpu) => threads::find(&self.machine, cpu).map(|cpu| cpu.id),
+                Choice::One(cpu) => self.machine.cpu(cpu).map(|cpu| cpu.id),
                 Choice::Whichever => None,
             }
         });

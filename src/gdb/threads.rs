@@ -4,6 +4,7 @@
 //! terminal: nothing but printable text leaves this file.
 //! Source: GDB manual, "Packets" (thread-id), "Thread List Format".
 
+use crate::bytes::printable;
 use crate::kernel::{Cpu, CpuId, Machine};
 use std::fmt::Write;
 use std::num::NonZeroUsize;
@@ -53,12 +54,7 @@ pub(super) fn tid(cpu: CpuId) -> NonZeroUsize {
 /// The CPU that a thread stands for, if the machine has it.
 pub(super) fn cpu(machine: &Machine, tid: NonZeroUsize) -> Option<&Cpu> {
     let id = CpuId(u32::try_from(tid.get() - 1).ok()?);
-    find(machine, id)
-}
-
-/// The CPU with this number, if the machine has it.
-pub(super) fn find(machine: &Machine, id: CpuId) -> Option<&Cpu> {
-    machine.cpus().binary_search_by_key(&id, |cpu| cpu.id).ok().and_then(|at| machine.cpus().get(at))
+    machine.cpu(id)
 }
 
 /// The thread-id of a CPU as this client wants it: `p1.4` or `4`.
@@ -91,15 +87,6 @@ pub(super) fn list(machine: &Machine, multiprocess: bool) -> String {
     }
     xml.push_str("</threads>\n");
     xml
-}
-
-/// `text` with everything that could move a cursor, or that XML forbids, replaced by `?`.
-fn printable(text: &str) -> String {
-    let odd = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{fffe}' | '\u{ffff}')
-    };
-    text.chars().map(|c| if odd(c) { '?' } else { c }).collect()
 }
 
 fn xml_escape(text: &str) -> String {

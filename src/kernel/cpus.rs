@@ -6,8 +6,9 @@
 
 use super::{CpuId, Kernel, Task};
 use crate::addr::VirtAddr;
-use crate::arch::x86_64::{Reg, Saved};
+use crate::arch::x86_64::{Reg, RegisterFile, Saved};
 use crate::backend::{RegisterSource, SavedCpu};
+use std::collections::{BTreeSet, HashMap};
 
 /// `NR_CPUS` is at most 8192 on x86-64 (`MAXSMP`); hostile masks end here.
 const NR_CPUS_MAX: u64 = 8192;
@@ -15,6 +16,7 @@ const NR_CPUS_MAX: u64 = 8192;
 const NOTE_HEADER: u64 = 12 + 8;
 
 /// A saved register set and the CPU it is of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Attributed {
     /// The CPU.
     pub cpu: CpuId,
@@ -24,10 +26,21 @@ pub struct Attributed {
     pub certain: bool,
 }
 
+/// Masks of CPUs; each has been a variable of its own since v4.5, and a bitmap behind a pointer before.
+pub const POSSIBLE: [&str; 2] = ["__cpu_possible_mask", "cpu_possible_bits"];
+/// CPUs that are plugged in.
+pub const PRESENT: [&str; 2] = ["__cpu_present_mask", "cpu_present_bits"];
+/// CPUs the scheduler may use.
+pub const ONLINE: [&str; 2] = ["__cpu_online_mask", "cpu_online_bits"];
+
 impl Kernel {
-    /// The CPUs set in a mask such as `"__cpu_online_mask"`; `None` where it is not known.
-    pub fn cpu_mask(&self, name: &str) -> Option<Vec<CpuId>> {
-        let (at, size) = self.symbol_and_size(name)?;
+    /// The CPUs set in the first of these masks that the kernel has; `None` where it is not known.
+    /// A kernel for one CPU only (no CONFIG_SMP) has none and needs none.
+    pub fn cpu_mask(&self, names: &[&str]) -> Option<Vec<CpuId>> {
+        if self.is_uniprocessor() {
+            return Some(vec![CpuId(0)]);
+        }
+        let (at, size) = names.iter().find_map(|name| self.symbol_and_size(name))?;
         let mut mask = vec![0; usize::try_from(size.min(NR_CPUS_MAX / 8)).ok()?];
         if mask.is_empty() || self.read(at, &mut mask).stopped.is_some() {
             return None;
@@ -36,17 +49,25 @@ impl Kernel {
         Some((0..).zip(bits).filter(|&(_, set)| set).map(|(cpu, _)| CpuId(cpu)).collect())
     }
 
+    /// Whether the kernel was built without CONFIG_SMP: it has symbols, but no table of per-CPU offsets.
+    fn is_uniprocessor(&self) -> bool {
+        self.symbol("init_task").is_some() && self.symbol("__per_cpu_offset").is_none()
+    }
+
     /// `__per_cpu_offset[cpu]`: what is added to a per-CPU symbol for `cpu`, and that CPU's kernel gs base.
     pub fn per_cpu_offset(&self, cpu: CpuId) -> Option<u64> {
         let (table, size) = self.symbol_and_size("__per_cpu_offset")?;
         let slot = u64::from(cpu.0) * 8;
-        // A kernel for one CPU only (no CONFIG_SMP) has no such table and no need for one.
         (slot < size).then(|| self.read_u64(table.wrapping_add(slot)))?
     }
 
     /// Address of the static per-CPU variable `name` on `cpu`.
     pub fn per_cpu(&self, name: &str, cpu: CpuId) -> Option<VirtAddr> {
-        Some(self.symbol(name)?.wrapping_add(self.per_cpu_offset(cpu)?))
+        let template = self.symbol(name)?;
+        if self.is_uniprocessor() {
+            return Some(template);
+        }
+        Some(template.wrapping_add(self.per_cpu_offset(cpu)?))
     }
 
     /// The task that runs on `cpu`.
@@ -72,40 +93,30 @@ impl Kernel {
         })
     }
 
-    /// Says which CPU each register set is of; `None` where there are no symbols to tell by.
+    /// Says which CPU each register set is of; `None` where there are no symbols to tell by. Sets that are of no
+    /// CPU the kernel can have are left out.
+    ///
+    /// Evidence, best first: the CPU's own copy of the note; its per-CPU base in one of the gs bases; the pid of the
+    /// task that runs on it. What no evidence tells goes by order.
     pub fn attribute(&self, saved: &[SavedCpu]) -> Option<Vec<Attributed>> {
-        let possible = self.cpu_mask("__cpu_possible_mask")?;
-        let mut attributed: Vec<Attributed> = Vec::new();
+        let possible = self.cpu_mask(&POSSIBLE)?;
+        let mut free: BTreeSet<CpuId> = possible.iter().copied().collect();
+        let mut attributed = Vec::new();
         let mut unknown = Vec::new();
+        let evidence = Evidence::collect(self, &possible, saved);
         for (index, one) in saved.iter().enumerate() {
-            let taken = |cpu: &CpuId| attributed.iter().any(|a| a.cpu == *cpu);
-            let cpu = possible.iter().copied().find(|&cpu| !taken(&cpu) && self.is_of(one, cpu));
-            match cpu {
+            match evidence.cpu_of(one).filter(|cpu| free.remove(cpu)) {
                 Some(cpu) => attributed.push(Attributed { cpu, index, certain: true }),
                 None => unknown.push(index),
             }
         }
         for index in unknown {
-            let taken = |cpu: &CpuId| attributed.iter().any(|a| a.cpu == *cpu);
-            let same_number = possible.get(index).copied().filter(|cpu| !taken(cpu));
-            let cpu = same_number.or_else(|| possible.iter().copied().find(|cpu| !taken(cpu)));
-            if let Some(cpu) = cpu {
-                attributed.push(Attributed { cpu, index, certain: false });
-            }
+            let same_number = possible.get(index).copied().filter(|cpu| free.contains(cpu));
+            let Some(cpu) = same_number.or_else(|| free.first().copied()) else { break };
+            free.remove(&cpu);
+            attributed.push(Attributed { cpu, index, certain: false });
         }
         Some(attributed)
-    }
-
-    /// Whether evidence in memory says that `saved` is of `cpu`.
-    fn is_of(&self, saved: &SavedCpu, cpu: CpuId) -> bool {
-        match saved.source {
-            RegisterSource::Qemu => self.per_cpu_offset(cpu).is_some_and(|base| {
-                base != 0 && [Reg::GsBase, Reg::KGsBase].iter().any(|&reg| saved.regs.u64(reg) == Some(base))
-            }),
-            RegisterSource::KernelPrstatus => self
-                .crash_note(cpu, saved.prstatus.len())
-                .is_some_and(|note| !note.is_empty() && note == saved.prstatus),
-        }
     }
 
     /// The descriptor of the `NT_PRSTATUS` that `cpu` left in its `crash_notes`.
@@ -117,15 +128,76 @@ impl Kernel {
     }
 }
 
+/// What memory says of the CPUs, to recognise their registers by.
+struct Evidence {
+    by_note: HashMap<Vec<u8>, CpuId>,
+    by_gs_base: HashMap<u64, CpuId>,
+    /// Tasks that run on one CPU only: all but the idle ones, whose pid is 0.
+    by_pid: HashMap<u32, CpuId>,
+}
+
+impl Evidence {
+    fn collect(kernel: &Kernel, possible: &[CpuId], saved: &[SavedCpu]) -> Self {
+        let note_len = saved.iter().map(|one| one.prstatus.len()).max().unwrap_or(0);
+        let mut evidence =
+            Self { by_note: HashMap::new(), by_gs_base: HashMap::new(), by_pid: HashMap::new() };
+        for &cpu in possible {
+            if let Some(note) = kernel.crash_note(cpu, note_len).filter(|note| note.iter().any(|&b| b != 0)) {
+                evidence.by_note.insert(note, cpu);
+            }
+            if let Some(base) = kernel.per_cpu_offset(cpu).filter(|&base| base != 0) {
+                evidence.by_gs_base.insert(base, cpu);
+            }
+            let pid = kernel.current(cpu).and_then(|task| u32::try_from(task.pid?).ok());
+            if let Some(pid) = pid.filter(|&pid| pid != 0) {
+                evidence.by_pid.insert(pid, cpu);
+            }
+        }
+        evidence
+    }
+
+    fn cpu_of(&self, saved: &SavedCpu) -> Option<CpuId> {
+        match saved.source {
+            RegisterSource::Qemu => [Reg::GsBase, Reg::KGsBase]
+                .iter()
+                .find_map(|&reg| self.by_gs_base.get(&saved.regs.u64(reg)?))
+                .copied(),
+            RegisterSource::KernelPrstatus => {
+                let by_pid = || self.by_pid.get(&saved.pid?);
+                self.by_note.get(&saved.prstatus).or_else(by_pid).copied()
+            }
+        }
+    }
+}
+
 /// Fills in what a kernel-written `NT_PRSTATUS` leaves out of the two gs bases: one is the user's, the other the
 /// per-CPU base, and the mode tells which was active.
-pub fn derive_gs_base(regs: &mut crate::arch::x86_64::RegisterFile, per_cpu_base: u64) {
+pub fn derive_gs_base(regs: &mut RegisterFile, per_cpu_base: u64) {
     let missing = match regs.in_user_mode() {
         Some(true) => Reg::KGsBase,
         Some(false) => Reg::GsBase,
         None => return,
     };
     if regs.get(missing) == Saved::NotSaved {
-        regs.set(missing, Saved::Derived(per_cpu_base.into(), "from __per_cpu_offset of this CPU"));
+        const FROM: &str =
+            "from __per_cpu_offset of this CPU; wrong if an NMI hit it between entry and swapgs";
+        regs.set(missing, Saved::Derived(per_cpu_base.into(), FROM));
+    }
+}
+
+/// Marks the segment bases that older kernels took from `current->thread` instead of the CPU: right only as of
+/// the last context switch.
+pub fn distrust_thread_bases(kernel: &Kernel, regs: &mut RegisterFile) {
+    // Since about v4.20 ELF_CORE_COPY_REGS reads the CPU, through this function.
+    if kernel.symbol("x86_gsbase_read_cpu_inactive").is_some() || kernel.symbol("init_task").is_none() {
+        return;
+    }
+    for reg in [Reg::FsBase, Reg::GsBase, Reg::KGsBase] {
+        if let Saved::Known(value) = regs.get(reg) {
+            regs.set(
+                reg,
+                Saved::Derived(value, "from the task's last context switch; may have changed since"),
+            );
+        }
     }
 }

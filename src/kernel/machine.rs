@@ -1,14 +1,15 @@
 //! A machine and, where one was found, the kernel in it: what gdb and the commands work on.
 
-use super::cpus::derive_gs_base;
+use super::Kernel;
+use super::cpus::{ONLINE, PRESENT, derive_gs_base, distrust_thread_bases};
 use super::discover::{self, DiscoverError, Found, Progress};
-use super::{Kernel, Task};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::paging::Step;
 use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError, Translation, VirtOutcome};
 use crate::backend::{Backend, RegisterSource};
 use crate::debuginfo::{self, DebugInfo, find};
 use crate::memory::MemoryError;
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -177,7 +178,11 @@ impl Machine {
 
     /// The CPU with this number.
     pub fn cpu(&self, id: CpuId) -> Option<&Cpu> {
-        self.cpus.iter().find(|cpu| cpu.id == id)
+        self.cpus.get(self.index_of(id)?)
+    }
+
+    fn index_of(&self, id: CpuId) -> Option<usize> {
+        self.cpus.binary_search_by_key(&id, |cpu| cpu.id).ok()
     }
 
     /// The CPU a debugger should start on: the one that panicked, else the first.
@@ -239,8 +244,8 @@ impl Machine {
         if let (true, Ok(kernel)) = (is_kernel, &self.kernel) {
             return Ok((kernel.found().space, "the kernel's page tables".to_owned()));
         }
-        let index = self.cpus.iter().position(|one| one.id == cpu);
-        let (one, space) = index
+        let (one, space) = self
+            .index_of(cpu)
             .and_then(|i| Some((self.cpus.get(i)?, self.user_spaces.get(i)?)))
             .ok_or_else(|| format!("there is no CPU {cpu}"))?;
         let tables = match (self.kernel.is_ok(), one.pid, &one.comm) {
@@ -324,6 +329,21 @@ fn belongs(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> Result<(),
             None => Err(format!("has no build-id but the dump says {wanted}; {cure}")),
         };
     }
+    // Before VMCOREINFO told it the kernel had its build-id in its notes already.
+    if let Some(id) = info.build_id()
+        && let (Some(start), Some(stop)) = (info.symbol("__start_notes"), info.symbol("__stop_notes"))
+    {
+        let mut notes = vec![0; usize::try_from(stop.addr.saturating_sub(start.addr).min(4096)).unwrap_or(0)];
+        let at = VirtAddr(start.addr.wrapping_add(found.kaslr_offset));
+        if found.space.read(backend, at, &mut notes).stopped.is_none() && !notes.is_empty() {
+            return match debuginfo::build_id_in_notes(&notes) {
+                Some(in_memory) if in_memory == id => Ok(()),
+                _ => Err(format!(
+                    "has build-id {id}, which is not in the kernel's notes at {at} in the dump; {cure}"
+                )),
+            };
+        }
+    }
     let banner = info.symbol("linux_banner").ok_or_else(|| format!("has no symbol linux_banner; {cure}"))?;
     let len = if banner.size == 0 { 64 } else { banner.size.min(512) };
     let in_file =
@@ -345,9 +365,12 @@ fn text_base(kernel: &Kernel) -> VirtAddr {
     }
 }
 
+/// The CPU that panicked, else the first; but one with a pc, without which gdb refuses the whole target.
 fn first_cpu(kernel: &Kernel, cpus: &[Cpu]) -> CpuId {
-    let panicked = kernel.panic_cpu().filter(|id| cpus.iter().any(|cpu| cpu.id == *id));
-    panicked.or(cpus.first().map(|cpu| cpu.id)).unwrap_or(CpuId(0))
+    let panicked = kernel.panic_cpu();
+    let with_pc = || cpus.iter().filter(|cpu| cpu.regs.u64(Reg::Rip).is_some());
+    let chosen = with_pc().find(|cpu| Some(cpu.id) == panicked).or_else(|| with_pc().next()).or(cpus.first());
+    chosen.map_or(CpuId(0), |cpu| cpu.id)
 }
 
 /// Register sets numbered in the order of the source: all that can be said without a kernel.
@@ -376,27 +399,39 @@ fn note_mode(cpu: &mut Cpu) {
 /// The CPUs that are present or left registers, with their tasks.
 fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String>) -> Vec<Cpu> {
     let saved = backend.saved_cpus();
-    let Some(attributed) = kernel.attribute(saved) else { return numbered_cpus(backend) };
-    if let Some(guessed) = attributed.iter().find(|a| !a.certain) {
+    let Some(attributed) = kernel.attribute(saved) else {
+        if kernel.debug_info().is_some() {
+            problems.push(
+                "which CPUs the kernel has cannot be read: registers are numbered by order only".to_owned(),
+            );
+        }
+        return numbered_cpus(backend);
+    };
+    if attributed.len() < saved.len() {
         problems.push(format!(
-            "register set {} of the dump was given to CPU {} by order only: no crash note or gs base says whose it is",
-            guessed.index, guessed.cpu
+            "{} of {} register sets are of no CPU this kernel can have, and are not shown",
+            saved.len() - attributed.len(),
+            saved.len()
         ));
     }
-    let online = kernel.cpu_mask("__cpu_online_mask");
+    let by_cpu: HashMap<CpuId, _> = attributed.iter().map(|a| (a.cpu, a)).collect();
+    let online = kernel.cpu_mask(&ONLINE);
     let panicked = kernel.panic_cpu();
-    let mut ids: Vec<CpuId> = attributed.iter().map(|a| a.cpu).collect();
-    ids.extend(kernel.cpu_mask("__cpu_present_mask").unwrap_or_default());
+    let mut ids: Vec<CpuId> = by_cpu.keys().copied().collect();
+    ids.extend(kernel.cpu_mask(&PRESENT).unwrap_or_default());
     ids.sort();
     ids.dedup();
     let cpu = |id: CpuId| {
-        let index = attributed.iter().find(|a| a.cpu == id).map(|a| a.index);
-        let mut regs = index.and_then(|i| saved.get(i)).map(|s| s.regs.clone()).unwrap_or_default();
-        if let Some(base) = kernel.per_cpu_offset(id) {
+        let one = by_cpu.get(&id).and_then(|a| Some((a, saved.get(a.index)?)));
+        let certain = one.is_none_or(|(a, _)| a.certain);
+        let mut regs = one.map(|(_, one)| one.regs.clone()).unwrap_or_default();
+        if one.is_some_and(|(_, one)| one.source == RegisterSource::KernelPrstatus) {
+            distrust_thread_bases(kernel, &mut regs);
+        }
+        if let Some(base) = kernel.per_cpu_offset(id).filter(|_| certain) {
             derive_gs_base(&mut regs, base);
         }
-        let task = kernel.current(id);
-        let (comm, pid) = task.map_or((None, None), |task: Task| (task.comm, task.pid));
+        let (comm, pid) = kernel.current(id).map_or((None, None), |task| (task.comm, task.pid));
         let mut cpu = Cpu { id, regs, comm, pid, notes: Vec::new() };
         if panicked == Some(id) {
             cpu.notes.push("panicked here".to_owned());
@@ -404,14 +439,41 @@ fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String
         if online.as_ref().is_some_and(|online| !online.contains(&id)) {
             cpu.notes.push("offline".to_owned());
         }
-        match index {
+        match one {
             Some(_) => note_mode(&mut cpu),
             None => cpu.notes.push("registers not saved".to_owned()),
         }
+        if !certain {
+            cpu.notes.push(BY_ORDER.to_owned());
+        }
+        let found = kernel.found();
+        if discover::runs_on(backend, &found.space, found.phys_base, &cpu.regs) == Some(false) {
+            cpu.notes.push(FOREIGN_TABLES.to_owned());
+        }
         cpu
     };
-    ids.into_iter().map(cpu).collect()
+    let cpus: Vec<Cpu> = ids.into_iter().map(cpu).collect();
+    let with_note = |note: &str| {
+        let ids = cpus.iter().filter(|cpu| cpu.notes.iter().any(|n| n == note)).map(|cpu| cpu.id.to_string());
+        Some(ids.collect::<Vec<_>>().join(", ")).filter(|ids| !ids.is_empty())
+    };
+    if let Some(ids) = with_note(BY_ORDER) {
+        problems.push(format!(
+            "no crash note, gs base or pid says whose the registers shown for CPU {ids} are: given by order only"
+        ));
+    }
+    if let Some(ids) = with_note(FOREIGN_TABLES) {
+        problems.push(format!(
+            "CPU {ids} walks page tables of something else than this kernel (firmware, or a kernel started after it)"
+        ));
+    }
+    cpus
 }
+
+/// Note on a CPU whose registers were given to it without evidence.
+const BY_ORDER: &str = "registers by order of notes";
+/// Note on a CPU whose CR3 is not of this kernel.
+const FOREIGN_TABLES: &str = "not in this kernel's page tables";
 
 /// User addresses of the task on `cpu`: through its `mm`; where types do not tell, through CR3.
 fn user_space(kernel: &Kernel, cpu: &Cpu) -> UserSpace {
@@ -425,7 +487,7 @@ fn user_space(kernel: &Kernel, cpu: &Cpu) -> UserSpace {
                 (Some(comm), Some(pid)) => format!("{comm} (pid {pid})"),
                 _ => "the task".to_owned(),
             };
-            Err(format!("CPU {} runs the kernel thread {task}, which has no user memory", cpu.id))
+            Err(format!("CPU {} runs {task}, a kernel thread or exiting: it has no user memory", cpu.id))
         }
         None => cr3_space(&cpu.regs)
             .map(|space| AddressSpace { sme_mask: kernel.found().space.sme_mask, ..space }),
@@ -434,12 +496,11 @@ fn user_space(kernel: &Kernel, cpu: &Cpu) -> UserSpace {
 
 /// The tables in a CPU's CR3.
 fn cr3_space(regs: &RegisterFile) -> UserSpace {
-    const CR4_LA57: u64 = 1 << 12;
     let cr3 = regs.u64(Reg::Cr3).ok_or(
         "no page tables are known for it: cr3 was not saved, and without symbols and types the task's own are out of \
          reach (pass --vmlinux FILE)",
     )?;
-    let levels = if regs.u64(Reg::Cr4).is_some_and(|cr4| cr4 & CR4_LA57 != 0) { 5 } else { 4 };
-    // The low 12 bits are the PCID and cache attributes.
-    Ok(AddressSpace { root: PhysAddr(cr3 & 0x000f_ffff_ffff_f000), levels, sme_mask: 0 })
+    AddressSpace::from_control_registers(regs.u64(Reg::Cr0), cr3, regs.u64(Reg::Cr4)).ok_or_else(|| {
+        "the CPU does not walk 64-bit page tables: paging is off, or it is in a 32-bit mode".to_owned()
+    })
 }

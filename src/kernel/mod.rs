@@ -75,9 +75,13 @@ impl Kernel {
         Some((self.slide(symbol.addr), symbol.size))
     }
 
-    /// The nearest symbol below the run-time address `at`: name and offset.
+    /// The symbol of the kernel image that covers the run-time address `at`: name and offset.
     pub fn symbolize(&self, at: VirtAddr) -> Option<(&str, u64)> {
         let link = at.0.checked_sub(self.found.kaslr_offset).filter(|&link| link >= START_KERNEL_MAP)?;
+        // Modules lie above the image, where the last of its symbols without a size would seem to reach.
+        if self.symbol("_end").is_some_and(|end| at >= end) {
+            return None;
+        }
         self.debug_info.as_ref()?.symbols().at(link).map(|(symbol, offset)| (symbol.name, offset))
     }
 

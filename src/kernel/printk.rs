@@ -14,12 +14,24 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 /// Descriptors looked at: 2^20 records of 32 bytes fill 32 MiB.
 const RECORDS_MAX: u64 = 1 << 20;
 
+/// The log's structures are a few dozen bytes; a larger size or offset is damage.
+const STRUCT_MAX: u64 = 4096;
+
 /// One log record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// Nanoseconds since boot.
     pub ts_nsec: u64,
     /// Its text, untrusted; may hold several lines.
+    pub text: String,
+}
+
+/// What the kernel said when it failed; untrusted text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// A panic ends the kernel; after an oops it may have gone on.
+    pub is_panic: bool,
+    /// The line.
     pub text: String,
 }
 
@@ -49,23 +61,21 @@ impl Kernel {
         }
     }
 
-    /// The last thing the kernel said before it died: its panic line, else its last oops.
-    pub fn panic_text(&self) -> Option<String> {
+    /// The last thing the kernel said of its own failure: its panic line, else its last oops.
+    pub fn failure(&self) -> Option<Failure> {
+        const PANIC: &str = "Kernel panic - not syncing";
         const OOPS: [&str; 5] =
             ["BUG: ", "Oops: ", "kernel BUG at ", "general protection fault", "Unable to handle kernel"];
         let log = self.log().ok()?;
-        let line_with = |what: &[&str]| {
-            log.iter()
-                .rev()
-                .flat_map(|record| record.text.lines())
-                .find(|l| what.iter().any(|w| l.contains(w)))
-        };
-        // "end Kernel panic" repeats the line with a prefix; the first words are the ones to show.
-        let panic = line_with(&["Kernel panic - not syncing"]);
-        let text = panic.or_else(|| line_with(&OOPS))?;
-        let start = text.find("Kernel panic - not syncing").unwrap_or(0);
-        let text = text.get(start..)?;
-        Some(text.strip_suffix(" ]---").unwrap_or(text).trim().to_owned())
+        let lines = || log.iter().rev().flat_map(|record| record.text.lines());
+        if let Some(line) = lines().find(|line| line.contains(PANIC)) {
+            // "end Kernel panic" repeats the line in brackets.
+            let text = line.get(line.find(PANIC)?..)?;
+            let text = text.strip_suffix(" ]---").unwrap_or(text).trim().to_owned();
+            return Some(Failure { is_panic: true, text });
+        }
+        let oops = lines().find(|line| OOPS.iter().any(|what| has_word(line, what)))?;
+        Some(Failure { is_panic: false, text: oops.trim().to_owned() })
     }
 
     fn log_bytes(&self, at: VirtAddr, len: u64, what: &'static str) -> Result<Vec<u8>, LogError> {
@@ -73,21 +83,27 @@ impl Kernel {
         let len = usize::try_from(len.min(LOG_BYTES_MAX)).map_err(|_| unreadable.clone())?;
         let mut buf = vec![0; len];
         let filled = self.read(at, &mut buf).filled;
-        // What is left of the ring still holds records.
-        if filled == 0 { Err(unreadable) } else { Ok(buf) }
+        buf.truncate(filled);
+        // What is left of the buffer still holds records.
+        if buf.is_empty() { Err(unreadable) } else { Ok(buf) }
     }
 
     /// `struct printk_log` records from `log_first_idx` to `log_next_idx`, wrapping where a length is zero.
     fn record_buffer(&self, info: &VmcoreInfo) -> Result<Vec<Record>, LogError> {
         let var = |name: &'static str| info.symbol(name).ok_or(LogError::NotDescribed(name));
-        let field =
-            |name: &'static str| info.offset(name).map(|o| o as usize).ok_or(LogError::NotDescribed(name));
+        let field = |name: &'static str| {
+            let offset = info.offset(name).filter(|&offset| offset < STRUCT_MAX);
+            offset.map(|offset| offset as usize).ok_or(LogError::NotDescribed(name))
+        };
         let word =
             |at: VirtAddr| self.read_u32(at).ok_or(LogError::Unreadable { at, what: "a log variable" });
         let pointer = var("log_buf")?;
         let buf = self.read_u64(pointer).ok_or(LogError::Unreadable { at: pointer, what: "log_buf" })?;
         let bytes = self.log_bytes(VirtAddr(buf), word(var("log_buf_len")?)?.into(), "the log buffer")?;
-        let header = info.size("printk_log").ok_or(LogError::NotDescribed("SIZE(printk_log)"))? as usize;
+        let header = info
+            .size("printk_log")
+            .filter(|&size| size < STRUCT_MAX)
+            .ok_or(LogError::NotDescribed("SIZE(printk_log)"))? as usize;
         let (ts, len, text_len) =
             (field("printk_log.ts_nsec")?, field("printk_log.len")?, field("printk_log.text_len")?);
         let next = word(var("log_next_idx")?)? as usize;
@@ -107,7 +123,8 @@ impl Kernel {
                 (at, wrapped) = (0, true);
                 continue;
             }
-            if let Some(text) = bytes.get(at + header..at + header + usize::from(text)) {
+            let record = bytes.get(at..at + usize::from(size)).unwrap_or_default();
+            if let Some(text) = record.get(header..).and_then(|rest| rest.get(..usize::from(text))) {
                 records.push(Record { ts_nsec, text: String::from_utf8_lossy(text).into_owned() });
             }
             at += usize::from(size);
@@ -124,7 +141,7 @@ struct Ring<'a> {
 
 impl Ring<'_> {
     fn offset(&self, name: &'static str) -> Result<u64, LogError> {
-        self.info.offset(name).ok_or(LogError::NotDescribed(name))
+        self.info.offset(name).filter(|&offset| offset < STRUCT_MAX).ok_or(LogError::NotDescribed(name))
     }
 
     fn word(&self, at: VirtAddr, what: &'static str) -> Result<u64, LogError> {
@@ -146,8 +163,11 @@ impl Ring<'_> {
         let size = 1u64.checked_shl(size_bits).filter(|&n| n <= LOG_BYTES_MAX);
         let size = size.ok_or(too_large(data_at, "more text than any log has"))?;
 
-        let desc_size = self.info.size("prb_desc").ok_or(LogError::NotDescribed("SIZE(prb_desc)"))?;
-        let info_size = self.info.size("printk_info").ok_or(LogError::NotDescribed("SIZE(printk_info)"))?;
+        let size_of = |name, key| {
+            self.info.size(name).filter(|&size| size < STRUCT_MAX).ok_or(LogError::NotDescribed(key))
+        };
+        let desc_size = size_of("prb_desc", "SIZE(prb_desc)")?;
+        let info_size = size_of("printk_info", "SIZE(printk_info)")?;
         let array = |at: VirtAddr, element: u64, what| {
             let start = VirtAddr(self.word(at, what)?);
             self.kernel.log_bytes(start, element.saturating_mul(count), what)
@@ -168,6 +188,8 @@ impl Ring<'_> {
         let tail = self.word(in_descs("prb_desc_ring.tail_id")?, "tail_id")?;
         let ids = ID_MASK & head.wrapping_sub(tail);
         let mut records = Vec::new();
+        // No two records share text, so all of it together is no longer than the ring.
+        let mut text_left = data.len();
         for id in (0..=ids.min(count - 1)).map(|i| tail.wrapping_add(i) & ID_MASK) {
             let slot = id % count;
             let (desc, info) = ((slot * desc_size) as usize, (slot * info_size) as usize);
@@ -185,9 +207,10 @@ impl Ring<'_> {
             else {
                 continue;
             };
-            if let Some(text) =
-                block(&data, size_bits, begin, next).and_then(|b| b.get(..b.len().min(text_len.into())))
-            {
+            let text = block(&data, size_bits, begin, next);
+            if let Some(text) = text.and_then(|block| block.get(..block.len().min(text_len.into()))) {
+                let Some(left) = text_left.checked_sub(text.len()) else { break };
+                text_left = left;
                 records.push(Record { ts_nsec, text: String::from_utf8_lossy(text).into_owned() });
             }
         }
@@ -200,7 +223,10 @@ const ID_MASK: u64 = u64::MAX >> 2;
 
 /// The text between two logical positions of the data ring, behind the block's id word.
 fn block(data: &[u8], size_bits: u32, begin: u64, next: u64) -> Option<&[u8]> {
-    // Odd positions mark records without text.
+    // EMPTY_LINE_LPOS: a record with no text on purpose. Other odd positions mark text that was lost.
+    if (begin, next) == (3, 3) {
+        return Some(&[]);
+    }
     if begin & 1 == 1 || next & 1 == 1 || begin == next {
         return None;
     }
@@ -218,6 +244,11 @@ fn block(data: &[u8], size_bits: u32, begin: u64, next: u64) -> Option<&[u8]> {
     data.get((start + 8) as usize..end as usize)
 }
 
+/// Whether `what` stands in `line` at the start of a word: "DEBUG: " is no "BUG: ".
+fn has_word(line: &str, what: &str) -> bool {
+    line.match_indices(what).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -228,8 +259,16 @@ mod tests {
         assert_eq!(block(&data, 6, 0, 16), Some(&data[8..16]));
         assert_eq!(block(&data, 6, 48, 64), Some(&data[56..64]), "ends exactly at the ring's end");
         assert_eq!(block(&data, 6, 48, 64 + 24), Some(&data[8..24]), "wrapped to the start");
-        assert_eq!(block(&data, 6, 1, 3), None, "no text");
+        assert_eq!(block(&data, 6, 1, 1), None, "lost");
+        assert_eq!(block(&data, 6, 3, 3), Some(&[][..]), "an empty line");
         assert_eq!(block(&data, 6, 60, 60), None);
         assert_eq!(block(&data, 6, 8, 12), None, "shorter than its id");
+    }
+
+    #[test]
+    fn an_oops_is_a_word() {
+        assert!(has_word("BUG: kernel NULL pointer dereference", "BUG: "));
+        assert!(has_word("watchdog: BUG: soft lockup", "BUG: "));
+        assert!(!has_word("mydrv: DEBUG: probe ok", "BUG: "));
     }
 }

@@ -130,6 +130,16 @@ pub trait PhysicalMemory: Send + Sync {
     /// The RAM that the source knows of: sorted, apart, never empty ranges. Pages inside may be unreadable.
     fn ranges(&self) -> Vec<PhysRange>;
 
+    /// The part of [`Self::ranges`] whose bytes the source may hold: what is worth searching.
+    fn stored_ranges(&self) -> Vec<PhysRange> {
+        self.ranges()
+    }
+
+    /// Whether `at` is RAM that the source knows of, readable or not.
+    fn is_ram(&self, at: PhysAddr) -> bool {
+        self.ranges().iter().any(|range| range.contains(at))
+    }
+
     /// Fills the whole of `buf` or says where and why that failed.
     fn read_phys_exact(&self, at: PhysAddr, buf: &mut [u8]) -> Result<(), MemoryError> {
         self.read_phys(at, buf).stopped.map_or(Ok(()), Err)

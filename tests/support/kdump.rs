@@ -89,6 +89,8 @@ pub struct Kdump {
     pub utsname: [String; 6],
     pub phys_base: u64,
     pub dump_level: u32,
+    /// When the dump was made, in seconds: the same in all parts of a split set.
+    pub time: u64,
     /// `start_pfn..end_pfn` of this part of a split set.
     pub split: Option<Range<u64>>,
     /// Frames; one that is missing is not RAM.
@@ -118,6 +120,7 @@ impl Default for Kdump {
             utsname: ["Linux", "host", "6.1.0-test-amd64", "#1 SMP", "x86_64", "(none)"].map(str::to_owned),
             phys_base: 0,
             dump_level: 0,
+            time: 1_700_000_000,
             split: None,
             slots: BTreeMap::new(),
             max_mapnr: None,
@@ -181,6 +184,14 @@ impl Kdump {
         self.dump_level = 1;
         self.utsname = ["", "", "", "", "x86_64", ""].map(str::to_owned);
         self
+    }
+
+    /// The parts of a split set, each of which ends at one of `ends` or at the end of memory.
+    pub fn parts(&self, ends: &[u64]) -> Vec<Kdump> {
+        let end = self.slots.keys().last().map_or(0, |&pfn| pfn + 1);
+        let starts = [0].into_iter().chain(ends.iter().copied());
+        let ends = ends.iter().copied().chain([end]);
+        starts.zip(ends).map(|(from, to)| Kdump { split: Some(from..to), ..self.clone() }).collect()
     }
 
     fn has_data(&self, pfn: u64) -> bool {
@@ -301,7 +312,7 @@ impl Kdump {
         for (i, field) in self.utsname.iter().enumerate() {
             put(out, 12 + i * 65, field.as_bytes());
         }
-        put_u64(out, 408, 1_700_000_000);
+        put_u64(out, 408, self.time);
         put_u64(out, 416, 123_456);
         let codec = self.codecs.first().map_or(0, |codec| codec.flag());
         put_u32(out, 424, self.status | codec);

@@ -10,6 +10,7 @@ pub mod flat_memory;
 pub mod flattened;
 pub mod kdump;
 pub mod lab;
+pub mod lime;
 pub mod model;
 pub mod notes;
 pub mod page_tables;
@@ -45,6 +46,11 @@ impl TempFile {
 
     pub fn path(&self) -> &std::path::Path {
         &self.path
+    }
+
+    /// The directory that has nothing else in it.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
     }
 
     /// A further file beside this one.

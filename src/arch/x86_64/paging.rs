@@ -176,6 +176,20 @@ pub struct AddressSpace {
 }
 
 impl AddressSpace {
+    /// The tables a CPU walks with these control registers; `None` where it does not walk four or five levels:
+    /// paging off (CR0.PG) or the tables of 32-bit modes (CR4.PAE clear). Source: Intel SDM vol. 3, 2.5 and 4.1.
+    pub fn from_control_registers(cr0: Option<u64>, cr3: u64, cr4: Option<u64>) -> Option<Self> {
+        const PG: u64 = 1 << 31;
+        const PAE: u64 = 1 << 5;
+        const LA57: u64 = 1 << 12;
+        if cr0.is_some_and(|cr0| cr0 & PG == 0) || cr4.is_some_and(|cr4| cr4 & PAE == 0) {
+            return None;
+        }
+        let levels = if cr4.is_some_and(|cr4| cr4 & LA57 != 0) { 5 } else { 4 };
+        // The low 12 bits are the PCID or cache attributes.
+        Some(Self { root: PhysAddr(cr3 & ADDRESS_MASK), levels, sme_mask: 0 })
+    }
+
     /// Whether bits 63 down to bit 47 (four levels) or 56 (five) are all equal.
     pub fn is_canonical(&self, at: VirtAddr) -> bool {
         is_canonical(at, self.levels)

@@ -3,7 +3,8 @@
 //! Three sources, each checked against memory before it is believed: the VMCOREINFO note of the dump, a copy
 //! of that text found by scanning RAM, and, with neither, the page tables that a CPU's CR3 points to.
 //! A kernel that is gone (kexec leaves its memory behind, page tables and all) passes every check but one:
-//! no CPU runs on its tables. So CR3, where the source has it, decides.
+//! no CPU runs on its tables. So CR3, where the source has it, decides. After a crash into a capture kernel both
+//! can have CPUs, the crashed one's being halted: then the note's wins, and those of the other are named.
 //!
 //! Source: `arch/x86/kernel/vmcore_info_64.c`, `arch/x86/include/asm/page_64_types.h` (`__START_KERNEL_map`).
 
@@ -11,7 +12,7 @@ mod page_tables;
 mod scan;
 
 use crate::addr::{PhysAddr, VirtAddr};
-use crate::arch::x86_64::{AddressSpace, Reg, TranslateError};
+use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError};
 use crate::backend::Backend;
 use crate::memory::Unreadable;
 use crate::vmcoreinfo::VmcoreInfo;
@@ -23,6 +24,8 @@ pub const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 const DEFAULT_LINK_TEXT: u64 = 0xffff_ffff_8100_0000;
 /// Room for the kernel image and its modules (`KERNEL_IMAGE_SIZE` at its largest).
 const KERNEL_IMAGE_SIZE: u64 = 1 << 30;
+/// The image starts on such a boundary and is mapped in pages of this size.
+const IMAGE_ALIGN: u64 = 2 << 20;
 /// `__NEW_UTS_LEN + 1`: each field of `struct new_utsname`; `release` is the third.
 const UTS_FIELD: usize = 65;
 
@@ -93,26 +96,26 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
 /// Finds the running kernel in `backend`'s memory.
 pub fn discover(backend: &dyn Backend, progress: Progress<'_>) -> Result<Found, DiscoverError> {
-    let roots = cr3_tables(backend);
+    let cpus = cpu_tables(backend);
     let mut rejected = None;
-    let mut accepted: Vec<Found> = Vec::new();
+    let mut best = Best::default();
     if let Some(note) = backend.vmcoreinfo_note() {
-        match check(backend, VmcoreInfo::parse(note), FoundBy::Note, &roots) {
+        match check(backend, VmcoreInfo::parse(note), FoundBy::Note, &cpus) {
             Ok(found) if found.problems.is_empty() => return Ok(found),
-            Ok(found) => accepted.push(found),
+            Ok(found) => best.offer(found),
             Err(why) => rejected = Some(format!("the dump's note: {why}")),
         }
     }
-    let decided = |found: &Found| !roots.is_empty() && found.problems.is_empty();
+    let decided = |found: &Found| !cpus.is_empty() && found.problems.is_empty();
     scan::for_each_vmcoreinfo(backend, progress, &mut |at, info| match check(
         backend,
         info,
         FoundBy::Scan(at),
-        &roots,
+        &cpus,
     ) {
         Ok(found) => {
             let stop = decided(&found);
-            accepted.push(found);
+            best.offer(found);
             stop
         }
         Err(why) => {
@@ -120,59 +123,104 @@ pub fn discover(backend: &dyn Backend, progress: Progress<'_>) -> Result<Found, 
             false
         }
     });
-    if let Some(found) = choose(accepted) {
+    if let Some(found) = best.into_found() {
         return Ok(found);
     }
-    if let Some(found) = roots.iter().find_map(|&root| page_tables::find(backend, root)) {
+    if let Some(found) =
+        cpus.iter().take(ROOTS_SEARCHED).find_map(|tables| page_tables::find(backend, *tables))
+    {
         return Ok(found);
     }
     Err(match rejected {
         Some(why) => DiscoverError::Contradicted(why),
-        None => DiscoverError::Nothing { had_cr3: !roots.is_empty() },
+        None => DiscoverError::Nothing { had_cr3: !cpus.is_empty() },
     })
 }
 
-/// The best of the copies that passed: the one with the fewest doubts. Copies of one text are one kernel.
-fn choose(mut accepted: Vec<Found>) -> Option<Found> {
-    accepted.sort_by_key(|found| found.problems.len());
-    let mut accepted = accepted.into_iter();
-    let mut best = accepted.next()?;
-    if let Some(other) = accepted.find(|other| other.space.root != best.space.root) {
-        best.problems.push(format!(
-            "memory also holds kernel {} (page tables at {}); nothing tells which of the two ran last",
-            other.release, other.space.root
-        ));
+/// Whether the CPU with these registers walks `space`'s kernel: its tables lead to the same top-level table for
+/// the kernel's own address of it. `None` where its registers or tables do not tell.
+///
+/// An address in the image is compared, not an entry of the top table: the tables for EFI calls share the lower
+/// levels only (`efi_sync_low_kernel_mappings`).
+pub fn runs_on(
+    backend: &dyn Backend,
+    space: &AddressSpace,
+    phys_base: u64,
+    regs: &RegisterFile,
+) -> Option<bool> {
+    let at = VirtAddr(START_KERNEL_MAP.wrapping_add(space.root.0.wrapping_sub(phys_base)));
+    let tables = tables_of(regs);
+    if tables.is_empty() {
+        return None;
     }
-    Some(best)
-}
-
-/// A page-table root that a CPU was using, and the number of levels it walks.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct CpuTables {
-    root: PhysAddr,
-    levels: u8,
-}
-
-/// The roots in the CPUs' CR3, without the PCID; where page-table isolation may have switched to the user's
-/// half of the pair (bit 12, `PTI_USER_PGTABLE_BIT`), the kernel's half too.
-fn cr3_tables(backend: &dyn Backend) -> Vec<CpuTables> {
-    const CR4_LA57: u64 = 1 << 12;
-    const CR0_PG: u64 = 1 << 31;
-    let mut tables = Vec::new();
-    for cpu in backend.saved_cpus() {
-        let (Some(cr3), Some(cr4)) = (cpu.regs.u64(Reg::Cr3), cpu.regs.u64(Reg::Cr4)) else { continue };
-        if cpu.regs.u64(Reg::Cr0).is_some_and(|cr0| cr0 & CR0_PG == 0) {
-            continue;
-        }
-        let levels = if cr4 & CR4_LA57 != 0 { 5 } else { 4 };
-        for root in [cr3 & 0x000f_ffff_ffff_f000, cr3 & 0x000f_ffff_ffff_e000] {
-            let entry = CpuTables { root: PhysAddr(root), levels };
-            if !tables.contains(&entry) {
-                tables.push(entry);
-            }
+    let mut told = None;
+    for tables in tables {
+        let tables = AddressSpace { sme_mask: space.sme_mask, ..tables };
+        match tables.translate(backend, at) {
+            Ok(translation) if translation.phys == space.root => return Some(true),
+            Err(TranslateError::TableUnreadable { .. }) => {}
+            _ => told = Some(false),
         }
     }
+    told
+}
+
+/// The copies that passed, as far as they matter: the one with the fewest doubts, and one of another kernel.
+#[derive(Default)]
+struct Best {
+    found: Option<Found>,
+    /// Release and tables of a second kernel.
+    rival: Option<(String, PhysAddr)>,
+}
+
+impl Best {
+    fn offer(&mut self, mut found: Found) {
+        let Some(best) = &mut self.found else {
+            self.found = Some(found);
+            return;
+        };
+        if found.problems.len() < best.problems.len() {
+            std::mem::swap(best, &mut found);
+        }
+        if found.space.root != best.space.root {
+            self.rival = Some((found.release, found.space.root));
+        }
+    }
+
+    fn into_found(self) -> Option<Found> {
+        let mut found = self.found?;
+        if let Some((release, root)) = self.rival {
+            found.problems.push(format!(
+                "memory also holds kernel {release} (page tables at {root}); nothing tells which of the two ran last"
+            ));
+        }
+        Some(found)
+    }
+}
+
+/// Each root searched for a kernel image costs up to 1 GiB of reads; all CPUs of one kernel show the same image.
+const ROOTS_SEARCHED: usize = 4;
+/// CPUs asked on whose tables they run; one that agrees is enough.
+const CPUS_ASKED: usize = 1024;
+
+/// The page tables the CPUs walk.
+fn cpu_tables(backend: &dyn Backend) -> Vec<AddressSpace> {
+    let all = backend.saved_cpus().iter().take(CPUS_ASKED).flat_map(|cpu| tables_of(&cpu.regs));
+    let mut tables: Vec<AddressSpace> = all.collect();
+    tables.sort_by_key(|tables| (tables.root, tables.levels));
+    tables.dedup();
     tables
+}
+
+/// The tables in a CPU's CR3 and, because page-table isolation may have switched to the user's half of the pair
+/// (bit 12, `PTI_USER_PGTABLE_BIT`), the kernel's half too.
+fn tables_of(regs: &RegisterFile) -> Vec<AddressSpace> {
+    let cr3 = regs.u64(Reg::Cr3).filter(|_| regs.u64(Reg::Cr4).is_some());
+    let tables =
+        cr3.and_then(|cr3| AddressSpace::from_control_registers(regs.u64(Reg::Cr0), cr3, regs.u64(Reg::Cr4)));
+    let Some(tables) = tables else { return Vec::new() };
+    let kernel_half = AddressSpace { root: PhysAddr(tables.root.0 & !0x1000), ..tables };
+    if kernel_half == tables { vec![tables] } else { vec![tables, kernel_half] }
 }
 
 /// Holds a VMCOREINFO text against memory. `Err` says what contradicts it.
@@ -180,7 +228,7 @@ fn check(
     backend: &dyn Backend,
     info: VmcoreInfo,
     by: FoundBy,
-    cpu_tables: &[CpuTables],
+    cpus: &[AddressSpace],
 ) -> Result<Found, String> {
     let release = info.release().ok_or("no OSRELEASE")?.to_owned();
     // Before Linux commit 65ade2f872b4 ("x86/boot/64: Rename init_level4_pgt and early_level4_pgt")
@@ -228,10 +276,13 @@ fn check(
         (None, None) => return Err(format!("the page tables it names at {table} do not map themselves")),
     };
     check_release(backend, &info, &space, &release)?;
-    check_cpus(backend, &space, cpu_tables)?;
+    check_cpus(backend, &space, table, cpus)?;
 
     let kaslr_offset = info.kernel_offset().unwrap_or(0);
-    let text = info.symbol("_stext").unwrap_or(VirtAddr(DEFAULT_LINK_TEXT.wrapping_add(kaslr_offset)));
+    // _text begins on a 2 MiB boundary (CONFIG_PHYSICAL_ALIGN is at least that); in older kernels _stext follows
+    // the head of the text.
+    let text = info.symbol("_stext").map(|stext| VirtAddr(stext.0 & !(IMAGE_ALIGN - 1)));
+    let text = text.unwrap_or(VirtAddr(DEFAULT_LINK_TEXT.wrapping_add(kaslr_offset)));
     let build_id = info.build_id();
     Ok(Found { by, vmcoreinfo: info, release, build_id, kaslr_offset, phys_base, space, text, problems })
 }
@@ -270,18 +321,24 @@ fn check_release(
     Err(format!("it says release '{release}', but init_uts_ns at {uts} holds '{}'", in_memory.escape_debug()))
 }
 
-/// Some CPU must run on tables that share the kernel image's top-level entry with `space`: all tables of one
-/// kernel do, and those of an earlier kernel do not.
-fn check_cpus(backend: &dyn Backend, space: &AddressSpace, cpu_tables: &[CpuTables]) -> Result<(), String> {
-    let address = 0x000f_ffff_ffff_f000 & !space.sme_mask;
-    let last_entry = |root: PhysAddr| {
-        let entry = backend.read_phys_u64(PhysAddr((root.0 & address) | 0xff8)).ok()?;
-        Some(entry & address)
-    };
-    let Some(ours) = last_entry(space.root) else { return Ok(()) };
-    let theirs: Vec<_> =
-        cpu_tables.iter().filter(|t| t.levels == space.levels).filter_map(|t| last_entry(t.root)).collect();
-    if cpu_tables.is_empty() || theirs.contains(&ours) {
+/// Some CPU must walk tables that lead to `space`'s top-level table at the kernel's own address of it: all tables
+/// of one kernel do, and those of an earlier kernel do not.
+fn check_cpus(
+    backend: &dyn Backend,
+    space: &AddressSpace,
+    table: VirtAddr,
+    cpus: &[AddressSpace],
+) -> Result<(), String> {
+    let mut told = false;
+    for cpu in cpus {
+        let cpu = AddressSpace { sme_mask: space.sme_mask, ..*cpu };
+        match cpu.translate(backend, table) {
+            Ok(translation) if translation.phys == space.root => return Ok(()),
+            Err(TranslateError::TableUnreadable { .. }) => {}
+            _ => told = true,
+        }
+    }
+    if !told {
         return Ok(());
     }
     Err(format!("no CPU runs on its page tables at {}: an earlier kernel's remains", space.root))

@@ -3,21 +3,19 @@
 //! The image is the first thing mapped above `__START_KERNEL_map`; it begins at `_text`. The banner in it
 //! tells the release. The build-id is not looked for: the vDSOs inside the image carry build-ids too.
 
-use super::{CpuTables, DEFAULT_LINK_TEXT, Found, FoundBy, KERNEL_IMAGE_SIZE, START_KERNEL_MAP};
+use super::{DEFAULT_LINK_TEXT, Found, FoundBy, IMAGE_ALIGN, KERNEL_IMAGE_SIZE, START_KERNEL_MAP};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::AddressSpace;
 use crate::backend::Backend;
 use crate::vmcoreinfo::VmcoreInfo;
 
-/// The image is mapped in 2 MiB pages and starts on such a boundary (`CONFIG_PHYSICAL_ALIGN` is at least that).
-const STEP: u64 = 2 << 20;
 /// `linux_banner` begins so (`init/version.c`).
 const BANNER: &[u8] = b"Linux version ";
 
-/// The kernel mapped by `tables`, if there is one with a banner.
-pub fn find(backend: &dyn Backend, tables: CpuTables) -> Option<Found> {
-    let space = AddressSpace { root: tables.root, levels: tables.levels, sme_mask: 0 };
-    let slots = (START_KERNEL_MAP..START_KERNEL_MAP + KERNEL_IMAGE_SIZE).step_by(STEP as usize).map(VirtAddr);
+/// The kernel mapped by `space`, if there is one with a banner.
+pub fn find(backend: &dyn Backend, space: AddressSpace) -> Option<Found> {
+    let slots =
+        (START_KERNEL_MAP..START_KERNEL_MAP + KERNEL_IMAGE_SIZE).step_by(IMAGE_ALIGN as usize).map(VirtAddr);
     let mapped: Vec<VirtAddr> = slots.filter(|&slot| space.translate(backend, slot).is_ok()).collect();
     let text = *mapped.first()?;
     let release = mapped.iter().find_map(|&slot| banner_in(backend, &space, slot))?;
@@ -40,7 +38,7 @@ pub fn find(backend: &dyn Backend, tables: CpuTables) -> Option<Found> {
 
 /// The release in a banner inside the 2 MiB at `slot`.
 fn banner_in(backend: &dyn Backend, space: &AddressSpace, slot: VirtAddr) -> Option<String> {
-    let mut buf = vec![0; STEP as usize];
+    let mut buf = vec![0; IMAGE_ALIGN as usize];
     let filled = space.read(backend, slot, &mut buf).filled;
     let buf = buf.get(..filled)?;
     memchr::memmem::find_iter(buf, BANNER).find_map(|at| {

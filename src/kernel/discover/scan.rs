@@ -1,11 +1,11 @@
 //! Scanning RAM for VMCOREINFO texts, on all cores, stopping as soon as one is proven.
 
 use super::Progress;
-use crate::addr::{PhysAddr, PhysRange};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::backend::Backend;
 use crate::vmcoreinfo::VmcoreInfo;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 /// The first key of the text since Linux commit fd59d231f81c ("Add vmcoreinfo") (in v2.6.24).
@@ -14,8 +14,11 @@ const NEEDLE: &[u8] = b"OSRELEASE=";
 const CHUNK: u64 = 4 << 20;
 /// The kernel's text is one page (`VMCOREINFO_BYTES`); room for growth.
 const TEXT_MAX: usize = 16 << 10;
-/// Hostile RAM can hold the needle everywhere; past so many texts more will not help.
-const MAX_HITS: usize = 4096;
+/// Hostile RAM can hold the needle everywhere. A busy guest has tens: in logs, page cache and programs.
+const MAX_NEEDLES: usize = 16384;
+
+/// A text and where it lies.
+type Hit = (PhysAddr, VmcoreInfo);
 
 /// Calls `visit` with each VMCOREINFO text in RAM that names a kernel's page tables, until it returns true.
 /// The order is not that of addresses.
@@ -24,9 +27,10 @@ pub fn for_each_vmcoreinfo(
     progress: Progress<'_>,
     visit: &mut dyn FnMut(PhysAddr, VmcoreInfo) -> bool,
 ) {
-    let chunks = chunks(&backend.ranges());
-    let total: u64 = chunks.iter().map(PhysRange::len).sum();
-    let next = AtomicUsize::new(0);
+    let ranges = backend.stored_ranges();
+    let total = ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
+    let chunks = Mutex::new(ranges.iter().flat_map(chunks_of));
+    let needles = AtomicUsize::new(0);
     let done = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let workers = std::thread::available_parallelism().map_or(1, |n| n.get().min(16));
@@ -34,14 +38,18 @@ pub fn for_each_vmcoreinfo(
     std::thread::scope(|scope| {
         for _ in 0..workers {
             let sender = sender.clone();
-            let (chunks, next, done, stop) = (&chunks, &next, &done, &stop);
+            let (chunks, needles, done, stop) = (&chunks, &needles, &done, &stop);
             scope.spawn(move || {
                 let mut buf = vec![0; CHUNK as usize + NEEDLE.len()];
-                while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                while let Some(chunk) = next_of(chunks) {
                     if stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    if !scan_chunk(backend, chunk, &mut buf, &mut |hit| sender.send(hit).is_ok()) {
+                    let mut report = |hit: Option<Hit>| {
+                        needles.fetch_add(1, Ordering::Relaxed) < MAX_NEEDLES
+                            && hit.is_none_or(|hit| sender.send(hit).is_ok())
+                    };
+                    if !scan_chunk(backend, &chunk, &mut buf, &mut report) {
                         return;
                     }
                     done.fetch_add(chunk.len(), Ordering::Relaxed);
@@ -49,14 +57,12 @@ pub fn for_each_vmcoreinfo(
             });
         }
         drop(sender);
-        let mut seen = 0;
         // Receiving ends when every worker has; dropping `hits` makes their sends fail, which ends them.
         loop {
             progress(done.load(Ordering::Relaxed), total);
             match hits.recv_timeout(Duration::from_millis(50)) {
                 Ok((at, info)) => {
-                    seen += 1;
-                    if visit(at, info) || seen >= MAX_HITS {
+                    if visit(at, info) {
                         break;
                     }
                 }
@@ -69,26 +75,28 @@ pub fn for_each_vmcoreinfo(
     });
 }
 
-/// Splits RAM into units of work, lowest first: the order in which a dump file has them.
-fn chunks(ranges: &[PhysRange]) -> Vec<PhysRange> {
-    let mut chunks = Vec::new();
-    for range in ranges {
-        let mut start = range.start;
-        while start < range.end {
-            let end = start.checked_add(CHUNK).map_or(range.end, |end| end.min(range.end));
-            chunks.push(PhysRange { start, end });
-            start = end;
-        }
-    }
-    chunks
+/// Splits a range into units of work, lowest first: the order in which a dump file has them.
+fn chunks_of(range: &PhysRange) -> impl Iterator<Item = PhysRange> + use<> {
+    let end = range.end;
+    std::iter::successors(Some(range.start), |start| start.checked_add(CHUNK))
+        .take_while(move |&start| start < end)
+        .map(move |start| PhysRange {
+            start,
+            end: start.checked_add(CHUNK).map_or(end, |next| next.min(end)),
+        })
 }
 
-/// Reports the texts that begin in `chunk`; false when `report` wants no more.
+/// The next unit of work; a worker that died leaves the rest to the others.
+fn next_of(chunks: &Mutex<impl Iterator<Item = PhysRange>>) -> Option<PhysRange> {
+    chunks.lock().unwrap_or_else(PoisonError::into_inner).next()
+}
+
+/// Reports each needle that begins in `chunk`, with its text if it is one; false when `report` wants no more.
 fn scan_chunk(
     backend: &dyn Backend,
     chunk: &PhysRange,
     buf: &mut [u8],
-    report: &mut dyn FnMut((PhysAddr, VmcoreInfo)) -> bool,
+    report: &mut dyn FnMut(Option<Hit>) -> bool,
 ) -> bool {
     let finder = memchr::memmem::Finder::new(NEEDLE);
     let mut at = chunk.start;
@@ -100,16 +108,12 @@ fn scan_chunk(
         let readable = window.get(..read.filled).unwrap_or_default();
         for position in finder.find_iter(readable) {
             let hit = PhysAddr(at.0 + position as u64);
-            if let Some(info) = text_at(backend, hit).filter(|_| hit < chunk.end)
-                && !report((hit, info))
-            {
+            if hit < chunk.end && !report(text_at(backend, hit).map(|info| (hit, info))) {
                 return false;
             }
         }
         // Go on behind the hole: at the next page.
-        let Some(resume) =
-            PhysAddr(at.0 + read.filled as u64).page_start().checked_add(crate::addr::PAGE_SIZE)
-        else {
+        let Some(resume) = PhysAddr(at.0 + read.filled as u64).page_start().checked_add(PAGE_SIZE) else {
             return true;
         };
         at = if read.stopped.is_some() { resume } else { chunk.end };
@@ -119,6 +123,13 @@ fn scan_chunk(
 
 /// The text at `at`, if it is one: user programs hold the format string, and half-overwritten copies exist.
 fn text_at(backend: &dyn Backend, at: PhysAddr) -> Option<VmcoreInfo> {
+    // The kernel's text begins with two lines like these; a needle without them costs no more than this.
+    let mut start = [0; 128];
+    let filled = backend.read_phys(at, &mut start).filled;
+    let first = start.get(..filled)?.split(|&b| b == b'\n').next()?;
+    if first.len() == filled || !first.iter().all(u8::is_ascii_graphic) {
+        return None;
+    }
     let mut text = vec![0; TEXT_MAX];
     let filled = backend.read_phys(at, &mut text).filled;
     text.truncate(filled);

@@ -2,6 +2,8 @@
 //!
 //! Source: makedumpfile `diskdump_mod.h`, `DUMP_DH_COMPRESSED_*`: the flags of a page descriptor.
 
+use super::lzo;
+
 /// A page codec.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub(in crate::vmcore) enum Codec {
@@ -75,9 +77,7 @@ impl Decoder {
                 };
                 zstd.decompress_to_buffer(data, page).map_err(|error| damaged(&error))?
             }
-            Codec::Lzo => {
-                lzokay::decompress::decompress(data, page).map_err(|error| damaged(&format!("{error:?}")))?
-            }
+            Codec::Lzo => lzo::decompress(data, page).map_err(|error| damaged(&error))?,
             Codec::Snappy => self.snappy.decompress(data, page).map_err(|error| damaged(&error))?,
         };
         if len != page.len() {

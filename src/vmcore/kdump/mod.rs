@@ -7,6 +7,7 @@
 mod bitmap;
 mod codec;
 mod header;
+mod lzo;
 mod pages;
 mod part;
 mod split;

@@ -17,15 +17,48 @@ const INDEX_CACHE: u64 = 8 << 20;
 /// A longer read is a scan: its pages would push out what is used again.
 const SCAN_PAGES: usize = 64;
 
+/// Read ahead when pages are asked for in the order of the file: some twenty pages for one pread.
+const AHEAD: usize = 64 << 10;
+
 /// What is kept per thread.
 struct Scratch {
     decoder: Decoder,
-    /// Bytes as they are in the file.
-    raw: Vec<u8>,
+    window: Window,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch { decoder: Decoder::new(), raw: Vec::new() });
+    static SCRATCH: RefCell<Scratch> =
+        RefCell::new(Scratch { decoder: Decoder::new(), window: Window::default() });
+}
+
+/// The part of a file that the thread read last, as it is there.
+#[derive(Default)]
+struct Window {
+    bytes: Vec<u8>,
+    /// [`Part::id`].
+    of: u64,
+    start: u64,
+    filled: usize,
+}
+
+impl Window {
+    /// The `len` bytes at `offset`, or as many as there are and what stopped the read.
+    fn fetch(&mut self, part: &Part, offset: u64, len: usize) -> (&[u8], Option<Stop>) {
+        let skip = offset.checked_sub(self.start).and_then(|skip| usize::try_from(skip).ok());
+        let skip = skip.filter(|skip| self.of == part.id && *skip <= self.filled);
+        if let Some(from) = skip
+            && let Some(to) = from.checked_add(len).filter(|to| *to <= self.filled)
+        {
+            return (self.bytes.get(from..to).unwrap_or_default(), None);
+        }
+        // It starts where the last read ended.
+        let want = if skip.is_some() { len.max(AHEAD) } else { len };
+        self.bytes.resize(self.bytes.len().max(want), 0);
+        let read = part.source.file.read_at(offset, self.bytes.get_mut(..want).unwrap_or_default());
+        (self.of, self.start, self.filled) = (part.id, offset, read.filled);
+        let have = read.filled.min(len);
+        (self.bytes.get(..have).unwrap_or_default(), read.stopped.filter(|_| have < len))
+    }
 }
 
 /// A dumped page and how many dumped pages follow it directly.
@@ -106,12 +139,10 @@ impl Pages {
         let mut page: Arc<[u8]> = std::iter::repeat_n(0, PAGE).collect();
         // Nobody else has it yet.
         if let Some(bytes) = Arc::get_mut(&mut page) {
-            SCRATCH.with_borrow_mut(|Scratch { decoder, raw }| {
-                raw.resize(raw.len().max(PAGE), 0);
-                let raw = raw.get_mut(..descriptor.size as usize).unwrap_or_default();
-                match part.source.file.read_at(descriptor.offset, raw).stopped {
-                    Some(stop) => Err(stop.into()),
-                    None => part.decode(decoder, &descriptor, pfn, raw, bytes),
+            SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
+                match window.fetch(part, descriptor.offset, descriptor.size as usize) {
+                    (_, Some(stop)) => Err(stop.into()),
+                    (raw, None) => part.decode(decoder, &descriptor, pfn, raw, bytes),
                 }
             })?;
         }
@@ -141,10 +172,8 @@ impl Pages {
                 (pages, _) => Ok(pages * PAGE),
             };
         }
-        SCRATCH.with_borrow_mut(|Scratch { decoder, raw }| {
-            raw.resize(raw.len().max(batch.len), 0);
-            let raw = raw.get_mut(..batch.len).unwrap_or_default();
-            let read = part.source.file.read_at(batch.start, raw);
+        SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
+            let (raw, stopped) = window.fetch(part, batch.start, batch.len);
             let mut filled = 0;
             for (index, descriptor) in batch.descriptors.iter().enumerate() {
                 let Some(page) = out.get_mut(filled..filled + PAGE) else { break };
@@ -156,9 +185,9 @@ impl Pages {
                     let from =
                         usize::try_from(descriptor.offset.saturating_sub(batch.start)).unwrap_or(usize::MAX);
                     let to = from.saturating_add(descriptor.size as usize);
-                    match (part.check(descriptor, pfn, run.rank + index as u64), &read.stopped) {
+                    match (part.check(descriptor, pfn, run.rank + index as u64), &stopped) {
                         (Err(why), _) => Err(why),
-                        (Ok(()), Some(stop)) if to > read.filled => Err(stop_again(stop)),
+                        (Ok(()), Some(stop)) if to > raw.len() => Err(stop_again(stop)),
                         (Ok(()), _) => {
                             let data = raw.get(from..to).unwrap_or_default();
                             part.decode(decoder, descriptor, pfn, data, page)

@@ -30,6 +30,8 @@ const PART_SHIFT: u32 = 40;
 /// The shared page of zeros has not been seen yet.
 pub(super) const UNKNOWN: u64 = u64::MAX;
 
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
 /// `struct page_desc`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Descriptor {
@@ -75,6 +77,8 @@ pub(super) struct Part {
     /// Marked so by its header.
     pub incomplete: bool,
     number: u64,
+    /// Unlike that of any other part that was ever opened.
+    pub id: u64,
     /// Where the uncompressed page of zeros lies that all zero pages share, or [`UNKNOWN`].
     zero_page: AtomicU64,
 }
@@ -100,6 +104,7 @@ impl Part {
             data: descriptors.saturating_add(room),
             incomplete: header.status & flags::INCOMPLETE != 0,
             number: number as u64,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             zero_page: AtomicU64::new(UNKNOWN),
             source,
         })
