@@ -123,7 +123,21 @@ fn a_file_comes_from_elfutils_server_into_the_cache_it_shares() {
 
 /// Runs `kstub info DUMP --json` without anything of this user's; the vmlinux it found, and its problems.
 fn info(dump: &Path, caches: &Path, urls: &str, arguments: &[&str]) -> (Option<String>, String) {
-    let output = Command::new(KSTUB)
+    info_with(dump, caches, urls, arguments, None)
+}
+
+fn info_with(
+    dump: &Path,
+    caches: &Path,
+    urls: &str,
+    arguments: &[&str],
+    certificates: Option<&Path>,
+) -> (Option<String>, String) {
+    let mut command = Command::new(KSTUB);
+    if let Some(file) = certificates {
+        command.env("SSL_CERT_FILE", file);
+    }
+    let output = command
         .arg("info")
         .arg(dump)
         .arg("--json")
@@ -192,6 +206,49 @@ fn the_vmlinux_of_a_real_dump_comes_from_elfutils_server() {
     assert!(found.is_some_and(|path| path.starts_with(caches.to_str().unwrap())), "{problems}");
 }
 
+/// A server with a certificate of its own is believed only by who has that certificate among the system's.
+#[test]
+fn https_checks_certificates_against_the_systems() {
+    let dir = tempfile::tempdir().unwrap();
+    // Elsewhere, or the served file would be found beside the dump.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let (dump, id) = tiny_dump(elsewhere.path());
+    let served = dir.path().join("buildid").join(&id);
+    std::fs::create_dir_all(&served).unwrap();
+    if elf_file::vmlinux(&served.join("debuginfo"), &id).is_none() {
+        return;
+    }
+    let openssl = |arguments: &[&str]| {
+        let mut command = Command::new("openssl");
+        command.args(arguments).current_dir(dir.path()).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    let request =
+        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2"];
+    let names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"];
+    let leaf = ["-addext", "basicConstraints=critical,CA:FALSE"];
+    match openssl(&[&request[..], &names, &leaf].concat()).status() {
+        Ok(status) => assert!(status.success(), "openssl req"),
+        Err(error) => return skip(&format!("openssl: {error}; install it: apt install openssl")),
+    }
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let arguments = ["s_server", "-accept", &port.to_string(), "-cert", "cert", "-key", "key", "-WWW"];
+    let _server = Server { child: openssl(&arguments).spawn().unwrap(), url: String::new() };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < deadline, "openssl s_server does not listen");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let url = format!("https://127.0.0.1:{port}");
+    let caches = dir.path().join("caches");
+    let (found, problems) = info(&dump, &caches, &url, &[]);
+    assert_eq!(found, None);
+    assert!(problems.contains(&url) && problems.contains("certificate"), "{problems}");
+    let (found, problems) = info_with(&dump, &caches, &url, &[], Some(&dir.path().join("cert")));
+    assert!(found.is_some_and(|path| path.ends_with("debuginfo")), "{problems}");
+}
+
 // ---------------------------------------------------------------- servers that misbehave
 
 type Answer = Arc<dyn Fn(&mut TcpStream) + Send + Sync>;
@@ -230,7 +287,7 @@ fn whole(body: &[u8]) -> Answer {
 }
 
 fn redirect(to: &str) -> Answer {
-    bytes(format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n").into_bytes())
+    bytes(format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes())
 }
 
 /// `head`, then `piece` over and over until the client leaves.
@@ -251,7 +308,7 @@ fn every_misbehaving_server_is_named_and_leaves_nothing_behind() {
     let wrong = elf_file::vmlinux(&dir.path().join("wrong"), OTHER_ID).unwrap();
     let (right, wrong) = (std::fs::read(right).unwrap(), std::fs::read(wrong).unwrap());
     let len = right.len() as u64;
-    let status = |status: &str| bytes(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").into_bytes());
+    let status = |status: &str| bytes(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes());
     let cases: Vec<(&str, Answer, &[&str])> = vec![
         ("absent", status("404 Not Found"), &["does not have it"]),
         ("broken", status("500 Oops"), &["status 500"]),
