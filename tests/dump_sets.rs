@@ -126,8 +126,8 @@ fn one_part_that_holds_everything_is_complete() {
 fn a_missing_part_is_named_by_its_pages() {
     let parts = kdump(Codec::Zstd).parts(&ENDS);
     let all = build(&parts);
-    for lost in 0..parts.len() {
-        let window = parts[lost].split.clone().unwrap();
+    for (lost, part) in parts.iter().enumerate() {
+        let window = part.split.clone().unwrap();
         let kept: Vec<_> = (0..all.len()).filter(|&i| i != lost).map(|i| all[i].clone()).collect();
         let (_home, paths) = files(&kept);
         let dump = open(&paths).unwrap();

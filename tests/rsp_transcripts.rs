@@ -207,7 +207,7 @@ fn threads_are_described_and_hostile_names_defused() {
     assert!(
         whole.contains("<thread id=\"p1.4\" core=\"3\" name=\"bash\">CPU 3, pid 231, panicked here</thread>")
     );
-    assert!(whole.contains("name=\"&lt;a&amp;b&gt;&quot;?[2J}]}\u{3}}\u{4}}\n\""), "{whole}");
+    assert!(whole.contains("name=\"&lt;a&amp;b&gt;&quot;\\u{1b}][2J}]}\u{3}}\u{4}}\n\""), "{whole}");
     assert!(!whole.contains('\x1b'));
     assert_eq!(s.ask("qXfer:threads:read::0,5"), "m<?xml");
     assert_eq!(s.ask("qXfer:threads:read::ffffffffffffffff,5"), "l");

@@ -55,6 +55,14 @@ impl PhysicalMemory for Dump {
     fn ranges(&self) -> Vec<PhysRange> {
         self.vmcore.ranges()
     }
+
+    fn stored_ranges(&self) -> Vec<PhysRange> {
+        self.vmcore.stored_ranges()
+    }
+
+    fn is_ram(&self, at: PhysAddr) -> bool {
+        self.vmcore.is_ram(at)
+    }
 }
 
 impl Backend for Dump {

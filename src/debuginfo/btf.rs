@@ -28,7 +28,7 @@ const KIND_ENUM64: u32 = 19;
 /// Typedefs and arrays nest only so deep in any sane type; more is a cycle.
 const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
-const MEMBERS_MAX: u32 = 4096;
+const MEMBERS_MAX: u32 = 2048;
 
 /// BTF of one module, `vmlinux` itself for us.
 pub struct Btf {

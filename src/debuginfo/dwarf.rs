@@ -14,7 +14,7 @@ type Unit<'a> = gimli::Unit<Slice<'a>>;
 
 const DEPTH: u32 = 32;
 /// Members looked at for one path, anonymous ones included.
-const MEMBERS_MAX: u32 = 4096;
+const MEMBERS_MAX: u32 = 2048;
 
 /// The type information in the DWARF sections of one file.
 pub struct Dwarf {

@@ -96,10 +96,15 @@ impl DebugInfo {
             .filter(|ph| ph.p_type(elf.endian()) == elf::PT_LOAD)
             .map(|ph| ph.p_vaddr(elf.endian()))
             .next();
+        let file_len = file.metadata().map_err(io)?.len();
         let mut sections = HashMap::new();
         for section in elf.sections() {
             // A stripped or separated file keeps headers of sections whose bytes it lacks.
             let (Ok(name), Some((offset, size))) = (section.name(), section.file_range()) else { continue };
+            // Sizes are the file's word; nothing is allocated for bytes that are not there.
+            if offset.checked_add(size).is_none_or(|end| end > file_len) {
+                continue;
+            }
             let compressed = section
                 .compressed_file_range()
                 .is_ok_and(|range| range.format != object::CompressionFormat::None);

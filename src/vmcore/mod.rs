@@ -216,4 +216,16 @@ impl PhysicalMemory for Vmcore {
     fn ranges(&self) -> Vec<PhysRange> {
         self.ranges.clone()
     }
+
+    fn stored_ranges(&self) -> Vec<PhysRange> {
+        match &self.body {
+            Body::Stored(memory) => memory.in_files(),
+            Body::Kdump(_) => self.ranges(),
+        }
+    }
+
+    fn is_ram(&self, at: PhysAddr) -> bool {
+        let next = self.ranges.partition_point(|range| range.end <= at);
+        self.ranges.get(next).is_some_and(|range| range.contains(at))
+    }
 }

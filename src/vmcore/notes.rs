@@ -121,9 +121,8 @@ impl Notes {
             };
             match (note.name, note.kind) {
                 (b"CORE", NT_PRSTATUS) if note.desc.len() >= PRSTATUS_SIZE => {
-                    if self.prstatus.len() < MAX_CPUS {
-                        self.prstatus.push(note.desc.to_vec());
-                    }
+                    let room = MAX_CPUS.saturating_sub(self.prstatus.len());
+                    self.prstatus.extend(Some(note.desc.to_vec()).filter(|_| room > 0));
                 }
                 (b"CORE", NT_PRSTATUS) if self.problems.len() >= MAX_PROBLEMS => {}
                 (b"CORE", NT_PRSTATUS) => self.problems.push(format!(

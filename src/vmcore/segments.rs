@@ -4,7 +4,7 @@
 //! lists every virtual mapping. A segment that really has bytes wins over one that was cut off, and that one
 //! over the memory that a segment only mentions (`p_memsz > p_filesz`).
 
-use crate::addr::PhysAddr;
+use crate::addr::{PhysAddr, PhysRange};
 
 /// What stands behind a run of physical addresses; the order is the order of preference.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,6 +68,12 @@ impl SegmentMap {
         let piece = self.pieces.get(self.pieces.partition_point(|piece| piece.end <= at.0))?;
         let skip = at.0.checked_sub(piece.start)?;
         Some((piece.from(skip).backing, piece.end - at.0))
+    }
+
+    /// The memory that has bytes in a file.
+    pub fn in_files(&self) -> Vec<PhysRange> {
+        let pieces = self.pieces.iter().filter(|piece| matches!(piece.backing, Backing::File { .. }));
+        pieces.map(|piece| PhysRange { start: PhysAddr(piece.start), end: PhysAddr(piece.end) }).collect()
     }
 
     /// How many bytes of memory have a backing of some kind.

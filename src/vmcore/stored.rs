@@ -4,7 +4,7 @@
 
 use super::file::Source;
 use super::segments::{Backing, SegmentMap};
-use crate::addr::{PAGE_SIZE, PhysAddr};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::memory::{PageCache, ReadOutcome, Unreadable};
 use std::sync::Arc;
 
@@ -25,6 +25,11 @@ impl StoredMemory {
     /// Puts together claims of `(start, end, backing)` on `sources`, keeping up to `cache_bytes` of pages.
     pub fn new(sources: Vec<Source>, claims: Vec<(PhysAddr, PhysAddr, Backing)>, cache_bytes: u64) -> Self {
         Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes, PAGE_SIZE) }
+    }
+
+    /// The memory whose bytes are in the files, sorted.
+    pub fn in_files(&self) -> Vec<PhysRange> {
+        self.map.in_files()
     }
 
     /// Bytes of memory that the files have.
