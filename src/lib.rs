@@ -17,11 +17,11 @@
 //! ```
 //!
 //! - `vmcore` and below know no symbol names, no tasks, no sockets.
-//! - `debuginfo` parses bytes it is *given*; it never reads a machine.
+//! - `debuginfo` parses bytes it is *given*, and finds files that hold them; it never reads a machine.
 //! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
 //! - `command` renders values; it knows neither gdbstub nor stdout.
-//! - Only `gdb` names gdbstub, only `server` names tokio, only `debuginfo` names gimli, anyhow is for `main`,
-//!   `cli` and `server`.
+//! - Only `gdb` names gdbstub, only `server` names tokio, only `debuginfo` names gimli and ureq, anyhow is for
+//!   `main`, `cli` and `server`.
 
 pub mod addr;
 pub mod arch;

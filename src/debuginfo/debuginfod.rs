@@ -80,6 +80,12 @@ pub enum DebuginfodError {
         /// The limit.
         max: u64,
     },
+    /// Another scheme, or none.
+    #[error("'{url}' is no http:// or https:// URL; take it out of DEBUGINFOD_URLS")]
+    Scheme {
+        /// What was asked for.
+        url: String,
+    },
     /// The connection, TLS, or HTTP itself.
     #[error("'{url}': {what} after {got} bytes; check the URL in DEBUGINFOD_URLS, or pass --no-debuginfod")]
     Transfer {
@@ -167,8 +173,12 @@ impl Debuginfod {
         };
         let failed = |got, error: ureq::Error| match error {
             ureq::Error::Timeout(_) => self.slow(url, got),
+            ureq::Error::Io(error) => transfer(got, &error),
             error => transfer(got, &error),
         };
+        if !url.starts_with("http://") && !url.starts_with("https://") {
+            return Err(DebuginfodError::Scheme { url: url.to_owned() });
+        }
         let mut response = self.agent().get(url).call().map_err(|error| failed(0, error))?;
         match response.status().as_u16() {
             200 => {}

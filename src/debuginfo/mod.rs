@@ -1,4 +1,5 @@
-//! Symbols and types from bytes this layer is *given*: an ELF file with debug info. Never reads a machine.
+//! Symbols and types from bytes this layer is *given*: an ELF file with debug info; and finding that file.
+//! Never reads a machine.
 //!
 //! Everything above asks [`DebugInfo`] and cannot tell whether BTF or DWARF answered.
 

@@ -171,7 +171,8 @@ fn find(program: &[u8], served: &Served, name: &[u8]) -> Result<Arc<Contents>, u
     }
     match &served.debug {
         Some((end, contents)) if name.starts_with(b"/") && name.ends_with(end.as_bytes()) => {
-            Ok(Arc::clone(contents))
+            // Without a directory in front: gdb was told to look for debug files nowhere.
+            if name.len() == end.len() { Err(errno::ENOENT) } else { Ok(Arc::clone(contents)) }
         }
         _ => Err(errno::ENOENT),
     }

@@ -5,6 +5,7 @@
 #![allow(dead_code, unused_imports, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod elf_core;
+pub mod elf_file;
 pub mod flat_memory;
 pub mod flattened;
 pub mod kdump;
