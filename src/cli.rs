@@ -37,6 +37,7 @@ Examples:
   kstub gdb vmcore                        start gdb on a dump, with symbols
   kstub gdb vmcore -- -batch -ex bt       the panicking CPU's backtrace, and exit
   kstub info vmcore                       what the dump is and which kernel is in it
+  kstub gdb vmcore --debug-dir /srv/debug look there for the vmlinux, by build-id
   kstub serve vmcore                      then: gdb -ex 'target remote 127.0.0.1:1234'
 
 Exit codes:

@@ -287,7 +287,10 @@ fn whole(body: &[u8]) -> Answer {
 }
 
 fn redirect(to: &str) -> Answer {
-    bytes(format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes())
+    bytes(
+        format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            .into_bytes(),
+    )
 }
 
 /// `head`, then `piece` over and over until the client leaves.
@@ -308,7 +311,9 @@ fn every_misbehaving_server_is_named_and_leaves_nothing_behind() {
     let wrong = elf_file::vmlinux(&dir.path().join("wrong"), OTHER_ID).unwrap();
     let (right, wrong) = (std::fs::read(right).unwrap(), std::fs::read(wrong).unwrap());
     let len = right.len() as u64;
-    let status = |status: &str| bytes(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes());
+    let status = |status: &str| {
+        bytes(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes())
+    };
     let cases: Vec<(&str, Answer, &[&str])> = vec![
         ("absent", status("404 Not Found"), &["does not have it"]),
         ("broken", status("500 Oops"), &["status 500"]),

@@ -314,6 +314,37 @@ fn the_served_file_is_the_vmlinux_without_debug_info_and_the_debug_file_is_the_v
 }
 
 #[test]
+fn a_damaged_vmlinux_is_refused_or_stripped_to_something_of_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(path) = elf_file::vmlinux(&dir.path().join("vmlinux"), ID) else { return };
+    let whole = std::fs::read(&path).unwrap();
+    let mut rng = support::Rng::new(7);
+    let mut stripped = 0;
+    for i in 0..2000 {
+        let mut bytes = whole.clone();
+        match i % 2 {
+            0 => bytes.truncate(rng.below(whole.len() as u64) as usize),
+            // Headers are at both ends.
+            _ => {
+                for _ in 0..4 {
+                    let near = rng.below(1600) as usize;
+                    let at = if rng.below(2) == 0 { near } else { whole.len() - 1 - near };
+                    bytes[at] = rng.next() as u8;
+                }
+            }
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let Ok(info) = DebugInfo::open(&path) else { continue };
+        let Ok(contents) = info.stripped() else { continue };
+        assert!(contents.len() <= 2 * whole.len() as u64, "{i}: {}", contents.len());
+        let mut buf = vec![0; contents.len() as usize];
+        assert_eq!(contents.read(0, &mut buf).unwrap(), buf.len(), "{i}");
+        stripped += 1;
+    }
+    assert!(stripped > 100, "{stripped}");
+}
+
+#[test]
 fn a_real_vmlinux_is_stripped_alike() {
     let Some(set) = lab::sets().unwrap_or_default().into_iter().next() else { return };
     let path = vmlinux(&set);
