@@ -9,8 +9,9 @@ use kstub::backend::Dump;
 use kstub::kernel::discover::{DiscoverError, Found, FoundBy, discover};
 use kstub::kernel::{CpuId, Machine, Options};
 use std::sync::Arc;
-use support::elf_core::ElfCore;
+use support::elf_core::{ElfCore, Segment};
 use support::notes::{kernel_notes, qemu_notes};
+use support::page_tables::{KERNEL, PageTables, Size};
 use support::tiny_kernel::{Damage, InRam, TinyKernel, VMALLOC};
 use support::{FlatMemory, TempFile};
 
@@ -195,4 +196,67 @@ fn virtual_reads_go_through_page_tables_only() {
     assert_eq!(bytes.len(), 4, "stops exactly at the end of the mapping: {stopped:?}");
     assert_eq!(machine.text_base(), Some(VirtAddr(kernel.text())));
     assert!(machine.why_phys(PhysAddr(kernel.load_at)).is_none());
+}
+
+/// Tables of their own that map the kernel's image, as those for EFI calls do, share no top-level entry with it.
+#[test]
+fn a_cpu_in_other_tables_of_the_same_kernel_proves_it() {
+    let kernel = TinyKernel::default();
+    let mut mem = kernel.memory();
+    let root = 50 << 20;
+    let mut tables = PageTables::new(&mut mem, root, root + 0x1000, 4);
+    tables.map_range(kernel.text(), kernel.load_at, kernel.image_len(), Size::M2, KERNEL & !(1 << 63));
+    let info = kernel.vmcoreinfo();
+    let notes = qemu_notes(&[kernel.cpu(0).set("cr3", root)], true, Some(&info));
+    assert_eq!(assert_found("EFI tables", find(&mem, notes), &kernel).by, FoundBy::Note);
+    // The user's half of a pair of isolated tables: the kernel's half is the page before it.
+    let pair = qemu_notes(&[kernel.cpu(0).set("cr3", kernel.swapper_phys() | 0x1000)], true, Some(&info));
+    assert_eq!(assert_found("user half", find(&kernel.memory(), pair), &kernel).by, FoundBy::Note);
+    // Tables that lead elsewhere prove nothing.
+    let foreign = qemu_notes(&[TinyKernel::earlier().cpu(0)], true, Some(&info));
+    let error = find(&kernel.memory_after(&TinyKernel::earlier()), foreign).map(|found| found.release);
+    assert_eq!(error.unwrap(), TinyKernel::earlier().release);
+}
+
+#[test]
+fn text_begins_before_stext_in_older_kernels() {
+    let kernel = TinyKernel::default();
+    let mem = TinyKernel { in_ram: InRam::Nowhere, ..kernel.clone() }.memory();
+    let stext = |at: u64| format!("SYMBOL(_stext)={at:x}");
+    let info = kernel.vmcoreinfo().replace(&stext(kernel.text()), &stext(kernel.text() + 0x1c8));
+    assert_found("_stext behind the head of the text", find(&mem, kernel_notes(&[], Some(&info))), &kernel);
+}
+
+/// The file is 4 KiB; what it says of its memory must cost neither memory nor time.
+#[test]
+fn memory_that_is_only_said_to_be_there_is_not_searched() {
+    for memsz in [1 << 46, 1 << 60] {
+        let segment = Segment::new(0, vec![b'A'; 4096]).memsz(memsz);
+        let core = ElfCore { segments: vec![segment], ..ElfCore::of(&FlatMemory::new()) };
+        let file = TempFile::new(&core.build().bytes);
+        let error = discover(&Dump::open(file.path()).unwrap(), &|_, _| ()).unwrap_err();
+        assert!(matches!(error, DiscoverError::Nothing { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_memory_full_of_needles_ends() {
+    let mut mem = FlatMemory::new();
+    mem.write(1 << 20, &b"OSRELEASE=".repeat(800_000));
+    assert!(matches!(find(&mem, Vec::new()), Err(DiscoverError::Nothing { .. })));
+    // Texts that parse, each naming tables that are not there.
+    let mut mem = FlatMemory::new();
+    let text = TinyKernel::default().vmcoreinfo();
+    for i in 0..2000 {
+        mem.write((1 << 20) + i * 4096, text.as_bytes());
+    }
+    assert!(matches!(find(&mem, Vec::new()), Err(DiscoverError::Contradicted(_))));
+}
+
+#[test]
+fn a_release_that_is_no_word_is_refused() {
+    let kernel = TinyKernel::default();
+    let mem = TinyKernel { in_ram: InRam::Nowhere, ..kernel.clone() }.memory();
+    let info = kernel.vmcoreinfo().replace(&kernel.release, "6.1\x1b[31m");
+    assert!(find(&mem, kernel_notes(&[], Some(&info))).is_err());
 }
