@@ -1,6 +1,10 @@
 //! The command line: what can be typed, its help, and the exit codes. Runs nothing.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+mod generate;
+
+pub use generate::{completions, man};
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -61,7 +65,7 @@ pub enum Command {
         #[command(flatten)]
         target: Target,
         /// The gdb to start
-        #[arg(long, value_name = "PROGRAM", default_value = "gdb", env = "KSTUB_GDB")]
+        #[arg(long, value_name = "PROGRAM", default_value = "gdb", env = "KSTUB_GDB", value_hint = ValueHint::CommandName)]
         gdb: PathBuf,
         /// Arguments for gdb, after '--'
         #[arg(last = true, value_name = "GDB ARGS")]
@@ -98,6 +102,31 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print the script that completes commands and options in a shell
+    #[command(
+        after_help = "Examples:\n  kstub completions bash > ~/.local/share/bash-completion/completions/kstub\n  \
+                            kstub completions zsh > /usr/local/share/zsh/site-functions/_kstub\n  \
+                            kstub completions fish > ~/.config/fish/completions/kstub.fish"
+    )]
+    Completions {
+        /// The shell to complete in
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Print the manual page
+    #[command(
+        after_help = "Examples:\n  kstub man | man -l -\n  kstub man > /usr/local/share/man/man1/kstub.1"
+    )]
+    Man,
+}
+
+/// A shell that can be taught to complete.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)] // The names are the programs' own.
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
 }
 
 /// How a gdb that was given no file gets at the vmlinux.
@@ -116,14 +145,14 @@ pub enum ServeFiles {
 pub struct Target {
     /// The dump: ELF vmcore or kdump-compressed, flattened or not; all parts of a split one, in any order; LiME; or
     /// raw RAM images, each as FILE@PHYSADDR
-    #[arg(required = true, value_name = "DUMP")]
+    #[arg(required = true, value_name = "DUMP", value_hint = ValueHint::FilePath)]
     pub dump: Vec<OsString>,
     /// The kernel's vmlinux with debug info [default: found by build-id or release under /usr/lib/debug, beside
     /// the dump, or from the servers in DEBUGINFOD_URLS]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub vmlinux: Option<PathBuf>,
     /// A directory to search for the vmlinux, by build-id; may be repeated, or be several with ':' between them
-    #[arg(long, value_name = "DIR", env = "KSTUB_DEBUG_DIR", value_delimiter = ':')]
+    #[arg(long, value_name = "DIR", env = "KSTUB_DEBUG_DIR", value_delimiter = ':', value_hint = ValueHint::DirPath)]
     pub debug_dir: Vec<PathBuf>,
     /// Do not ask the servers in DEBUGINFOD_URLS for a vmlinux
     #[arg(long)]

@@ -8,7 +8,7 @@ use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
 use kstub::gdb::{Files, index};
 use kstub::kernel::{Machine, OpenError, Options};
-use kstub::{command, debuginfo, server, vmcore};
+use kstub::{cli, command, debuginfo, server, vmcore};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -19,10 +19,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let default = ["warn", "kstub=info", "kstub=trace"][usize::from(cli.verbose.min(2))];
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    start_log(cli.verbose);
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -32,15 +29,33 @@ fn main() -> ExitCode {
     }
 }
 
+/// Events go to standard error, in colour only where someone sees it and wants it (<https://no-color.org>).
+fn start_log(verbose: u8) {
+    let default = ["warn", "warn,kstub=info", "warn,kstub=trace"][usize::from(verbose.min(2))];
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(!unwanted && std::io::stderr().is_terminal())
+        .without_time()
+        .init();
+}
+
 /// Runs the command and returns the exit code.
 fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
         Command::Gdb { target, gdb, args } => {
+            // Asking gdb takes as long as opening a dump does.
+            let program = gdb.clone();
+            let asking = std::thread::spawn(move || index::CacheCommand::of(&program));
             let machine = Arc::new(open(&target)?);
             let vmlinux = machine.vmlinux().map(Path::to_owned);
             report_problems(&machine);
-            fill_gdb_index(&machine, &gdb);
-            server::gdb(machine, &server::Debugger { program: gdb, vmlinux, args })
+            let index_cache = asking.join().unwrap_or_default();
+            fill_gdb_index(&machine, &gdb, index_cache);
+            server::gdb(machine, &server::Debugger { program: gdb, vmlinux, index_cache, args })
         }
         Command::Serve { target, listen, allow_remote, files } => {
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
@@ -60,7 +75,15 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Info { target, json } => {
             let output = command::render_info(&open(&target)?);
             let text = if json { format!("{:#}\n", output.json) } else { output.text };
-            print(&text)?;
+            print(text.as_bytes())?;
+            Ok(0)
+        }
+        Command::Completions { shell } => {
+            print(&cli::completions(shell))?;
+            Ok(0)
+        }
+        Command::Man => {
+            print(&cli::man().context("cannot write the manual page")?)?;
             Ok(0)
         }
     }
@@ -138,17 +161,18 @@ fn download_bar() -> indicatif::ProgressBar {
 }
 
 /// Makes the index that lets gdb start fast, with something to show meanwhile. Without one only speed is lost.
-fn fill_gdb_index(machine: &Machine, gdb: &Path) {
+fn fill_gdb_index(machine: &Machine, gdb: &Path, index_cache: index::CacheCommand) {
     let info = machine.kernel().and_then(|kernel| kernel.debug_info()).filter(|info| info.has_dwarf());
     let Some((info, build_id)) = info.and_then(|info| Some((info, info.build_id()?))) else { return };
     let spinner = terminal(indicatif::ProgressBar::new_spinner());
-    let made = index::prepare(gdb, info.path(), build_id, &mut |_| {
+    let made = index::prepare(gdb, index_cache, info.path(), build_id, &mut |_| {
         spinner.set_message(format!("gdb indexes {} (once)", info.path().display()));
         spinner.tick();
     });
     spinner.finish_and_clear();
-    if let Err(error) = made {
-        eprintln!("kstub: no index, so gdb starts slowly: {error}");
+    match made {
+        Ok(made) => tracing::info!("gdb's index of the vmlinux: {made}"),
+        Err(error) => eprintln!("kstub: no index, so gdb starts slowly: {error}"),
     }
 }
 
@@ -167,9 +191,9 @@ fn report_problems(machine: &Machine) {
 }
 
 /// Writes to standard output; a reader that has gone away (`| head`) is no error.
-fn print(text: &str) -> anyhow::Result<()> {
+fn print(text: &[u8]) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(text).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => result.context("writing to standard output failed"),
     }

@@ -1,6 +1,9 @@
 //! The command as a user types it: refusals say what is wrong and how to go on, each with its exit code.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use clap::CommandFactory;
+use kstub::cli::Cli;
+use std::io::{Seek, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -111,6 +114,66 @@ fn help_has_examples_and_exit_codes() {
     for command in ["gdb", "serve", "info"] {
         let help = String::from_utf8(kstub(&[command, "--help"]).stdout).unwrap();
         assert!(help.contains("Examples:"), "{help}");
+    }
+}
+
+/// Every command and long option there is, by the definitions themselves.
+fn names() -> Vec<(String, Vec<String>)> {
+    let mut cli = Cli::command().disable_help_subcommand(true);
+    cli.build();
+    let longs = |command: &clap::Command| {
+        command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned)).collect()
+    };
+    let commands: Vec<_> =
+        cli.get_subcommands().map(|command| (command.get_name().to_owned(), longs(command))).collect();
+    assert!(commands.len() >= 5 && commands.iter().any(|(_, longs)| longs.len() > 5), "{commands:?}");
+    commands
+}
+
+#[test]
+fn completions_know_every_command_and_option() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = String::from_utf8(kstub(&["completions", shell]).stdout).unwrap();
+        for (command, longs) in names() {
+            assert!(script.contains(&command), "{shell}: no {command}");
+            for long in longs {
+                let option = if shell == "fish" { format!("-l {long}") } else { format!("--{long}") };
+                assert!(script.contains(&option), "{shell}: no {option} of {command}");
+            }
+        }
+        // A shell that is there must at least read the script.
+        if let Ok(output) =
+            Command::new(shell).args(["-n", "/dev/stdin"]).stdin(script_file(&script)).output()
+        {
+            assert!(output.status.success(), "{shell}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+    assert_eq!(kstub(&["completions", "tcsh"]).status.code(), Some(2));
+}
+
+fn script_file(text: &str) -> std::fs::File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file.seek(std::io::SeekFrom::Start(0)).unwrap();
+    file
+}
+
+#[test]
+fn the_manual_page_has_every_command_option_and_exit_code() {
+    let page = String::from_utf8(kstub(&["man"]).stdout).unwrap();
+    // roff wants a hyphen that can be copied to be escaped.
+    let plain = page.replace("\\-", "-");
+    for (command, longs) in names() {
+        assert!(
+            plain.contains(&format!(".SH \"KSTUB {}\"", command.to_uppercase())),
+            "no {command}: {plain}"
+        );
+        for long in longs {
+            assert!(plain.contains(&format!("--{long}")), "no --{long} of {command}");
+        }
+    }
+    for wanted in [".TH kstub 1", ".SH \"EXIT CODES\"", "5  cannot listen", "kstub gdb vmcore", "KSTUB_GDB"] {
+        assert!(plain.contains(wanted), "no {wanted}: {plain}");
     }
 }
 

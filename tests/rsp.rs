@@ -8,6 +8,7 @@ mod rsp_client;
 
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::gdb::Files;
+use kstub::gdb::index::CacheCommand;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
 use std::path::Path;
@@ -242,11 +243,21 @@ fn the_debugger_is_started_with_our_socket() {
     std::fs::write(&script, "#!/bin/sh\nfor a; do case $a in 'target remote '*) s=${a#target remote };; esac; done\n[ -S \"$s\" ] && [ \"$(stat -c %a \"$s\")\" = 600 ] && echo \"$s\" > \"$0.seen\" && exit 7\nexit 1\n").unwrap();
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let debugger = Debugger { program: script.clone(), vmlinux: None, args: vec!["-batch".into()] };
+    let debugger = Debugger {
+        program: script.clone(),
+        vmlinux: None,
+        index_cache: CacheCommand::default(),
+        args: vec!["-batch".into()],
+    };
     assert_eq!(gdb(fake_machine(), &debugger).unwrap(), 7);
     let socket = std::fs::read_to_string(dir.path().join("fake-gdb.seen")).unwrap();
     assert!(!Path::new(socket.trim()).exists() && !Path::new(socket.trim()).parent().unwrap().exists());
-    let missing = Debugger { program: dir.path().join("none"), vmlinux: None, args: vec![] };
+    let missing = Debugger {
+        program: dir.path().join("none"),
+        vmlinux: None,
+        index_cache: CacheCommand::default(),
+        args: vec![],
+    };
     let error = gdb(fake_machine(), &missing).unwrap_err().to_string();
     assert!(error.contains("install gdb"), "{error}");
 }

@@ -5,6 +5,7 @@
 use super::registers::saved_cpus;
 use super::{Backend, Fact, SavedCpu};
 use crate::addr::{PhysAddr, PhysRange};
+use crate::bytes::printable;
 use crate::memory::{PhysicalMemory, ReadOutcome};
 use crate::vmcore::{Error, Vmcore};
 use std::ffi::OsString;
@@ -38,6 +39,10 @@ impl Dump {
         let (cpus, cpu_problems) = saved_cpus(vmcore.notes());
         let mut problems = vmcore.problems().to_vec();
         problems.extend(cpu_problems);
+        let facts: Vec<String> =
+            vmcore.facts().iter().map(|(name, value)| format!("{name} {}", printable(value))).collect();
+        tracing::info!("{} was opened: {}", vmcore.path().display(), facts.join(", "));
+        tracing::info!("registers of {} CPUs were saved", cpus.len());
         Self { vmcore, cpus, problems }
     }
 

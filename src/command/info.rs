@@ -1,6 +1,6 @@
 //! `info`: what the dump is, which kernel is in it, what is missing, and the cure.
 
-use super::{Command, CommandError, Context, Output, no_arguments, printable};
+use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::{Reg, Saved};
 use crate::bytes::ByteSize;
@@ -10,10 +10,11 @@ use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "info",
-    arguments: "",
+    arguments: "[version]",
     summary: "what the dump is, which kernel is in it, and what is missing",
     help: "Format, compression and filter level of the dump; release, build-id, KASLR offset and page tables of the \
            kernel; CPUs and what ran on them; the panic message; problems, each with its cure.\n\n\
+           'info version' tells kstub's version; scripts made for QEMU ask for it.\n\n\
            Example:\n  info\n",
     run,
 };
@@ -22,8 +23,25 @@ pub const COMMAND: Command = Command {
 const RANGES_SHOWN: usize = 16;
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    no_arguments("info", arguments)?;
-    Ok(render(context.machine))
+    match arguments {
+        [] => Ok(render(context.machine)),
+        ["version"] => Ok(version()),
+        // Tools made for QEMU ask for 'info registers' and more of its own.
+        [other, ..] => Err(CommandError(format!(
+            "there is no 'info {}': this is kstub, not QEMU; there are 'info' and 'info version'",
+            printable(other)
+        ))),
+    }
+}
+
+/// The Linux kernel's gdb scripts take whatever answers `monitor info version` for QEMU, which is how they get to
+/// work on a CPU per thread (`scripts/gdb/linux/utils.py`, `get_gdbserver_type`).
+fn version() -> Output {
+    const VERSION: &str = env!("CARGO_PKG_VERSION");
+    Output {
+        text: format!("kstub {VERSION} (QEMU-compatible GDB server over a crash dump)\n"),
+        json: json!({ "kstub": VERSION }),
+    }
 }
 
 /// What is known of `machine`.

@@ -12,7 +12,7 @@ mod why;
 pub use info::render as render_info;
 
 pub use crate::bytes::printable;
-use crate::kernel::{CpuId, Machine};
+use crate::kernel::{Cpu, CpuId, Machine};
 
 /// What a command is run with.
 pub struct Context<'a> {
@@ -66,6 +66,23 @@ fn find(name: &str) -> Result<&'static Command, CommandError> {
         let known: Vec<&str> = COMMANDS.iter().map(|command| command.name).collect();
         CommandError(format!("unknown command '{}'; there are: {}", printable(name), known.join(", ")))
     })
+}
+
+/// A CPU as typed: its number.
+fn cpu_argument<'a>(context: &Context<'a>, text: &str) -> Result<&'a Cpu, CommandError> {
+    let id = text
+        .parse()
+        .map_err(|_| CommandError(format!("'{}' is not the number of a CPU", printable(text))))?;
+    cpu(context.machine, CpuId(id))
+}
+
+fn cpu(machine: &Machine, id: CpuId) -> Result<&Cpu, CommandError> {
+    machine.cpu(id).ok_or_else(|| CommandError(format!("there is no CPU {id}; 'info' lists them")))
+}
+
+/// The first line of an answer that depends on the CPU: which one it is about, and what ran there.
+fn about(cpu: &Cpu) -> String {
+    format!("CPU {}{}\n", cpu.id, info::running(cpu))
 }
 
 /// Refuses arguments to a command that takes none.

@@ -1,6 +1,6 @@
 //! `regs`: the registers of the selected CPU, each with how it is known.
 
-use super::{Command, CommandError, Context, Output, no_arguments};
+use super::{Command, CommandError, Context, Output, about, cpu, cpu_argument};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::{Reg, Saved};
 use serde_json::json;
@@ -8,18 +8,21 @@ use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "regs",
-    arguments: "",
-    summary: "registers of the selected CPU: saved, derived or not saved",
-    help: "A register the dump does not hold is 'not saved', never zero. A derived value says from what it follows.\n\n\
-           Example:\n  thread 2\n  monitor regs\n",
+    arguments: "[CPU]",
+    summary: "registers of a CPU: saved, derived or not saved",
+    help: "Without a number it is the CPU selected in gdb ('thread N' selects CPU N-1, if none is missing).\n\n\
+           A register the dump does not hold is 'not saved', never zero. A derived value says from what it follows.\n\n\
+           Examples:\n  regs\n  regs 2\n",
     run,
 };
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    no_arguments("regs", arguments)?;
-    let cpu = context.machine.cpu(context.cpu);
-    let cpu = cpu.ok_or_else(|| CommandError(format!("there is no CPU {}", context.cpu)))?;
-    let mut text = format!("CPU {}{}\n", cpu.id, super::info::running(cpu));
+    let cpu = match arguments {
+        [] => cpu(context.machine, context.cpu)?,
+        [number] => cpu_argument(context, number)?,
+        _ => return Err(CommandError("'regs' takes at most one CPU; try 'help regs'".into())),
+    };
+    let mut text = about(cpu);
     let mut json = serde_json::Map::new();
     let mut not_saved = Vec::new();
     for reg in Reg::ALL {

@@ -1,27 +1,32 @@
 //! `why`: where an address leads, level by level, and why it cannot be read.
 
 use super::args::{Address, address};
-use super::{Command, CommandError, Context, Output};
+use super::{Command, CommandError, Context, Output, about, cpu, cpu_argument};
 use crate::kernel::Why;
 use serde_json::json;
 use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "why",
-    arguments: "ADDR",
+    arguments: "[-c CPU] ADDR",
     summary: "where an address leads, and why it cannot be read",
-    help: "ADDR is a hexadecimal address, SYMBOL, SYMBOL+OFFSET, $REGISTER or phys:ADDR. User addresses are those \
-           of the task on the selected CPU.\n\n\
+    help: "ADDR is a hexadecimal address, SYMBOL, SYMBOL+OFFSET, $REGISTER or phys:ADDR. User addresses and registers \
+           are those of the CPU selected in gdb, or of the one after -c.\n\n\
            An unreadable page is one of: excluded by the dump's filter; zero or excluded (makedumpfile's ELF \
            cannot tell); not RAM; corrupt; truncated; not mapped, at the level named.\n\n\
-           Examples:\n  why 0xffff888000001000\n  why init_task\n  why phys:1000\n  why $rsp\n",
+           Examples:\n  why 0xffff888000001000\n  why init_task\n  why phys:1000\n  why $rsp\n  why -c 2 $rsp\n",
     run,
 };
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    let [argument] = arguments else {
-        return Err(CommandError("'why' takes one address; try 'help why'".into()));
+    let (argument, cpu) = match arguments {
+        ["-c", number, argument] => (argument, cpu_argument(context, number)?),
+        [argument] if !argument.starts_with('-') => (argument, cpu(context.machine, context.cpu)?),
+        _ => {
+            return Err(CommandError("'why' takes one address, and -c CPU before it; try 'help why'".into()));
+        }
     };
+    let context = &Context { machine: context.machine, cpu: cpu.id };
     match address(context, argument)? {
         Address::Physical(at) => {
             let error = context.machine.why_phys(at);
@@ -32,7 +37,10 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         }
         Address::Virtual(at) => {
             let why = context.machine.why(context.cpu, at);
-            let text = render(context, at, &why);
+            let in_kernel = context.machine.kernel().is_some() && at.0 >> 63 == 1;
+            let depends_on_cpu = argument.starts_with('$') || !in_kernel;
+            let headline = if depends_on_cpu { about(cpu) } else { String::new() };
+            let text = headline + &render(context, at, &why);
             let status = match (&why.translation, &why.unreadable) {
                 (Err(error), _) => error.kind(),
                 (Ok(_), Some(error)) => error.why.kind(),
@@ -42,6 +50,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
                 json!({ "level": step.level.name(why.levels), "at": format!("{}", step.at), "entry": format!("{:#x}", step.entry) })
             });
             let json = json!({
+                "cpu": cpu.id.0,
                 "virtual": format!("{at}"),
                 "tables": why.tables,
                 "steps": steps.collect::<Vec<_>>(),

@@ -54,7 +54,7 @@ impl Engine {
         Ok(reply)
     }
 
-    /// Makes `cpu` the one whose registers are read and which commands are about.
+    /// Makes `cpu` the one whose registers and memory are read.
     pub(super) fn select(&mut self, cpu: CpuId) -> Result<Vec<u8>, Malformed> {
         self.target.selected = cpu;
         self.ask(&selection(cpu))

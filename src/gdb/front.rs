@@ -8,6 +8,7 @@
 use super::engine::Engine;
 use super::files::{Files, OpenFiles};
 use super::memory::{self, Space};
+use super::selection::Selection;
 use super::target::{Target, errno};
 use super::threads::{self, Choice};
 use crate::kernel::{CpuId, Machine};
@@ -39,6 +40,8 @@ struct Client {
     multiprocess: bool,
     /// It is gdb. lldb takes some replies otherwise, and only gdb announces thread events.
     gdb: bool,
+    /// It selects a thread before each command: gdb since 16, which is also the first to announce long errors.
+    selects_for_commands: bool,
 }
 
 /// One client's session.
@@ -46,6 +49,7 @@ pub struct Front {
     machine: Arc<Machine>,
     engine: Engine,
     client: Client,
+    selection: Selection,
     /// Our answer to the first `qSupported` that named features; repeated to later ones.
     supported: Option<Vec<u8>>,
     acknowledge: bool,
@@ -89,8 +93,11 @@ impl Front {
 
     /// A session on `machine` and the kernel's `files`.
     pub fn with_files(machine: Arc<Machine>, files: Files) -> Self {
-        let target = Target { machine: Arc::clone(&machine), selected: machine.first_cpu(), console: None };
+        let first = machine.first_cpu();
+        let target =
+            Target { machine: Arc::clone(&machine), selected: first, command_cpu: first, console: None };
         Self {
+            selection: Selection::new(machine.first_cpu()),
             machine,
             engine: Engine::new(target),
             client: Client::default(),
@@ -122,9 +129,11 @@ impl Front {
 
     fn packet(&mut self, body: &[u8], out: &mut Vec<u8>) -> Flow {
         self.ack(out);
+        tracing::debug!("<- {}", abbreviated(body));
         if body == b"QStartNoAckMode" {
             self.acknowledge = false;
         }
+        self.follow_selection(body);
         match self.answer(body) {
             Reply::One(body) => self.send(body, out),
             Reply::Console(text, body) => {
@@ -143,7 +152,25 @@ impl Front {
         }
     }
 
+    /// Keeps up with the thread that the user has selected.
+    fn follow_selection(&mut self, body: &[u8]) {
+        let one = |thread: &[u8]| match Choice::parse(thread)? {
+            Choice::One(cpu) => self.machine.cpu(cpu).map(|cpu| cpu.id),
+            Choice::Whichever => None,
+        };
+        if body.starts_with(b"qXfer:threads:read:") || body == b"qfThreadInfo" {
+            self.selection.listed();
+        } else if let Some(cpu) = body.strip_prefix(b"T").and_then(one) {
+            self.selection.asked_alive(cpu, self.machine.cpus().iter().map(|cpu| cpu.id));
+        } else if let Some(cpu) = body.strip_prefix(b"Hg").and_then(one) {
+            self.selection.selected(cpu);
+        } else if !body.starts_with(b"qRcmd,") {
+            self.selection.other();
+        }
+    }
+
     fn send(&mut self, body: Vec<u8>, out: &mut Vec<u8>) {
+        tracing::debug!("-> {}", abbreviated(&body));
         let packet = rsp::frame(&body);
         out.extend_from_slice(&packet);
         self.last_packet = packet;
@@ -156,7 +183,10 @@ impl Front {
             [b'q', b'S', b'u', b'p', b'p', b'o', b'r', b't', b'e', b'd', b':', features @ ..] => {
                 self.supported(features)
             }
-            b"?" => self.stopped(b"T05", self.machine.first_cpu()).into(),
+            b"?" => {
+                self.selection.stopped_on(self.machine.first_cpu());
+                self.stopped(b"T05", self.machine.first_cpu()).into()
+            }
             b"qC" => [b"QC", self.id(self.engine.target.selected).as_bytes()].concat().into(),
             b"vCont?" => b"vCont;c;C;s;S"[..].into(),
             [b'H', operation, thread @ ..] => self.select(*operation, thread).into(),
@@ -202,6 +232,7 @@ impl Front {
         let client = Client {
             multiprocess: features.contains(&&b"multiprocess+"[..]),
             gdb: features.contains(&&b"QThreadEvents+"[..]),
+            selects_for_commands: features.contains(&&b"error-message+"[..]),
         };
         let mut reply = format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+").into_bytes();
         reply.extend_from_slice(self.files.files.features().as_bytes());
@@ -275,7 +306,7 @@ impl Front {
     /// Says why, then reports a stop at once, on the thread that was to run.
     ///
     /// Signal 0 lets gdb print just "stopped"; lldb takes it for a request to go on, so others get SIGTRAP.
-    fn refuse_to_run(&self, request: &[u8]) -> Reply {
+    fn refuse_to_run(&mut self, request: &[u8]) -> Reply {
         let named = request.split(|&b| b == b';').find_map(|action| {
             let colon = action.iter().position(|&b| b == b':')?;
             match Choice::parse(action.get(colon + 1..)?)? {
@@ -283,7 +314,9 @@ impl Front {
                 Choice::Whichever => None,
             }
         });
-        let cpu = named.unwrap_or(self.engine.target.selected);
+        let selected = if self.client.gdb { self.selection.user() } else { self.engine.target.selected };
+        let cpu = named.unwrap_or(selected);
+        self.selection.stopped_on(cpu);
         let signal: &[u8] = if self.client.gdb { b"T00" } else { b"T05" };
         Reply::Console(CANNOT_RUN.to_owned(), self.stopped(signal, cpu))
     }
@@ -291,6 +324,9 @@ impl Front {
     /// `qRcmd`. To gdb its output goes as the answer itself: with `O` packets before it, Ctrl-C in gdb would
     /// leave some behind as answers to later requests. Other clients know only `O` packets.
     fn monitor(&mut self, request: &[u8]) -> Reply {
+        let followed = self.selection.for_command();
+        let exact = !self.client.gdb || self.client.selects_for_commands;
+        self.engine.target.command_cpu = if exact { self.engine.target.selected } else { followed };
         let answer = self.ask(request);
         match self.engine.target.console.take() {
             Some(text) if text.is_empty() => answer.into(),
@@ -322,6 +358,15 @@ impl Front {
             }
             _ => None,
         }
+    }
+}
+
+/// A packet for the log: the beginning, and how long it is.
+fn abbreviated(body: &[u8]) -> String {
+    const SHOWN: usize = 100;
+    match body.get(..SHOWN) {
+        Some(start) => format!("{}… ({} bytes)", start.escape_ascii(), body.len()),
+        None => body.escape_ascii().to_string(),
     }
 }
 

@@ -5,9 +5,15 @@
 //! Source: GDB manual, "Index Files Speed Up GDB" and "Automatic symbol index cache".
 
 use crate::debuginfo::find::user_caches;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// Begins the names of directories that gdb works in.
+const WORK_PREFIX: &str = ".kstub-";
+/// gdb needs minutes at most.
+const STALE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Why there is no index. Only speed is lost.
 #[derive(Debug, thiserror::Error)]
@@ -55,23 +61,45 @@ pub enum Index {
     BuiltIn,
 }
 
-/// The command that turns the index cache on in this gdb; `None` if it has no such cache.
+impl fmt::Display for Index {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cached(path) => write!(f, "{} was there", path.display()),
+            Self::Made(path) => write!(f, "{} was made", path.display()),
+            Self::BuiltIn => f.write_str("it has one of its own"),
+        }
+    }
+}
+
+/// How a gdb's index cache is turned on and off, if it has one.
 ///
 /// `set index-cache on` became `set index-cache enabled on`, and gdb complains about the wrong one of the two.
-pub fn enable_command(gdb: &Path) -> Option<&'static str> {
-    let help = Command::new(gdb)
-        .args(["-nx", "-batch", "-ex", "help set index-cache"])
-        .stdin(Stdio::null())
-        .output()
-        .ok()?
-        .stdout;
-    let help = String::from_utf8_lossy(&help);
-    ["set index-cache enabled", "set index-cache on"].into_iter().find(|c| help.contains(c)).map(|command| {
-        match command {
-            "set index-cache enabled" => "set index-cache enabled on",
-            older => older,
-        }
-    })
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct CacheCommand(Option<&'static str>);
+
+impl CacheCommand {
+    /// Asks `gdb`; this starts it once.
+    pub fn of(gdb: &Path) -> Self {
+        let help = Command::new(gdb)
+            .args(["-nx", "-batch", "-ex", "help set index-cache"])
+            .stdin(Stdio::null())
+            .output()
+            .map(|output| output.stdout)
+            .unwrap_or_default();
+        let help = String::from_utf8_lossy(&help);
+        let newer = help.contains("set index-cache enabled").then_some("set index-cache enabled");
+        Self(newer.or_else(|| help.contains("set index-cache on").then_some("set index-cache")))
+    }
+
+    /// The command that turns it on.
+    pub fn on(self) -> Option<String> {
+        self.0.map(|set| format!("{set} on"))
+    }
+
+    /// The command that turns it off.
+    fn off(self) -> Option<String> {
+        self.0.map(|set| format!("{set} off"))
+    }
 }
 
 /// Makes sure that gdb's cache has an index of `vmlinux`, whose build-id is `build_id` in hex.
@@ -79,17 +107,19 @@ pub fn enable_command(gdb: &Path) -> Option<&'static str> {
 /// While gdb works, `progress` is called several times a second with the time gone by.
 pub fn prepare(
     gdb: &Path,
+    cache: CacheCommand,
     vmlinux: &Path,
     build_id: &str,
     progress: &mut dyn FnMut(Duration),
 ) -> Result<Index, IndexError> {
     let directory = cache_directory().ok_or(IndexError::NoCacheDirectory)?;
-    prepare_in(&directory, gdb, vmlinux, build_id, progress)
+    prepare_in(&directory, gdb, cache, vmlinux, build_id, progress)
 }
 
 fn prepare_in(
     directory: &Path,
     gdb: &Path,
+    cache: CacheCommand,
     vmlinux: &Path,
     build_id: &str,
     progress: &mut dyn FnMut(Duration),
@@ -97,6 +127,7 @@ fn prepare_in(
     if build_id.is_empty() || !build_id.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(IndexError::NotABuildId(build_id.to_owned()));
     }
+    remove_stale(directory);
     let file = directory.join(format!("{}.gdb-index", build_id.to_ascii_lowercase()));
     if file.is_file() {
         return Ok(Index::Cached(file));
@@ -108,8 +139,8 @@ fn prepare_in(
     std::fs::create_dir_all(directory).map_err(cache_error(directory))?;
     // Inside the cache, so that the finished file can be moved in at once.
     let work =
-        tempfile::Builder::new().prefix(".kstub-").tempdir_in(directory).map_err(cache_error(directory))?;
-    let said = run_gdb(gdb, vmlinux, work.path(), progress)?;
+        tempfile::Builder::new().prefix(WORK_PREFIX).tempdir_in(directory).map_err(cache_error(directory))?;
+    let said = run_gdb(gdb, cache, vmlinux, work.path(), progress)?;
     let made = std::fs::read_dir(work.path())
         .map_err(cache_error(work.path()))?
         .flatten()
@@ -128,9 +159,27 @@ fn prepare_in(
     }
 }
 
+/// Removes what a kstub left behind that was killed while gdb worked; a younger directory may be in use.
+fn remove_stale(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let is_ours = entry.file_name().to_string_lossy().starts_with(WORK_PREFIX);
+        // Of the entry itself: a link is none of ours.
+        let Some(metadata) = entry.metadata().ok().filter(|metadata| is_ours && metadata.is_dir()) else {
+            continue;
+        };
+        let age = metadata.modified().ok().and_then(|time| time.elapsed().ok());
+        if age.is_some_and(|age| age > STALE)
+            && let Err(error) = std::fs::remove_dir_all(entry.path())
+        {
+            tracing::debug!("{} stays: {error}", entry.path().display());
+        }
+    }
+}
+
 /// Lets gdb save its index into `work`; returns what it printed as errors.
 fn run_gdb(
     gdb: &Path,
+    cache: CacheCommand,
     vmlinux: &Path,
     work: &Path,
     progress: &mut dyn FnMut(Duration),
@@ -141,12 +190,7 @@ fn run_gdb(
         .map_err(|source| IndexError::Cache { path: complaints.clone(), source })?;
     let mut child = Command::new(gdb)
         .args(["-nx", "-batch"])
-        .args(
-            enable_command(gdb)
-                .map(|on| ["-iex".to_owned(), on.replace(" on", " off")])
-                .into_iter()
-                .flatten(),
-        )
+        .args(cache.off().into_iter().flat_map(|off| ["-iex".to_owned(), off]))
         // The file is at hand; nothing is to be asked of servers.
         .env_remove("DEBUGINFOD_URLS")
         // A relative name: gdb takes the rest of the line as it is, and the cache's path may hold anything.
@@ -190,7 +234,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("cache/gdb");
         let gdb = fake_gdb(dir.path(), "case \"$*\" in *save*) echo index > vmlinux.gdb-index;; esac");
-        let prepare = |id: &str| prepare_in(&cache, &gdb, Path::new("vmlinux"), id, &mut |_| {});
+        let prepare = |id: &str| {
+            prepare_in(&cache, &gdb, CacheCommand::default(), Path::new("vmlinux"), id, &mut |_| {})
+        };
         let file = cache.join("00aa.gdb-index");
         assert_eq!(prepare("00AA").unwrap(), Index::Made(file.clone()));
         assert_eq!(prepare("00aa").unwrap(), Index::Cached(file.clone()));
@@ -200,9 +246,45 @@ mod tests {
     }
 
     #[test]
+    fn what_was_left_behind_is_removed_once_it_is_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |name: &str, hours: u64| {
+            let path = dir.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            std::fs::write(path.join("stderr"), "").unwrap();
+            let then = std::time::SystemTime::now() - Duration::from_secs(hours * 3600);
+            std::fs::File::open(&path).unwrap().set_modified(then).unwrap();
+            path
+        };
+        let (old, young, theirs) = (make(".kstub-old", 25), make(".kstub-young", 23), make("old", 99));
+        std::os::unix::fs::symlink(&theirs, dir.path().join(".kstub-link")).unwrap();
+        remove_stale(dir.path());
+        assert!(!old.exists() && young.exists() && theirs.join("stderr").exists());
+        remove_stale(&dir.path().join("absent"));
+    }
+
+    #[test]
+    fn the_command_for_the_cache_is_gdbs_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let ask = |help: &str| CacheCommand::of(&fake_gdb(dir.path(), &format!("echo '{help}'"))).on();
+        assert_eq!(
+            ask("set index-cache directory --\nset index-cache enabled --").as_deref(),
+            Some("set index-cache enabled on")
+        );
+        assert_eq!(
+            ask("set index-cache off --\nset index-cache on --").as_deref(),
+            Some("set index-cache on")
+        );
+        assert_eq!(ask("Undefined set command"), None);
+        assert_eq!(CacheCommand::of(&dir.path().join("none")), CacheCommand::default());
+    }
+
+    #[test]
     fn failures_carry_gdbs_words() {
         let dir = tempfile::tempdir().unwrap();
-        let prepare = |gdb: &Path| prepare_in(&dir.path().join("c"), gdb, Path::new("v"), "ab", &mut |_| {});
+        let cache = dir.path().join("c");
+        let prepare =
+            |gdb: &Path| prepare_in(&cache, gdb, CacheCommand::default(), Path::new("v"), "ab", &mut |_| {});
         let gdb = fake_gdb(dir.path(), "echo 'v: No such file.' >&2");
         let error = prepare(&gdb).unwrap_err().to_string();
         assert_eq!(error, "gdb wrote no index for v: v: No such file.");

@@ -11,6 +11,7 @@ mod front;
 pub mod index;
 mod memory;
 mod registers;
+mod selection;
 mod target;
 mod threads;
 

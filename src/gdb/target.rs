@@ -40,8 +40,10 @@ pub(super) mod errno {
 /// One session's view of a machine.
 pub(super) struct Target {
     pub(super) machine: Arc<Machine>,
-    /// The CPU the client has selected (`Hg`): what commands are about.
+    /// The CPU the client has selected (`Hg`): whose memory and registers are read.
     pub(super) selected: CpuId,
+    /// The CPU that commands are about.
+    pub(super) command_cpu: CpuId,
     /// What the last command printed; the front decides how it goes out.
     pub(super) console: Option<String>,
 }
@@ -185,7 +187,7 @@ impl SectionOffsets for Target {
 
 impl MonitorCmd for Target {
     fn handle_monitor_cmd(&mut self, line: &[u8], _out: ConsoleOutput<'_>) -> Result<(), Infallible> {
-        let context = Context { machine: &self.machine, cpu: self.selected };
+        let context = Context { machine: &self.machine, cpu: self.command_cpu };
         let line = String::from_utf8_lossy(line);
         // A command that fails has still answered; its answer says why.
         let text =

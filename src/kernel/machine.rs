@@ -5,8 +5,9 @@ use super::cpus::{ONLINE, PRESENT, derive_gs_base, distrust_thread_bases};
 use super::discover::{self, DiscoverError, Found, Progress};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::paging::Step;
-use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError, Translation, VirtOutcome};
+use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, Saved, TranslateError, Translation, VirtOutcome};
 use crate::backend::{Backend, RegisterSource};
+use crate::bytes::printable;
 use crate::debuginfo::{self, DebugInfo, find};
 use crate::memory::MemoryError;
 use std::collections::HashMap;
@@ -105,11 +106,20 @@ impl Machine {
         let found = discover::discover(&*backend, progress);
         let kernel = match found {
             Ok(mut found) => {
+                tracing::info!(
+                    "kernel {} was found by {}: KASLR offset {:#x}, {}-level page tables at {}",
+                    printable(&found.release),
+                    found.by,
+                    found.kaslr_offset,
+                    found.space.levels,
+                    found.space.root
+                );
                 problems.append(&mut found.problems);
                 let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?;
                 Ok(Kernel::new(backend.clone(), found, debug_info))
             }
             Err(error) => {
+                tracing::info!("{error}");
                 problems.push(error.to_string());
                 Err(Some(error))
             }
@@ -135,7 +145,7 @@ impl Machine {
     }
 
     /// A machine of given CPUs without a known kernel: addresses lead through each CPU's CR3.
-    /// `cpus` may be empty: then there is one CPU without registers.
+    /// `cpus` may be empty: then there is one CPU without registers. `first` is where a debugger starts.
     pub fn from_parts(
         backend: Arc<dyn Backend>,
         mut cpus: Vec<Cpu>,
@@ -152,6 +162,11 @@ impl Machine {
             });
         }
         cpus.sort_by_key(|cpu| cpu.id);
+        if cpus.iter().all(|cpu| cpu.regs.u64(Reg::Rip).is_none())
+            && let Some(cpu) = cpus.iter_mut().find(|cpu| cpu.id == first)
+        {
+            place_pc(cpu, text_base);
+        }
         let user_spaces = cpus.iter().map(|cpu| cr3_space(&cpu.regs)).collect();
         Self { backend, kernel: Err(None), cpus, first, text_base, user_spaces, problems: Vec::new() }
     }
@@ -289,6 +304,7 @@ fn choose_debug_info(
         }
     };
     if let Some(info) = &chosen {
+        tracing::info!("'{}' is this kernel's vmlinux", info.path().display());
         found.kaslr_offset = fits(info).unwrap_or(found.kaslr_offset);
         if !info.has_symbols() {
             problems.push(format!(
@@ -369,8 +385,18 @@ fn text_base(kernel: &Kernel) -> VirtAddr {
 fn first_cpu(kernel: &Kernel, cpus: &[Cpu]) -> CpuId {
     let panicked = kernel.panic_cpu();
     let with_pc = || cpus.iter().filter(|cpu| cpu.regs.u64(Reg::Rip).is_some());
-    let chosen = with_pc().find(|cpu| Some(cpu.id) == panicked).or_else(|| with_pc().next()).or(cpus.first());
+    let is_panicked = |cpu: &&Cpu| Some(cpu.id) == panicked;
+    let without_pc = || cpus.iter().find(is_panicked).or(cpus.first());
+    let chosen = with_pc().find(is_panicked).or_else(|| with_pc().next()).or_else(without_pc);
     chosen.map_or(CpuId(0), |cpu| cpu.id)
+}
+
+/// Gives a CPU a pc, so that gdb takes a target on which no CPU's was saved: it refuses one without.
+fn place_pc(cpu: &mut Cpu, text_base: Option<VirtAddr>) {
+    const FROM: &str = "as a placeholder: no CPU's pc was saved, and gdb wants one";
+    let pc = text_base.unwrap_or_default();
+    cpu.regs.set(Reg::Rip, Saved::Derived(pc.0.into(), FROM));
+    cpu.notes.push("pc is a placeholder".to_owned());
 }
 
 /// Register sets numbered in the order of the source: all that can be said without a kernel.

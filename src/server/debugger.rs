@@ -3,7 +3,8 @@
 //! Source: GDB manual, "Choosing Files" (`-iex`), "Types of Remote Connections".
 
 use super::listen::{Listen, Listener};
-use crate::gdb::{Files, index};
+use crate::gdb::Files;
+use crate::gdb::index::CacheCommand;
 use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
@@ -22,6 +23,8 @@ pub struct Debugger {
     pub program: PathBuf,
     /// What gdb loads symbols from, if there is anything.
     pub vmlinux: Option<PathBuf>,
+    /// How its index cache is turned on.
+    pub index_cache: CacheCommand,
     /// What the user adds to gdb's command line: `-batch`, `-ex bt`, …
     pub args: Vec<OsString>,
 }
@@ -46,8 +49,13 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
     // gdb has the vmlinux on its command line; without one it would ask for it.
     let files = if debugger.vmlinux.is_some() { Files::none() } else { Files::local(None) };
     let mut child = command(debugger, &socket).spawn().map_err(|error| cannot_start(debugger, error))?;
+    tracing::info!("{} was started", debugger.program.display());
     tokio::select! {
-        status = child.wait() => status.context("cannot wait for gdb"),
+        status = child.wait() => {
+            let status = status.context("cannot wait for gdb")?;
+            tracing::info!("{} ended: {status}", debugger.program.display());
+            Ok(status)
+        }
         // gdb then finds the connection closed; the directory is removed.
         _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
         _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
@@ -58,9 +66,7 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
 fn command(debugger: &Debugger, socket: &Path) -> Command {
     let mut command = Command::new(&debugger.program);
     command.arg("-q");
-    if let Some(enable) = index::enable_command(&debugger.program) {
-        command.args(["-iex", enable]);
-    }
+    command.args(debugger.index_cache.on().into_iter().flat_map(|on| ["-iex".to_owned(), on]));
     command.args(&debugger.vmlinux);
     let mut connect = OsString::from("target remote ");
     connect.push(socket);

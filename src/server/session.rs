@@ -19,17 +19,30 @@ pub(super) enum Client {
     Unix(UnixStream),
 }
 
+impl Client {
+    /// What to call it in the log.
+    fn name(&self) -> String {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().map_or("TCP".to_owned(), |address| address.to_string()),
+            Self::Unix(_) => "unix".to_owned(),
+        }
+    }
+}
+
 /// Serves one client in the background until either side ends it.
 pub(super) fn start(machine: Arc<Machine>, files: Files, client: Client) {
     let work = move || {
         // A defect met by one client must not take the others' sessions along.
+        let name = client.name();
+        let _span = tracing::info_span!("session", client = name).entered();
+        tracing::info!("a client came");
         let session = AssertUnwindSafe(|| match client {
             Client::Tcp(stream) => converse(machine, files, &stream, &stream),
             Client::Unix(stream) => converse(machine, files, &stream, &stream),
         });
         match std::panic::catch_unwind(session) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("a client is gone: {error}"),
+            Ok(Ok(end)) => tracing::info!("{end}"),
+            Ok(Err(error)) => tracing::info!("the client is gone: {error}"),
             Err(_) => tracing::error!("a session failed and was closed; this is a defect in kstub"),
         }
     };
@@ -43,23 +56,26 @@ pub(super) fn over_stdio(machine: Arc<Machine>, files: Files) -> anyhow::Result<
     match converse(machine, files, std::io::stdin().lock(), std::io::stdout().lock()) {
         // The client ended the session by going away, which is no failure of ours.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        outcome => Ok(outcome?),
+        outcome => {
+            tracing::info!("{}", outcome?);
+            Ok(())
+        }
     }
 }
 
-/// Answers everything that comes, until the client says goodbye or its input ends.
+/// Answers everything that comes, until the client says goodbye or its input ends; says which of the two it was.
 fn converse(
     machine: Arc<Machine>,
     files: Files,
     mut input: impl Read,
     mut output: impl Write,
-) -> io::Result<()> {
+) -> io::Result<&'static str> {
     let mut front = Front::with_files(machine, files);
     let mut framer = Framer::new(MAX_REQUEST);
     let mut chunk = vec![0; MAX_REQUEST];
     loop {
         let n = match input.read(&mut chunk) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return Ok("the client closed the connection"),
             Ok(n) => n,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
@@ -71,7 +87,7 @@ fn converse(
             output.write_all(&reply)?;
             output.flush()?;
             if flow == Flow::End {
-                return Ok(());
+                return Ok("the client detached");
             }
         }
     }

@@ -9,6 +9,7 @@ mod walk;
 
 use super::DebugInfo;
 use super::debuginfod::Debuginfod;
+use crate::bytes::printable;
 use std::path::{Path, PathBuf};
 use walk::{Bounds, Walk};
 
@@ -104,6 +105,7 @@ pub fn vmlinux(
     for (root, bounds) in beside.chain(named).chain([(Path::new(SYSTEM), EVERYWHERE)]) {
         let mut walk = Walk::default();
         walk.search(root, build_id, bounds);
+        tracing::info!("searched {} for the vmlinux", describe(root, &walk));
         search.searched.push(describe(root, &walk));
         search.rejected.extend(walk.compressed.into_iter().map(|path| Rejected {
             path,
@@ -148,7 +150,10 @@ impl Search {
         };
         match opened.and_then(|info| fits(&info).map(|()| info)) {
             Ok(info) => self.found = Some(info),
-            Err(why) => self.rejected.push(Rejected { path: path.to_owned(), why }),
+            Err(why) => {
+                tracing::info!("'{}' was not taken: it {}", path.display(), printable(&why));
+                self.rejected.push(Rejected { path: path.to_owned(), why });
+            }
         }
     }
 }

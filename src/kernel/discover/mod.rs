@@ -14,6 +14,7 @@ mod scan;
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, TranslateError};
 use crate::backend::Backend;
+use crate::bytes::printable;
 use crate::memory::Unreadable;
 use crate::vmcoreinfo::VmcoreInfo;
 use std::fmt;
@@ -103,7 +104,10 @@ pub fn discover(backend: &dyn Backend, progress: Progress<'_>) -> Result<Found, 
         match check(backend, VmcoreInfo::parse(note), FoundBy::Note, &cpus) {
             Ok(found) if found.problems.is_empty() => return Ok(found),
             Ok(found) => best.offer(found),
-            Err(why) => rejected = Some(format!("the dump's note: {why}")),
+            Err(why) => {
+                tracing::info!("the dump's own VMCOREINFO was not taken: {}", printable(&why));
+                rejected = Some(format!("the dump's note: {why}"));
+            }
         }
     }
     let decided = |found: &Found| !cpus.is_empty() && found.problems.is_empty();
@@ -119,6 +123,7 @@ pub fn discover(backend: &dyn Backend, progress: Progress<'_>) -> Result<Found, 
             stop
         }
         Err(why) => {
+            tracing::info!("the VMCOREINFO at {at} was not taken: {}", printable(&why));
             rejected.get_or_insert(format!("the copy at {at}: {why}"));
             false
         }
