@@ -32,6 +32,9 @@ fn seed(target: &str, name: &str, input: &[u8]) {
 fn file(target: &str, name: &str, bytes: &[u8]) {
     let input = pieces(0, bytes);
     assert!(kstub_fuzz::file(&input) == bytes, "{target}/{name}");
+    if target != "debuginfo" {
+        assert!(kstub_fuzz::dump(bytes.to_vec(), &[0x1000]).is_some(), "{target}/{name} is no dump");
+    }
     seed(target, name, &input);
 }
 
@@ -84,7 +87,8 @@ fn dumps() {
     odd.segments.push(Segment::new(0x2_0000, b"left out".repeat(20)).memsz(0x3000));
     odd.segments.push(Segment::new(0x3_0000, Vec::new()).memsz(0x2000).at(0xf_0000, 0x2000));
     odd.segments.push(Segment::new(0x1000, b"twice".repeat(10)).memsz(0x2000).vaddr(0xffff_ffff_8100_0000));
-    odd.segments.push(Segment::new(u64::MAX, Vec::new()).memsz(0x1000).at(u64::MAX, 0));
+    odd.segments
+        .push(Segment { paddr: u64::MAX, ..Segment::new(0, Vec::new()).memsz(0x1000).at(u64::MAX, 0) });
     file("elf", "odd", &odd.build().bytes);
 
     let mut rng = Rng::new(7);
@@ -100,7 +104,7 @@ fn dumps() {
         .insert(11, Slot::Broken { size: 5000, flags: 2, stored: Vec::new(), offset: Some(u64::MAX - 100) });
     file("kdump", "odd", &odd.build().bytes);
 
-    let two = vec![(0x1000, b"first range".repeat(30)), (0x9000, vec![7; 0x1800])];
+    let two = vec![(0x1000, b"first range".repeat(30)), (0x9000, vec![7; 0x300])];
     file("lime", "two", &lime::image(&two));
     file("lime", "cut", &[lime::header(1, 0x1000, 0x4fff), vec![1; 200]].concat());
 
