@@ -360,7 +360,7 @@ fn vmlinux() {
                 "-Wl,--build-id=sha1",
             ])
             .args(["-Wl,-z,noseparate-code", "-Wl,-z,max-page-size=4096", "-Wl,-e,main", "-o"])
-            .args([&out, &source])
+            .args(["vmlinux", "vmlinux.c"])
             // No name of a temporary directory in the seeds.
             .arg(format!("-ffile-prefix-map={}=.", dir.path().display()))
             .current_dir(dir.path())
