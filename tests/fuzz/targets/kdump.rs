@@ -1,0 +1,6 @@
+//! kdump-compressed files of one part.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    kstub_fuzz::dump(kstub_fuzz::file(input), &kstub_fuzz::asked(input));
+});
