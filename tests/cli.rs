@@ -122,7 +122,10 @@ fn names() -> Vec<(String, Vec<String>)> {
     let mut cli = Cli::command().disable_help_subcommand(true);
     cli.build();
     let longs = |command: &clap::Command| {
-        command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned)).collect()
+        command
+            .get_arguments()
+            .filter_map(|argument| argument.get_long().map(str::to_owned))
+            .collect::<Vec<String>>()
     };
     let commands: Vec<_> =
         cli.get_subcommands().map(|command| (command.get_name().to_owned(), longs(command))).collect();

@@ -4,48 +4,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::PathBuf;
+use std::process::Command;
+use support::gdb_session::{
+    KSTUB, console_trace, functions, gdb, gdb_complains, gdb_session, has_in_order, kstub, session,
+};
 use support::lab::{self, Set};
-
-const KSTUB: &str = env!("CARGO_BIN_EXE_kstub");
-
-fn kstub(arguments: &[&str]) -> Output {
-    Command::new(KSTUB).args(arguments).env_remove("DEBUGINFOD_URLS").output().unwrap()
-}
-
-/// What gdb printed for each of `commands`, and last what it complained of.
-fn gdb_session(dump: &Path, commands: &[&str]) -> (Vec<String>, String) {
-    session(Command::new(KSTUB).env_remove("DEBUGINFOD_URLS"), dump, commands)
-}
-
-fn session(kstub: &mut Command, dump: &Path, commands: &[&str]) -> (Vec<String>, String) {
-    const MARK: &str = "echo \\n@@@\\n";
-    let mut arguments = vec!["gdb", dump.to_str().unwrap(), "--", "-nx", "-batch"];
-    for command in commands {
-        arguments.extend(["-ex", MARK, "-ex", command]);
-    }
-    arguments.extend(["-ex", MARK]);
-    let output = kstub.args(arguments).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    let parts: Vec<String> =
-        printed.split("@@@\n").skip(1).take(commands.len()).map(|part| part.trim().to_owned()).collect();
-    assert_eq!(parts.len(), commands.len(), "{}: {printed}\n{said}", dump.display());
-    (parts, said)
-}
-
-/// What gdb printed for each of `commands`.
-fn gdb(dump: &Path, commands: &[&str]) -> Vec<String> {
-    gdb_session(dump, commands).0
-}
-
-/// What gdb says on standard error to `command`; after it the session goes on.
-fn gdb_complains(dump: &Path, command: &str) -> String {
-    let (printed, said) = gdb_session(dump, &[command, "p/x $pc"]);
-    assert!(printed[1].contains("= 0x"), "the session is lost after {command}: {printed:?} {said}");
-    said
-}
 
 /// One dump of each set: the compressed one where kstub reads it.
 fn dump_of(set: &Set) -> PathBuf {
@@ -123,45 +87,12 @@ fn symbols_globals_and_code_are_at_their_run_time_addresses() {
     }
 }
 
-/// Functions of the console's own call trace, from `panic` outward; the doubtful ones (`?`) left out.
-fn console_trace(set: &Set) -> Vec<String> {
-    let console = std::fs::read_to_string(set.dir.join("console.log")).unwrap();
-    let panic = console.find("Kernel panic - not syncing").unwrap();
-    let lines = console[panic..].lines().skip_while(|line| !line.contains("Call Trace:")).skip(1);
-    let texts = lines.map(|line| line.split_once("] ").map_or(line, |(_, text)| text).trim());
-    texts
-        .take_while(|text| !text.starts_with("RIP:") && !text.contains("</TASK>"))
-        .filter(|text| text.contains("+0x") && !text.starts_with('?'))
-        .map(|text| text.split(['+', '.']).next().unwrap().to_owned())
-        .skip_while(|function| function != "panic")
-        .collect()
-}
-
-/// Whether `frames` has all of `expected` in this order, others between them allowed (inlined ones).
-fn has_in_order(frames: &[String], expected: &[String]) -> bool {
-    let mut frames = frames.iter();
-    expected.iter().all(|want| frames.any(|frame| frame == want))
-}
-
-/// The function names of gdb's `bt`.
-fn functions(bt: &str) -> Vec<String> {
-    let frames = bt.lines().filter(|line| line.starts_with('#'));
-    frames
-        .filter_map(|line| {
-            let rest = line.split_once(' ').unwrap().1.trim_start();
-            let rest =
-                rest.split_once(" in ").filter(|(at, _)| at.starts_with("0x")).map_or(rest, |(_, rest)| rest);
-            rest.split(['.', ' ']).next().map(str::to_owned)
-        })
-        .collect()
-}
-
 #[test]
 fn the_backtrace_is_the_one_on_the_console_down_to_the_entry_code() {
     let mut panics = 0;
     let sets = sets();
     for set in sets.iter().filter(|set| set.json["panic"].is_object()) {
-        let expected = console_trace(set);
+        let expected = console_trace(&std::fs::read_to_string(set.dir.join("console.log")).unwrap());
         assert!(expected.len() >= 8, "{}: {expected:?}", set.name());
         let frames = functions(&gdb(&dump_of(set), &["bt"])[0]);
         // The console names a place behind the entry point; gdb has its function.

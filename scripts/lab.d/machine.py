@@ -75,6 +75,7 @@ class Machine:
         vmcoreinfo=False,
         vmcore_disk=0,
         serial=True,
+        facts=True,
         machine_properties="",
     ):
         self.directory = Path(directory)
@@ -110,8 +111,9 @@ class Machine:
             cmdline,
             "-qmp",
             f"unix:{self.sockets}/qmp,server=on,wait=off",
-            *self._disk(self.facts_disk, "facts", FACTS_DISK_SIZE),
         ]
+        if facts:
+            self.argv += self._disk(self.facts_disk, "facts", FACTS_DISK_SIZE)
         if vmcore_disk:
             self.argv += self._disk(self.vmcore_disk, "vmcore", vmcore_disk)
         if vmcoreinfo:

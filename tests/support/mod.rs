@@ -8,6 +8,7 @@ pub mod elf_core;
 pub mod elf_file;
 pub mod flat_memory;
 pub mod flattened;
+pub mod gdb_session;
 pub mod kdump;
 pub mod lab;
 pub mod lime;
