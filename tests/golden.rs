@@ -30,7 +30,7 @@ const PROGRAM: [(&str, &[&str]); 5] = [
 ];
 
 /// (golden file, command line as after gdb's `monitor`); the CPU is the one that panicked.
-const MONITOR: [(&str, &str); 18] = [
+const MONITOR: [(&str, &str); 19] = [
     ("help", "help"),
     ("help-why", "help why"),
     ("help-unknown", "help frobnicate"),
@@ -38,6 +38,7 @@ const MONITOR: [(&str, &str); 18] = [
     ("log", "log"),
     ("log-argument", "log now"),
     ("regs", "regs"),
+    ("regs-other-cpu", "regs 0"),
     ("why-symbol", "why init_task"),
     ("why-symbol-offset", "why linux_banner+0x10"),
     ("why-register", "why $rsp"),
