@@ -47,7 +47,9 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
             return;
         }
         let again = DebugInfo::open(&path).expect("what was stripped is still a vmlinux");
-        assert_eq!((again.build_id(), again.first_load()), (info.build_id(), info.first_load()));
+        assert_eq!(again.first_load(), info.first_load());
+        // A damaged file can have it where nothing is loaded, and that is stripped.
+        assert!(again.build_id().is_none() || again.build_id() == info.build_id());
         for name in NAMES {
             assert_eq!(again.symbol(name), info.symbol(name), "{name}");
         }

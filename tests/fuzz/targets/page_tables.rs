@@ -58,7 +58,9 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         assert_eq!(read.filled < buf.len(), read.stopped.is_some(), "{read:?}");
         // Byte for byte at the edges of what was read.
         for i in [0, 1, read.filled / 2, read.filled.saturating_sub(1), read.filled] {
-            let Some(here) = at.checked_add(i as u64).filter(|_| i < buf.len()) else { continue };
+            let Some(here) = at.checked_add(i as u64).filter(|_| i <= read.filled && i < buf.len()) else {
+                continue;
+            };
             let mut byte = [0];
             let one = reference(&memory, &space, here)
                 .filter(|&(phys, _)| memory.read_phys(PhysAddr(phys), &mut byte).filled == 1);
