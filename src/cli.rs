@@ -26,7 +26,7 @@ pub mod exit {
 
 /// A Linux-aware GDB server over kernel crash dumps.
 #[derive(Parser, Debug)]
-#[command(version, propagate_version = true, after_help = AFTER_HELP)]
+#[command(version, propagate_version = true, subcommand_value_name = "COMMAND", after_help = AFTER_HELP)]
 pub struct Cli {
     /// Say more about what is done; twice for everything. RUST_LOG overrides it.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]

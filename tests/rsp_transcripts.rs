@@ -244,13 +244,17 @@ fn running_is_refused_in_words_on_the_selected_thread() {
     assert_eq!(gdb.ask("vCont?"), "vCont;c;C;s;S");
     assert_eq!(gdb.text(&packet("vCont;c:p1.-1")), reply("T00thread:p1.4;"));
     assert_eq!(gdb.text(&packet("vCont;s:p1.1;c:p1.-1")), reply("T00thread:p1.1;"));
+    // gdb takes the thread of a stop for selected.
+    assert_eq!(from_hex(&gdb.ask(format!("m{OWN:x},f"))), b"memory of CPU 0");
     assert_eq!(gdb.ask("Hgp1.2"), "OK");
     for resume in ["c", "s", "C05", "S05", "cffffffff9a000000", "vCont;c", "vCont;C05:p1.-1", "vCont;s:p1.9"]
     {
         assert_eq!(gdb.text(&packet(resume)), reply("T00thread:p1.2;"), "{resume}");
     }
     // lldb goes on at once after signal 0.
-    assert_eq!(Session::of(LLDB).text(&packet("vCont;c")), reply("T05thread:p1.4;"));
+    let why = to_hex(b"this is a crash dump");
+    let exception = format!("T05thread:p1.4;reason:exception;description:{why};");
+    assert_eq!(Session::of(LLDB).text(&packet("vCont;c")), reply(&exception));
 }
 
 #[test]

@@ -37,7 +37,20 @@ pub fn man() -> io::Result<Vec<u8>> {
     }
     let text = cli.get_after_help().map(ToString::to_string).unwrap_or_default();
     render_blocks(&text, "SH", &mut page)?;
-    Ok(page)
+    Ok(without_repeated_preamble(&page))
+}
+
+/// Each piece of the page comes with the definitions of how to write an apostrophe; the first ones do.
+fn without_repeated_preamble(page: &[u8]) -> Vec<u8> {
+    const PREAMBLE: [&[u8]; 2] = [b".ie ", b".el "];
+    let mut lines: Vec<&[u8]> = page.split_inclusive(|&b| b == b'\n').collect();
+    let mut seen = 0;
+    lines.retain(|line| {
+        let preamble = PREAMBLE.iter().any(|start| line.starts_with(start));
+        seen += usize::from(preamble);
+        !preamble || seen <= PREAMBLE.len()
+    });
+    lines.concat()
 }
 
 /// One command as a section: what it does, how it is called, its options and examples.
@@ -72,8 +85,12 @@ fn render_blocks(text: &str, heading: &str, page: &mut Vec<u8>) -> io::Result<()
         let mut roff = Roff::default();
         roff.control(heading, [title.as_str()]).control("nf", []);
         for line in lines.lines() {
-            let command = line.trim_start().starts_with("kstub ");
-            roff.text([if command { bold(line) } else { roman(line) }]);
+            // What it does stands behind some examples, as in a table.
+            let indent = line.len() - line.trim_start().len();
+            let end = line[indent..].find("  ").map_or(line.len(), |end| indent + end);
+            let is_example = line[indent..].starts_with("kstub ");
+            let (command, rest) = line.split_at(if is_example { end } else { 0 });
+            roff.text([bold(command), roman(rest)]);
         }
         roff.control("fi", []);
         roff.to_writer(page)?;

@@ -138,7 +138,9 @@ pub fn running(cpu: &Cpu) -> String {
 }
 
 fn place(machine: &Machine, cpu: &Cpu) -> String {
-    let Some(rip) = cpu.regs.u64(Reg::Rip) else { return String::new() };
+    // A placeholder is no place where anything ran.
+    let Saved::Known(rip) = cpu.regs.get(Reg::Rip) else { return String::new() };
+    let rip = rip as u64;
     match machine.kernel().and_then(|kernel| kernel.symbolize(VirtAddr(rip))) {
         Some((name, offset)) => format!("  at {name}+{offset:#x}"),
         None => format!("  at {rip:#x}"),

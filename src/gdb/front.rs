@@ -183,10 +183,7 @@ impl Front {
             [b'q', b'S', b'u', b'p', b'p', b'o', b'r', b't', b'e', b'd', b':', features @ ..] => {
                 self.supported(features)
             }
-            b"?" => {
-                self.selection.stopped_on(self.machine.first_cpu());
-                self.stopped(b"T05", self.machine.first_cpu()).into()
-            }
+            b"?" => self.stopped(b"T05", self.machine.first_cpu()).into(),
             b"qC" => [b"QC", self.id(self.engine.target.selected).as_bytes()].concat().into(),
             b"vCont?" => b"vCont;c;C;s;S"[..].into(),
             [b'H', operation, thread @ ..] => self.select(*operation, thread).into(),
@@ -298,14 +295,20 @@ impl Front {
         }
     }
 
-    /// A stop reply. It must name a thread, or gdb warns and selects the first one.
-    fn stopped(&self, signal: &[u8], cpu: CpuId) -> Vec<u8> {
+    /// A stop reply. It must name a thread, or gdb warns and selects the first one. gdb takes that thread for selected
+    /// as if by `Hg`.
+    fn stopped(&mut self, signal: &[u8], cpu: CpuId) -> Vec<u8> {
+        self.selection.stopped_on(cpu);
+        if self.engine.select(cpu).is_err() {
+            tracing::error!("CPU {cpu} cannot be selected");
+        }
         [signal, b"thread:", self.id(cpu).as_bytes(), b";"].concat()
     }
 
     /// Says why, then reports a stop at once, on the thread that was to run.
     ///
-    /// Signal 0 lets gdb print just "stopped"; lldb takes it for a request to go on, so others get SIGTRAP.
+    /// Signal 0 lets gdb print just "stopped". lldb takes it for a request to go on, and takes SIGTRAP for a step that
+    /// went nowhere, which it repeats for ever; an exception ends whatever it had planned.
     fn refuse_to_run(&mut self, request: &[u8]) -> Reply {
         let named = request.split(|&b| b == b';').find_map(|action| {
             let colon = action.iter().position(|&b| b == b':')?;
@@ -314,11 +317,18 @@ impl Front {
                 Choice::Whichever => None,
             }
         });
-        let selected = if self.client.gdb { self.selection.user() } else { self.engine.target.selected };
-        let cpu = named.unwrap_or(selected);
-        self.selection.stopped_on(cpu);
-        let signal: &[u8] = if self.client.gdb { b"T00" } else { b"T05" };
-        Reply::Console(CANNOT_RUN.to_owned(), self.stopped(signal, cpu))
+        let cpu = named.unwrap_or(self.selection.user());
+        let stop = match self.client.gdb {
+            true => self.stopped(b"T00", cpu),
+            false => {
+                let mut stop = self.stopped(b"T05", cpu);
+                stop.extend_from_slice(b"reason:exception;description:");
+                rsp::encode(b"this is a crash dump", &mut stop);
+                stop.push(b';');
+                stop
+            }
+        };
+        Reply::Console(CANNOT_RUN.to_owned(), stop)
     }
 
     /// `qRcmd`. To gdb its output goes as the answer itself: with `O` packets before it, Ctrl-C in gdb would

@@ -19,8 +19,8 @@ pub(super) struct Selection {
 enum Phase {
     /// The user selects threads.
     Usual,
-    /// The list of threads was read and none was asked for since: gdb selects them one by one to show them. `next`: no
-    /// packet came since.
+    /// The list of threads was read, or the last of them shown: gdb selects them one by one to show them. `next`: no
+    /// packet came since the list.
     Listing { next: bool },
     /// `thread apply all`: from the last thread to the first, and back to where the user was.
     Walk(Walk),
@@ -117,7 +117,8 @@ impl Selection {
             && here >= commands
         {
             self.user = *before;
-            self.phase = Phase::Usual;
+            // What it still reads of the last thread is no choice of the user's.
+            self.phase = Phase::Listing { next: false };
         }
     }
 }
