@@ -189,3 +189,32 @@ fn addresses_that_cannot_be_listened_on() {
         assert!(said.contains(word), "no '{word}' in: {said}");
     }
 }
+
+const SAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sample/vmcore");
+
+#[test]
+fn verbose_tells_how_things_were_found_without_colours_off_a_terminal() {
+    assert!(kstub(&["info", SAMPLE]).stderr.is_empty());
+    let said = String::from_utf8(kstub(&["-v", "info", SAMPLE]).stderr).unwrap();
+    for wanted in ["was opened: format", "kernel ", "was found by", "vmlinux"] {
+        assert!(said.contains(wanted), "no {wanted:?} in: {said}");
+    }
+    assert!(
+        said.lines().all(|line| line.trim_start().starts_with("INFO ")) && !said.contains('\x1b'),
+        "{said}"
+    );
+    assert_eq!(kstub(&["info", "-v", SAMPLE]).stdout, kstub(&["info", SAMPLE]).stdout);
+}
+
+#[test]
+fn packets_are_in_the_log_abbreviated() {
+    let mut command = Command::new(KSTUB);
+    command.args(["serve", SAMPLE, "--listen", "-"]).env("RUST_LOG", "kstub=debug");
+    let requests = format!("+$?#3f+$m{}#00+$D#44", "0".repeat(400));
+    let output = command.stdin(script_file(&requests)).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    for wanted in ["<- ?", "-> T05thread:", "<- D", "-> OK", "the client detached"] {
+        assert!(said.contains(wanted), "no {wanted:?} in: {said}");
+    }
+    assert!(said.lines().all(|line| line.len() < 400), "{said}");
+}

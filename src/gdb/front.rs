@@ -295,13 +295,8 @@ impl Front {
         }
     }
 
-    /// A stop reply. It must name a thread, or gdb warns and selects the first one. gdb takes that thread for selected
-    /// as if by `Hg`.
-    fn stopped(&mut self, signal: &[u8], cpu: CpuId) -> Vec<u8> {
-        self.selection.stopped_on(cpu);
-        if self.engine.select(cpu).is_err() {
-            tracing::error!("CPU {cpu} cannot be selected");
-        }
+    /// A stop reply. It must name a thread, or gdb warns and selects the first one.
+    fn stopped(&self, signal: &[u8], cpu: CpuId) -> Vec<u8> {
         [signal, b"thread:", self.id(cpu).as_bytes(), b";"].concat()
     }
 
@@ -318,6 +313,11 @@ impl Front {
             }
         });
         let cpu = named.unwrap_or(self.selection.user());
+        // The client takes the thread of a stop for selected, as if by `Hg`.
+        self.selection.stopped_on(cpu);
+        if self.engine.select(cpu).is_err() {
+            tracing::error!("CPU {cpu} cannot be selected");
+        }
         let stop = match self.client.gdb {
             true => self.stopped(b"T00", cpu),
             false => {
