@@ -14,8 +14,6 @@ use std::sync::Arc;
 
 /// Bitmap chunks and blocks of descriptors that are kept: those of 1 GiB of guest fit.
 const INDEX_CACHE: u64 = 8 << 20;
-/// A longer read is a scan: its pages would push out what is used again.
-const SCAN_PAGES: usize = 64;
 
 /// Read ahead when pages are asked for in the order of the file: some twenty pages for one pread.
 const AHEAD: usize = 64 << 10;
@@ -47,8 +45,6 @@ struct Fetched<'a> {
     raw: &'a [u8],
     /// Why they are fewer than were asked for.
     stopped: Option<Stop>,
-    /// The thread reads the file in order: a scan, which does not come back.
-    in_order: bool,
 }
 
 impl Window {
@@ -60,7 +56,7 @@ impl Window {
             && let Some(to) = from.checked_add(len).filter(|to| *to <= self.filled)
         {
             let raw = self.bytes.get(from..to).unwrap_or_default();
-            return Fetched { raw, stopped: None, in_order: true };
+            return Fetched { raw, stopped: None };
         }
         // It starts where the last read ended.
         let want = if skip.is_some() { len.max(AHEAD) } else { len };
@@ -69,7 +65,7 @@ impl Window {
         (self.of, self.start, self.filled) = (part.id, offset, read.filled);
         let have = read.filled.min(len);
         let raw = self.bytes.get(..have).unwrap_or_default();
-        Fetched { raw, stopped: read.stopped.filter(|_| have < len), in_order: skip.is_some() }
+        Fetched { raw, stopped: read.stopped.filter(|_| have < len) }
     }
 }
 
@@ -118,7 +114,6 @@ impl Pages {
 
     /// As [`crate::memory::PhysicalMemory::read_phys`].
     pub fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        let keep = buf.len() <= SCAN_PAGES * PAGE;
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let Some(here) = at.checked_add(filled as u64) else {
@@ -128,7 +123,7 @@ impl Pages {
             let whole = if skip == 0 { rest.len() / PAGE } else { 0 };
             let done = match self.cache.get(pfn) {
                 Some(page) => Ok(copy_part(&page, skip, rest)),
-                None if whole > 0 => self.read_run(pfn, &mut rest[..whole * PAGE], keep),
+                None if whole > 0 => self.read_run(pfn, &mut rest[..whole * PAGE]),
                 None => self.load(pfn).map(|page| copy_part(&page, skip, rest)),
             };
             match done {
@@ -164,7 +159,7 @@ impl Pages {
 
     /// Fills the start of `out`, which is whole pages from `pfn` on, as far as their bytes lie one after
     /// the other in the file; how many bytes, at least one page. An error is about the first page.
-    fn read_run(&self, pfn: u64, out: &mut [u8], keep: bool) -> Result<usize, Unreadable> {
+    fn read_run(&self, pfn: u64, out: &mut [u8]) -> Result<usize, Unreadable> {
         let run = self.find(pfn, out.len() / PAGE)?;
         let part = run.part;
         let batch = self.batch(&run)?;
@@ -185,8 +180,7 @@ impl Pages {
             };
         }
         SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
-            let Fetched { raw, stopped, in_order } = window.fetch(part, batch.start, batch.len);
-            let keep = keep && !in_order;
+            let Fetched { raw, stopped } = window.fetch(part, batch.start, batch.len);
             let mut filled = 0;
             for (index, descriptor) in batch.descriptors.iter().enumerate() {
                 let Some(page) = out.get_mut(filled..filled + PAGE) else { break };
@@ -208,8 +202,7 @@ impl Pages {
                     }
                 };
                 match decoded {
-                    // Raw pages are as quickly read again.
-                    Ok(()) if keep && descriptor.flags != 0 => self.cache.insert(pfn, Arc::from(&*page)),
+                    // Not kept: who reads whole pages has them now, and a scan would push out what is used again.
                     Ok(()) => {}
                     // What came before it is good; the caller comes back for this one.
                     Err(_) if filled > 0 => return Ok(filled),
