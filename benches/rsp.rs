@@ -36,8 +36,12 @@ impl Client {
         };
         let mut client = Self { stream, input: Vec::new(), acks: true, packet_size: 0x400 };
         // As gdb introduces itself; QThreadEvents tells a stub that this is gdb.
-        let features = client
+        let mut features = client
             .ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;qRelocInsn+;vContSupported+;QThreadEvents+");
+        // QEMU tells that it stopped the guest for us, whenever that happens.
+        while !features.starts_with(b"PacketSize") {
+            features = client.receive();
+        }
         let features = String::from_utf8_lossy(&features).into_owned();
         let size = features.split(';').find_map(|f| f.strip_prefix("PacketSize=")).expect("PacketSize");
         client.packet_size = usize::from_str_radix(size, 16).expect("PacketSize");
@@ -52,6 +56,11 @@ impl Client {
     /// Sends a packet and returns the body of the answer, still escaped.
     fn ask(&mut self, body: &[u8]) -> Vec<u8> {
         self.stream.write_all(&frame(body)).expect("write");
+        self.receive()
+    }
+
+    /// The body of the next packet.
+    fn receive(&mut self) -> Vec<u8> {
         let mut chunk = vec![0; 1 << 18];
         loop {
             if let Some(start) = self.input.iter().position(|&b| b == b'$')
