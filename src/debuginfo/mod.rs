@@ -7,6 +7,7 @@ mod btf;
 pub mod debuginfod;
 mod dwarf;
 pub mod find;
+pub mod kallsyms;
 mod strip;
 mod symbols;
 mod vmlinux;
