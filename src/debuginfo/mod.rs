@@ -12,6 +12,7 @@ mod strip;
 mod symbols;
 mod vmlinux;
 
+pub use btf::Btf;
 pub use strip::Contents;
 pub use symbols::{Symbol, SymbolTable};
 pub use vmlinux::DebugInfo;
@@ -26,7 +27,7 @@ pub struct Member {
 }
 
 /// Where structure layouts come from.
-trait TypeSource: Send + Sync {
+pub trait TypeSource: Send + Sync {
     /// The member at `path` (`"thread.sp"`) of `struct` or `union` `container`; anonymous members are looked through.
     fn member(&self, container: &str, path: &str) -> Result<Option<Member>, Error>;
 }

@@ -3,20 +3,25 @@
 //! [`Kernel`] is one boot of one kernel: its address space, symbols and types. [`Machine`] is what gdb and the
 //! commands work on: CPUs, registers and memory, with a kernel or without.
 
+mod btf;
 mod cpus;
 pub mod discover;
 mod machine;
+pub mod module;
 pub mod printk;
 mod task;
 
+pub use btf::NoBtf;
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use task::Task;
 
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
-use crate::debuginfo::{DebugInfo, Member, SymbolTable};
+use crate::bytes::printable;
+use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeSource};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 /// One boot of a Linux kernel.
@@ -25,12 +30,40 @@ pub struct Kernel {
     found: Found,
     debug_info: Option<DebugInfo>,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
+    btf: OnceLock<Option<Btf>>,
+    modules: OnceLock<module::Modules>,
+}
+
+/// A symbol that covers an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Symbolized<'a> {
+    /// Its name: untrusted text.
+    pub name: &'a str,
+    /// How far into it the address lies, in bytes.
+    pub offset: u64,
+    /// The module it is of; `None` for the kernel image.
+    pub module: Option<&'a str>,
+}
+
+impl fmt::Display for Symbolized<'_> {
+    /// `name+0x12 [module]`, as the kernel's own messages have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{:#x}", printable(self.name), self.offset)?;
+        self.module.map_or(Ok(()), |module| write!(f, " [{}]", printable(module)))
+    }
 }
 
 impl Kernel {
     /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
     pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
-        Self { backend, found, debug_info, kallsyms: OnceLock::new() }
+        Self {
+            backend,
+            found,
+            debug_info,
+            kallsyms: OnceLock::new(),
+            btf: OnceLock::new(),
+            modules: OnceLock::new(),
+        }
     }
 
     /// Where and how the kernel was found.
@@ -73,8 +106,8 @@ impl Kernel {
         self.kallsyms.get_or_init(|| discover::find_kallsyms(&*self.backend, &self.found)).as_ref()
     }
 
-    /// Run-time address of a symbol. Per-CPU symbols come back as they stand in their section: see
-    /// [`Self::per_cpu`].
+    /// Run-time address of a symbol of the kernel image, by whose presence kernels are told apart too. Per-CPU
+    /// symbols come back as they stand in their section: see [`Self::per_cpu`].
     pub fn symbol(&self, name: &str) -> Option<VirtAddr> {
         self.symbol_and_size(name).map(|(at, _)| at)
     }
@@ -85,8 +118,23 @@ impl Kernel {
         Some((self.slide(symbol.addr), symbol.size))
     }
 
-    /// The symbol of the kernel image that covers the run-time address `at`: name and offset.
-    pub fn symbolize(&self, at: VirtAddr) -> Option<(&str, u64)> {
+    /// Run-time address of a symbol of the kernel image or else of any module: what a user means by a name.
+    pub fn symbol_anywhere(&self, name: &str) -> Option<VirtAddr> {
+        let in_module = |module| self.module_symbols(module).lookup(name).map(|symbol| VirtAddr(symbol.addr));
+        self.symbol(name).or_else(|| self.modules().list.iter().find_map(in_module))
+    }
+
+    /// The symbol of the kernel image or a module that covers the run-time address `at`.
+    pub fn symbolize(&self, at: VirtAddr) -> Option<Symbolized<'_>> {
+        if let Some((name, offset)) = self.symbolize_in_image(at) {
+            return Some(Symbolized { name, offset, module: None });
+        }
+        let module = self.modules().at(at)?;
+        let (symbol, offset) = self.module_symbols(module).at(at.0)?;
+        Some(Symbolized { name: symbol.name, offset, module: Some(&module.name) })
+    }
+
+    fn symbolize_in_image(&self, at: VirtAddr) -> Option<(&str, u64)> {
         let link = at.0.checked_sub(self.found.kaslr_offset).filter(|&link| link >= START_KERNEL_MAP)?;
         // Modules lie above the image, where the last of its symbols without a size would seem to reach.
         if self.symbol("_end").is_some_and(|end| at >= end) {
@@ -97,7 +145,17 @@ impl Kernel {
 
     /// The member at `path` of `container`.
     pub fn member(&self, container: &str, path: &str) -> Option<Member> {
-        self.debug_info.as_ref()?.member(container, path)
+        if let Some(info) = &self.debug_info {
+            return info.member(container, path);
+        }
+        let btf = self.btf.get_or_init(|| {
+            let parsed = self
+                .btf_bytes()
+                .map_err(|e| e.to_string())
+                .and_then(|bytes| Btf::parse(bytes).map_err(|e| e.to_string()));
+            parsed.inspect_err(|why| tracing::info!("no types: {why}")).ok()
+        });
+        btf.as_ref()?.member(container, path).ok().flatten()
     }
 
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
