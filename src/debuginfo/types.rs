@@ -13,6 +13,9 @@ const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
 const MEMBERS_MAX: u32 = 4096;
 
+/// Types that users' casts make; more than anyone types.
+const DERIVED_MAX: usize = 1 << 16;
+
 /// A type in a [`TypeTable`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct TypeId {
@@ -25,6 +28,8 @@ pub struct TypeId {
 impl TypeId {
     /// `void`.
     pub const VOID: Self = Self { source: 0, id: 0 };
+    /// `source` of types that no debug info spells out: pointers and arrays that a user casts to.
+    const DERIVED: u16 = u16::MAX;
 }
 
 /// What kind of thing a name names: C keeps tags and other names apart.
@@ -172,6 +177,7 @@ pub struct TypeTable {
     names: Remembered<(Class, String), Option<TypeId>>,
     members: Remembered<(TypeId, String), Option<Member>>,
     constants: Remembered<String, Option<i64>>,
+    derived: RwLock<Vec<Arc<Type>>>,
 }
 
 /// What was looked up once. Bounded by what the debug info holds.
@@ -201,6 +207,7 @@ impl TypeTable {
             names: Remembered::new(),
             members: Remembered::new(),
             constants: Remembered::new(),
+            derived: RwLock::new(Vec::new()),
         }
     }
 
@@ -251,13 +258,14 @@ impl TypeTable {
         self.find(Class::Struct, name).or_else(|| self.find(Class::Union, name))
     }
 
-    /// A type as C spells it: `struct page`, `enum zone_type`, `unsigned long`, `atomic_t`, `char *`, and, as crash
-    /// takes them, the names of structures and unions without the word.
-    pub fn parse(&self, text: &str) -> Option<(TypeId, u32)> {
-        let base = text.trim_end_matches(|c: char| c == '*' || c.is_whitespace());
-        let stars = text.get(base.len()..)?.matches('*').count();
-        let words: Vec<&str> = base.split_whitespace().filter(|w| !matches!(*w, "const" | "volatile")).collect();
-        let id = match words.as_slice() {
+    /// A type as C spells it: `struct page`, `enum zone_type`, `unsigned long`, `atomic_t`, `char *`, `char [16]`, and,
+    /// as crash takes them, the names of structures and unions without the word.
+    pub fn parse(&self, text: &str) -> Option<TypeId> {
+        let end = text.find(['*', '[']).unwrap_or(text.len());
+        let (base, mut rest) = text.split_at_checked(end)?;
+        let words: Vec<&str> =
+            base.split_whitespace().filter(|w| !matches!(*w, "const" | "volatile")).collect();
+        let mut id = match words.as_slice() {
             ["void"] => TypeId::VOID,
             ["struct", name] => self.find(Class::Struct, name)?,
             ["union", name] => self.find(Class::Union, name)?,
@@ -271,7 +279,45 @@ impl TypeTable {
             }
             _ => self.find(Class::Base, base_type(&words)?)?,
         };
-        Some((id, u32::try_from(stars).ok()?))
+        while let Some(after) = rest.trim_start().strip_prefix('*') {
+            id = self.pointer_to(id)?;
+            rest = after;
+        }
+        // The dimension next to the name is the outermost.
+        let mut dimensions = Vec::new();
+        while let Some(after) = rest.trim_start().strip_prefix('[') {
+            let (count, after) = after.split_once(']')?;
+            dimensions.push(if count.trim().is_empty() { 0 } else { count.trim().parse().ok()? });
+            rest = after;
+        }
+        for count in dimensions.into_iter().rev() {
+            id = self.array_of(id, count)?;
+        }
+        rest.trim().is_empty().then_some(id)
+    }
+
+    /// The type of a pointer to `id`.
+    pub fn pointer_to(&self, id: TypeId) -> Option<TypeId> {
+        self.derive(Shape::Pointer(id))
+    }
+
+    /// The type of `count` of `id` in a row.
+    pub fn array_of(&self, id: TypeId, count: u64) -> Option<TypeId> {
+        self.derive(Shape::Array { element: id, count })
+    }
+
+    fn derive(&self, shape: Shape) -> Option<TypeId> {
+        let mut derived = self.derived.write().unwrap_or_else(PoisonError::into_inner);
+        let index = match derived.iter().position(|ty| ty.shape == shape) {
+            Some(index) => index,
+            None if derived.len() < DERIVED_MAX => {
+                derived.push(Arc::new(Type { name: String::new(), shape }));
+                derived.len() - 1
+            }
+            None => return None,
+        };
+        let id = u32::try_from(index).ok()? + 1;
+        Some(TypeId { source: TypeId::DERIVED, id })
     }
 
     /// All names of a class in image and modules, sorted.
@@ -285,6 +331,10 @@ impl TypeTable {
 
     /// The type with this id; `None` for one that the debug info does not hold.
     pub fn get(&self, id: TypeId) -> Option<Arc<Type>> {
+        if id.source == TypeId::DERIVED {
+            let derived = self.derived.read().unwrap_or_else(PoisonError::into_inner);
+            return derived.get((id.id as usize).checked_sub(1)?).cloned();
+        }
         if let Some(known) = self.types.get(&id) {
             return known;
         }
@@ -424,7 +474,9 @@ impl TypeTable {
     }
 
     fn declare_within(&self, id: TypeId, inner: String, depth: u32) -> String {
-        let (Some(ty), Some(depth)) = (self.get(id), depth.checked_sub(1)) else { return format!("? {inner}") };
+        let (Some(ty), Some(depth)) = (self.get(id), depth.checked_sub(1)) else {
+            return format!("? {inner}");
+        };
         let join = |word: &str| if inner.is_empty() { word.to_owned() } else { format!("{word} {inner}") };
         let tagged = |tag: &str, name: &str| {
             if name.is_empty() { join(&format!("{tag} {{...}}")) } else { join(&format!("{tag} {name}")) }

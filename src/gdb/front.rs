@@ -11,6 +11,7 @@ use super::memory::{self, Space};
 use super::selection::Selection;
 use super::target::{Target, errno};
 use super::threads::{self, Choice};
+use crate::command::Focus;
 use crate::kernel::{CpuId, Machine};
 use crate::rsp::{self, Event};
 use std::sync::Arc;
@@ -94,8 +95,13 @@ impl Front {
     /// A session on `machine` and the kernel's `files`.
     pub fn with_files(machine: Arc<Machine>, files: Files) -> Self {
         let first = machine.first_cpu();
-        let target =
-            Target { machine: Arc::clone(&machine), selected: first, command_cpu: first, console: None };
+        let target = Target {
+            machine: Arc::clone(&machine),
+            selected: first,
+            command_cpu: first,
+            console: None,
+            focus: Focus::default(),
+        };
         Self {
             selection: Selection::new(machine.first_cpu()),
             machine,

@@ -3,33 +3,41 @@
 //! [`Kernel`] is one boot of one kernel: its address space, symbols and types. [`Machine`] is what gdb and the
 //! commands work on: CPUs, registers and memory, with a kernel or without.
 
-mod cpus;
+pub mod cpus;
 pub mod discover;
+pub mod list;
 mod machine;
+pub mod object;
 pub mod printk;
 mod task;
 
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
-pub use task::Task;
+pub use object::{Object, ObjectError};
+pub use task::{Task, Tasks};
 
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
-use crate::debuginfo::{DebugInfo, Member};
+use crate::debuginfo::{Btf, DebugInfo, Member, TypeTable};
 use discover::{Found, START_KERNEL_MAP};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+/// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
+const BTF_MAX: u64 = 64 << 20;
 
 /// One boot of a Linux kernel.
 pub struct Kernel {
     backend: Arc<dyn Backend>,
     found: Found,
     debug_info: Option<DebugInfo>,
+    /// From BTF in memory; `None` where there is none.
+    own_types: OnceLock<Option<TypeTable>>,
 }
 
 impl Kernel {
     /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
     pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
-        Self { backend, found, debug_info }
+        Self { backend, found, debug_info, own_types: OnceLock::new() }
     }
 
     /// Where and how the kernel was found.
@@ -85,9 +93,33 @@ impl Kernel {
         self.debug_info.as_ref()?.symbols().at(link).map(|(symbol, offset)| (symbol.name, offset))
     }
 
-    /// The member at `path` of `container`.
+    /// The kernel's types: from BTF in its own memory, else from its vmlinux.
+    pub fn types(&self) -> Option<&TypeTable> {
+        let own = self.own_types.get_or_init(|| {
+            let btf = self.btf_in_memory()?;
+            match Btf::parse(btf) {
+                Ok(btf) => Some(TypeTable::new(Arc::new(btf))),
+                Err(error) => {
+                    tracing::warn!("the kernel's BTF in memory is damaged: {error}");
+                    None
+                }
+            }
+        });
+        own.as_ref().or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
+    }
+
+    /// The bytes between `__start_BTF` and `__stop_BTF` (`include/asm-generic/vmlinux.lds.h`).
+    fn btf_in_memory(&self) -> Option<Vec<u8>> {
+        let (start, stop) = (self.symbol("__start_BTF")?, self.symbol("__stop_BTF")?);
+        let len = stop.0.checked_sub(start.0).filter(|&len| len <= BTF_MAX)?;
+        let mut btf = vec![0; usize::try_from(len).ok()?];
+        self.read(start, &mut btf).stopped.is_none().then_some(btf)
+    }
+
+    /// The member at `path` of the structure or union `container`.
     pub fn member(&self, container: &str, path: &str) -> Option<Member> {
-        self.debug_info.as_ref()?.member(container, path)
+        let types = self.types()?;
+        types.member(types.composite(container)?, path)
     }
 
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
