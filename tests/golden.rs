@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use kstub::backend::Dump;
-use kstub::command::{self, COMMANDS, Context};
+use kstub::command::{self, COMMANDS, Context, Focus};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{Machine, Options};
 use std::collections::BTreeMap;
@@ -69,7 +69,7 @@ fn program(arguments: &[&str]) -> String {
 /// What a command answers: text, then JSON.
 fn monitor(machine: &Machine, line: &str) -> String {
     let mut text = format!("(gdb) monitor {line}\n");
-    match command::run(&Context { machine, cpu: machine.first_cpu() }, line) {
+    match command::run(&Context { machine, cpu: machine.first_cpu(), focus: &Focus::default() }, line) {
         Ok(output) => {
             let _ = write!(text, "{}[json]\n{:#}\n", output.text, output.json);
         }

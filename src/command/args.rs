@@ -3,6 +3,7 @@
 use super::{CommandError, Context, printable};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::Reg;
+use crate::kernel::Object;
 
 /// An address as typed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,4 +63,22 @@ fn symbol(context: &Context<'_>, text: &str) -> Option<VirtAddr> {
         Some((name, offset)) => Some(kernel.symbol_anywhere(name)?.wrapping_add(hex(offset)?)),
         None => kernel.symbol_anywhere(text),
     }
+}
+
+/// A task as typed: its pid in decimal, or the address of its `struct task_struct` in hexadecimal, as in crash.
+pub fn task<'a>(context: &Context<'a>, text: &str) -> Result<Object<'a>, CommandError> {
+    let kernel = context.kernel()?;
+    if let Ok(pid) = text.parse::<i32>()
+        && let Some(task) = kernel.find_task(pid)?
+    {
+        return Ok(task);
+    }
+    let by_address = hex(text).map(VirtAddr);
+    let found = kernel.tasks()?.tasks.into_iter().find(|task| Some(task.at) == by_address);
+    found.ok_or_else(|| {
+        CommandError(format!(
+            "'{}' is neither a pid nor the address of a task; 'ps' lists them",
+            printable(text)
+        ))
+    })
 }

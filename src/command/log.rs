@@ -15,10 +15,7 @@ pub const COMMAND: Command = Command {
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
     no_arguments("log", arguments)?;
-    let kernel = context
-        .machine
-        .kernel()
-        .ok_or_else(|| CommandError("no kernel was found in the dump; see 'info'".into()))?;
+    let kernel = context.kernel()?;
     let records = kernel.log().map_err(|error| CommandError(error.to_string()))?;
     let mut text = String::new();
     for record in &records {

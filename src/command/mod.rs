@@ -11,15 +11,46 @@ mod why;
 
 pub use info::render as render_info;
 
+use crate::addr::VirtAddr;
 pub use crate::bytes::printable;
-use crate::kernel::{Cpu, CpuId, Machine};
+use crate::kernel::{Cpu, CpuId, Kernel, Machine, Object, ObjectError};
+use std::cell::Cell;
 
 /// What a command is run with.
+#[derive(Clone, Copy)]
 pub struct Context<'a> {
     /// The machine it is about.
     pub machine: &'a Machine,
     /// The CPU the user has selected.
     pub cpu: CpuId,
+    /// What else the user has chosen.
+    pub focus: &'a Focus,
+}
+
+/// What a user has chosen with commands, for as long as the session lasts.
+#[derive(Default)]
+pub struct Focus {
+    /// Address of the `struct task_struct` chosen with `set`; without one, the task on the selected CPU.
+    pub task: Cell<Option<VirtAddr>>,
+}
+
+impl<'a> Context<'a> {
+    /// The kernel, or the error that says there is none.
+    pub fn kernel(&self) -> Result<&'a Kernel, CommandError> {
+        self.machine
+            .kernel()
+            .ok_or_else(|| CommandError("no kernel was found in the dump; see 'info'".into()))
+    }
+
+    /// The task that commands are about: the one chosen with `set`, else the one that ran on the selected CPU.
+    pub fn task(&self) -> Result<Object<'a>, CommandError> {
+        let kernel = self.kernel()?;
+        let running = || kernel.current(self.cpu).map(|task| task.at);
+        let at = self.focus.task.get().or_else(running);
+        let at =
+            at.ok_or_else(|| CommandError(format!("which task ran on CPU {} is not known", self.cpu)))?;
+        Ok(kernel.object("task_struct", at)?)
+    }
 }
 
 /// What a command answers: one value with two renderings.
@@ -35,6 +66,12 @@ pub struct Output {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct CommandError(pub String);
+
+impl From<ObjectError> for CommandError {
+    fn from(error: ObjectError) -> Self {
+        Self(error.to_string())
+    }
+}
 
 /// A command: all that help, dispatch and completion know of it.
 pub struct Command {
@@ -58,6 +95,22 @@ pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
     let name = words.next().unwrap_or("help");
     let arguments: Vec<&str> = words.collect();
     (find(name)?.run)(context, &arguments)
+}
+
+/// Number of the form of JSON answers; goes up when a key goes or changes its meaning.
+pub const SCHEMA: u32 = 1;
+
+/// The answer to `line` as one JSON value that says what it answers.
+pub fn envelope(line: &str, result: &Result<Output, CommandError>) -> serde_json::Value {
+    match result {
+        Ok(output) => serde_json::json!({ "schema": SCHEMA, "command": line, "result": output.json }),
+        Err(error) => serde_json::json!({ "schema": SCHEMA, "command": line, "error": error.to_string() }),
+    }
+}
+
+/// Whether there is a command called `name`.
+pub fn exists(name: &str) -> bool {
+    find(name).is_ok()
 }
 
 /// The command called `name`.

@@ -3,8 +3,12 @@
 //! Our own reader because the known crate (btf-rs) is LGPL, which a statically linked binary under MIT or
 //! Apache cannot carry. Source: `Documentation/bpf/btf.rst`, `include/uapi/linux/btf.h`.
 
-use super::{Error, Member, TypeSource};
-use crate::bytes::{u16_at, u32_at};
+use super::Error;
+use super::types::{Class, IntKind, MemberDef, Shape, Type as Definition, TypeId, TypeSource};
+use crate::bytes::{cstr_at, u16_at, u32_at};
+use hashbrown::HashTable;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, OnceLock};
 
 const MAGIC: u16 = 0xeb9f;
 const KIND_INT: u32 = 1;
@@ -17,6 +21,8 @@ const KIND_TYPEDEF: u32 = 8;
 const KIND_VOLATILE: u32 = 9;
 const KIND_CONST: u32 = 10;
 const KIND_RESTRICT: u32 = 11;
+const KIND_FWD: u32 = 7;
+const KIND_FUNC: u32 = 12;
 const KIND_FUNC_PROTO: u32 = 13;
 const KIND_VAR: u32 = 14;
 const KIND_DATASEC: u32 = 15;
@@ -25,18 +31,20 @@ const KIND_DECL_TAG: u32 = 17;
 const KIND_TYPE_TAG: u32 = 18;
 const KIND_ENUM64: u32 = 19;
 
-/// Typedefs and arrays nest only so deep in any sane type; more is a cycle.
-const DEPTH: u32 = 32;
-/// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
-const MEMBERS_MAX: u32 = 2048;
-
-/// BTF of one module, `vmlinux` itself for us.
+/// BTF of the kernel image, or of a module on top of it.
 pub struct Btf {
     data: Vec<u8>,
     /// Offset of the string table in `data`, and its length.
     strings: (usize, usize),
-    /// Offset in `data` of each type; index 0 is type id 1.
+    /// Offset in `data` of each type of its own.
     types: Vec<u32>,
+    /// The image's BTF that a module's continues: type ids and string offsets go on where the base's end.
+    base: Option<Arc<Btf>>,
+    /// `TypeId::source` of the types of its own.
+    source: u16,
+    hasher: RandomState,
+    /// Indexes into `types` of what [`Class`] covers, by hash of class and name.
+    by_name: OnceLock<HashTable<u32>>,
 }
 
 /// `struct btf_type`: name, packed info, and size or type.
@@ -67,8 +75,17 @@ fn malformed(offset: usize, what: impl Into<String>) -> Error {
 }
 
 impl Btf {
-    /// Indexes the bytes of a `.BTF` section.
+    /// Indexes the bytes of the image's `.BTF` section.
     pub fn parse(data: Vec<u8>) -> Result<Self, Error> {
+        Self::read(data, None, 0)
+    }
+
+    /// Indexes a module's `.BTF` section (split BTF), whose types get `source` in their ids.
+    pub fn parse_module(data: Vec<u8>, base: &Arc<Btf>, source: u16) -> Result<Self, Error> {
+        Self::read(data, Some(Arc::clone(base)), source)
+    }
+
+    fn read(data: Vec<u8>, base: Option<Arc<Btf>>, source: u16) -> Result<Self, Error> {
         if u16_at(&data, 0) != Some(MAGIC) {
             return Err(malformed(0, "no magic number 0xeb9f"));
         }
@@ -82,7 +99,15 @@ impl Btf {
                 return Err(malformed(start, "section runs past the end"));
             }
         }
-        let mut btf = Self { data, strings, types: Vec::new() };
+        let mut btf = Self {
+            data,
+            strings,
+            types: Vec::new(),
+            base,
+            source,
+            hasher: RandomState::new(),
+            by_name: OnceLock::new(),
+        };
         let (mut at, end) = (types.0, types.0 + types.1);
         while at < end {
             let ty = btf.type_at(at).ok_or_else(|| malformed(at, "type cut short"))?;
@@ -91,6 +116,16 @@ impl Btf {
             at = ty.tail + tail;
         }
         Ok(btf)
+    }
+
+    /// Type ids below this are the base's.
+    fn first_id(&self) -> u32 {
+        self.base.as_ref().map_or(1, |base| base.types.len() as u32 + 1)
+    }
+
+    /// A reference met in this BTF.
+    fn id(&self, raw: u32) -> TypeId {
+        TypeId { source: if raw < self.first_id() { 0 } else { self.source }, id: raw }
     }
 
     fn type_at(&self, at: usize) -> Option<Type> {
@@ -103,77 +138,127 @@ impl Btf {
     }
 
     fn by_id(&self, id: u32) -> Option<Type> {
-        let index = usize::try_from(id).ok()?.checked_sub(1)?;
+        let index = usize::try_from(id.checked_sub(self.first_id())?).ok()?;
         self.type_at(*self.types.get(index)? as usize)
     }
 
     fn name(&self, offset: u32) -> &[u8] {
+        let mut offset = offset as usize;
+        if let Some(base) = &self.base {
+            match offset.checked_sub(base.strings.1) {
+                Some(own) => offset = own,
+                None => return base.name(offset as u32),
+            }
+        }
         let (start, len) = self.strings;
         let table = self.data.get(start..start + len).unwrap_or_default();
-        crate::bytes::cstr_at(table, offset as usize, len).unwrap_or_default()
+        cstr_at(table, offset, len).unwrap_or_default()
     }
 
-    /// The first complete structure or union with this name.
-    fn container(&self, name: &str) -> Option<Type> {
-        (1u32..)
-            .zip(&self.types)
-            .filter_map(|(id, _)| self.by_id(id))
-            .find(|ty| matches!(ty.kind(), KIND_STRUCT | KIND_UNION) && self.name(ty.name) == name.as_bytes())
+    fn text(&self, offset: u32) -> String {
+        String::from_utf8_lossy(self.name(offset)).into_owned()
     }
 
-    /// The type behind typedefs and qualifiers.
-    fn strip(&self, id: u32) -> Option<Type> {
-        let mut ty = self.by_id(id)?;
-        for _ in 0..DEPTH {
-            match ty.kind() {
-                KIND_TYPEDEF | KIND_VOLATILE | KIND_CONST | KIND_RESTRICT | KIND_TYPE_TAG => {
-                    ty = self.by_id(ty.size_or_type)?;
+    /// The type numbered `index` of this BTF's own, with the class its name is looked up in.
+    fn classed(&self, index: u32) -> Option<(Class, Type)> {
+        let ty = self.type_at(*self.types.get(index as usize)? as usize)?;
+        let class = match ty.kind() {
+            KIND_STRUCT => Class::Struct,
+            KIND_UNION => Class::Union,
+            KIND_ENUM | KIND_ENUM64 => Class::Enum,
+            KIND_TYPEDEF => Class::Typedef,
+            KIND_INT | KIND_FLOAT => Class::Base,
+            KIND_VAR => Class::Variable,
+            _ => return None,
+        };
+        Some((class, ty))
+    }
+
+    /// The members, parameters or values that follow a type: `N` words each.
+    fn tail<const N: usize>(&self, ty: &Type) -> impl Iterator<Item = [u32; N]> {
+        (0..ty.vlen()).map_while(move |i| {
+            let at = ty.tail + i * N * 4;
+            let mut words = [0; N];
+            for (j, word) in words.iter_mut().enumerate() {
+                *word = u32_at(&self.data, at + j * 4)?;
+            }
+            Some(words)
+        })
+    }
+
+    fn members(&self, ty: &Type) -> Vec<MemberDef> {
+        let member = |[name, id, offset]: [u32; 3]| {
+            let (bit_offset, bits) = match ty.kind_flag() {
+                true => (offset & 0x00ff_ffff, Some(offset >> 24).filter(|&width| width != 0)),
+                false => (offset, None),
+            };
+            MemberDef { name: self.text(name), bit_offset: bit_offset.into(), bits, ty: self.id(id) }
+        };
+        self.tail(ty).map(member).collect()
+    }
+
+    fn enumerators(&self, ty: &Type) -> Vec<(u32, i64)> {
+        let signed = ty.kind_flag();
+        if ty.kind() == KIND_ENUM64 {
+            let value = |[name, low, high]: [u32; 3]| (name, (u64::from(high) << 32 | u64::from(low)) as i64);
+            return self.tail(ty).map(value).collect();
+        }
+        // Kernels whose BTF has no sign bit for enumerations (before v6.0) show all as signed.
+        let value = |[name, value]: [u32; 2]| match signed || value < 0x8000_0000 {
+            true => (name, i64::from(value as i32)),
+            false => (name, value.into()),
+        };
+        self.tail(ty).map(value).collect()
+    }
+
+    fn shape(&self, ty: &Type) -> Option<Shape> {
+        let to = self.id(ty.size_or_type);
+        Some(match ty.kind() {
+            KIND_INT => {
+                let info = u32_at(&self.data, ty.tail)?;
+                let kind = match (info >> 24 & 0xf, self.name(ty.name)) {
+                    (4, _) | (_, b"_Bool" | b"bool") => IntKind::Bool,
+                    (2, _) | (_, b"char" | b"unsigned char" | b"signed char") => IntKind::Char,
+                    _ => IntKind::Number,
+                };
+                Shape::Int { size: ty.size_or_type, signed: info >> 24 & 1 != 0, kind }
+            }
+            KIND_FLOAT => Shape::Float(ty.size_or_type),
+            KIND_PTR => Shape::Pointer(to),
+            KIND_ARRAY => Shape::Array {
+                element: self.id(u32_at(&self.data, ty.tail)?),
+                count: u32_at(&self.data, ty.tail + 8)?.into(),
+            },
+            KIND_STRUCT | KIND_UNION => Shape::Composite {
+                union: ty.kind() == KIND_UNION,
+                size: ty.size_or_type.into(),
+                members: self.members(ty),
+            },
+            KIND_ENUM | KIND_ENUM64 if ty.vlen() == 0 && ty.size_or_type == 0 => Shape::Declared("enum"),
+            KIND_ENUM | KIND_ENUM64 => Shape::Enum {
+                size: ty.size_or_type,
+                signed: ty.kind_flag(),
+                values: self.enumerators(ty).into_iter().map(|(name, v)| (self.text(name), v)).collect(),
+            },
+            KIND_FWD => Shape::Declared(if ty.kind_flag() { "union" } else { "struct" }),
+            KIND_TYPEDEF => Shape::Typedef(to),
+            KIND_VOLATILE => Shape::Qualified("volatile", to),
+            KIND_CONST => Shape::Qualified("const", to),
+            KIND_RESTRICT => Shape::Qualified("restrict", to),
+            // A variable is found by name and asked for its type; a tag or a function adds nothing to its own.
+            KIND_TYPE_TAG | KIND_VAR | KIND_FUNC | KIND_DECL_TAG => Shape::Qualified("", to),
+            KIND_FUNC_PROTO => {
+                let mut parameters: Vec<_> =
+                    self.tail(ty).map(|[name, id]: [u32; 2]| (self.text(name), self.id(id))).collect();
+                let variadic = parameters.last().is_some_and(|(_, id)| *id == TypeId::VOID);
+                if variadic {
+                    parameters.pop();
                 }
-                _ => return Some(ty),
+                Shape::Function { returns: to, parameters, variadic }
             }
-        }
-        None
-    }
-
-    /// Size in bytes of type `id`.
-    fn size(&self, id: u32, depth: u32) -> Option<u64> {
-        let ty = self.strip(id)?;
-        match ty.kind() {
-            KIND_INT | KIND_STRUCT | KIND_UNION | KIND_ENUM | KIND_FLOAT | KIND_ENUM64 => {
-                Some(ty.size_or_type.into())
-            }
-            KIND_PTR => Some(8),
-            KIND_ARRAY if depth < DEPTH => {
-                let element = u32_at(&self.data, ty.tail)?;
-                let count = u32_at(&self.data, ty.tail + 8)?;
-                self.size(element, depth + 1)?.checked_mul(count.into())
-            }
-            _ => None,
-        }
-    }
-
-    /// The member `name` of `container`, looking through anonymous members: offset in bits and type id.
-    /// `budget` bounds the members looked at: damaged types can contain themselves many times over.
-    fn direct_member(&self, container: &Type, name: &str, budget: &mut u32) -> Option<(u64, u32)> {
-        for i in 0..container.vlen() {
-            *budget = budget.checked_sub(1)?;
-            let at = container.tail + i * 12;
-            let member_name = self.name(u32_at(&self.data, at)?);
-            let type_id = u32_at(&self.data, at + 4)?;
-            let raw = u32_at(&self.data, at + 8)?;
-            let bits = u64::from(if container.kind_flag() { raw & 0x00ff_ffff } else { raw });
-            if member_name == name.as_bytes() {
-                return Some((bits, type_id));
-            }
-            if member_name.is_empty()
-                && let Some(inner) = self.strip(type_id)
-                && matches!(inner.kind(), KIND_STRUCT | KIND_UNION)
-                && let Some((inner_bits, id)) = self.direct_member(&inner, name, budget)
-            {
-                return Some((bits + inner_bits, id));
-            }
-        }
-        None
+            KIND_DATASEC => Shape::Void,
+            _ => return None,
+        })
     }
 }
 
@@ -190,23 +275,61 @@ fn tail_len(ty: &Type) -> Option<usize> {
 }
 
 impl TypeSource for Btf {
-    fn member(&self, container: &str, path: &str) -> Result<Option<Member>, Error> {
-        let Some(mut ty) = self.container(container) else { return Ok(None) };
-        let mut bits = 0;
-        let mut type_id = 0;
-        let mut budget = MEMBERS_MAX;
-        for (i, name) in path.split('.').enumerate() {
-            if i > 0 {
-                match self.strip(type_id) {
-                    Some(inner) if matches!(inner.kind(), KIND_STRUCT | KIND_UNION) => ty = inner,
-                    _ => return Ok(None),
+    fn find(&self, class: Class, name: &str) -> Result<Option<TypeId>, Error> {
+        let hash = |index: &u32| match self.classed(*index) {
+            Some((class, ty)) => self.hasher.hash_one((class, self.name(ty.name))),
+            None => 0,
+        };
+        let by_name = self.by_name.get_or_init(|| {
+            let mut table = HashTable::new();
+            for index in 0..self.types.len() as u32 {
+                if self.classed(index).is_some_and(|(_, ty)| !self.name(ty.name).is_empty()) {
+                    table.insert_unique(hash(&index), index, hash);
                 }
             }
-            let Some((offset, id)) = self.direct_member(&ty, name, &mut budget) else { return Ok(None) };
-            bits += offset;
-            type_id = id;
-        }
-        Ok(Some(Member { offset: bits / 8, size: self.size(type_id, 0) }))
+            table
+        });
+        let named = |index: &&u32| {
+            let found = self.classed(**index);
+            found.is_some_and(|(c, ty)| c == class && self.name(ty.name) == name.as_bytes())
+        };
+        // Of several definitions the first: the one most of the kernel uses.
+        let first = by_name.iter_hash(self.hasher.hash_one((class, name.as_bytes()))).filter(named).min();
+        let id = |index: &u32| TypeId { source: self.source, id: self.first_id() + index };
+        Ok(match class {
+            Class::Variable => {
+                let ty = first.and_then(|&index| self.classed(index));
+                ty.map(|(_, ty)| self.id(ty.size_or_type))
+            }
+            _ => first.map(id),
+        })
+    }
+
+    fn get(&self, id: TypeId) -> Result<Definition, Error> {
+        let no_such = || malformed(0, format!("there is no type {}", id.id));
+        let ty = self.by_id(id.id).ok_or_else(no_such)?;
+        let shape = self.shape(&ty).ok_or_else(|| malformed(ty.tail, "type cut short"))?;
+        Ok(Definition { name: self.text(ty.name), shape })
+    }
+
+    fn names(&self, class: Class) -> Vec<String> {
+        let all = (0..self.types.len() as u32).filter_map(|index| self.classed(index));
+        let of_class = all.filter(|(c, _)| *c == class).map(|(_, ty)| self.text(ty.name));
+        let mut names: Vec<String> = of_class.filter(|name| !name.is_empty()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    fn enumerator(&self, name: &str) -> Result<Option<i64>, Error> {
+        let enums = (0..self.types.len() as u32).filter_map(|index| self.classed(index));
+        let mut values =
+            enums.filter(|(class, _)| *class == Class::Enum).flat_map(|(_, ty)| self.enumerators(&ty));
+        Ok(values.find(|(at, _)| self.name(*at) == name.as_bytes()).map(|(_, value)| value))
+    }
+
+    fn format(&self) -> &'static str {
+        "BTF"
     }
 }
 
@@ -214,6 +337,7 @@ impl TypeSource for Btf {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::debuginfo::types::TypeTable;
 
     /// `struct s { int a; union { int *p; struct { int x; int y; }; }; char name[16]; }` written by hand.
     fn sample() -> Vec<u8> {
@@ -244,15 +368,31 @@ mod tests {
 
     #[test]
     fn members_by_path_and_through_anonymous_ones() {
-        let btf = Btf::parse(sample()).unwrap();
-        let member = |path| btf.member("s", path).unwrap();
-        assert_eq!(member("a"), Some(Member { offset: 0, size: Some(4) }));
-        assert_eq!(member("p"), Some(Member { offset: 8, size: Some(8) }));
-        assert_eq!(member("y"), Some(Member { offset: 12, size: Some(4) }));
-        assert_eq!(member("name"), Some(Member { offset: 16, size: Some(16) }));
+        let table = TypeTable::new(Arc::new(Btf::parse(sample()).unwrap()));
+        let s = table.composite("s").unwrap();
+        let member = |path| table.member(s, path).map(|m| (m.offset, m.size));
+        assert_eq!(member("a"), Some((0, Some(4))));
+        assert_eq!(member("p"), Some((8, Some(8))));
+        assert_eq!(member("y"), Some((12, Some(4))));
+        assert_eq!(member("name"), Some((16, Some(16))));
+        assert_eq!(member("name[3]"), Some((19, Some(1))));
         assert_eq!(member("name.x"), None);
         assert_eq!(member("nope"), None);
-        assert_eq!(btf.member("t", "a").unwrap(), None);
+        assert_eq!(table.composite("t"), None);
+        let spelled = |path| table.declare(table.member(s, path).unwrap().ty, "v");
+        assert_eq!(spelled("p"), "int *v");
+        assert_eq!(spelled("name"), "char v[16]");
+    }
+
+    fn look_at_everything(btf: Btf) {
+        let types = btf.types.len() as u32;
+        let table = TypeTable::new(Arc::new(btf));
+        for id in 0..=types + 1 {
+            let id = TypeId { source: 0, id };
+            table.declare(id, "v");
+            table.size(id);
+            table.member(id, "y");
+        }
     }
 
     #[test]
@@ -260,7 +400,7 @@ mod tests {
         let good = sample();
         for cut in 0..good.len() {
             if let Ok(btf) = Btf::parse(good[..cut].to_vec()) {
-                let _ = btf.member("s", "name");
+                look_at_everything(btf);
             }
         }
         for at in 0..good.len() {
@@ -268,7 +408,7 @@ mod tests {
                 let mut bad = good.clone();
                 bad[at] ^= 1 << bit;
                 if let Ok(btf) = Btf::parse(bad) {
-                    let _ = btf.member("s", "y");
+                    look_at_everything(btf);
                 }
             }
         }

@@ -5,32 +5,18 @@
 
 mod btf;
 pub mod debuginfod;
-mod dwarf;
 pub mod find;
 pub mod kallsyms;
 mod strip;
 mod symbols;
+pub mod types;
 mod vmlinux;
 
 pub use btf::Btf;
 pub use strip::Contents;
 pub use symbols::{Symbol, SymbolTable};
+pub use types::{Class, Member, TypeId, TypeTable};
 pub use vmlinux::DebugInfo;
-
-/// A member of a structure or union, as deep inside as its path went.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Member {
-    /// Bytes from the start of the outermost structure.
-    pub offset: u64,
-    /// Size in bytes, where the source tells.
-    pub size: Option<u64>,
-}
-
-/// Where structure layouts come from.
-pub trait TypeSource: Send + Sync {
-    /// The member at `path` (`"thread.sp"`) of `struct` or `union` `container`; anonymous members are looked through.
-    fn member(&self, container: &str, path: &str) -> Result<Option<Member>, Error>;
-}
 
 /// The GNU build-id in the bytes of an ELF note section, in lower-case hex. Source: `elf.h`, `NT_GNU_BUILD_ID`.
 pub fn build_id_in_notes(notes: &[u8]) -> Option<String> {

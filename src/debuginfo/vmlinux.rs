@@ -4,8 +4,8 @@
 //! `include/asm-generic/vmlinux.lds.h` (`.BTF`, `.notes`).
 
 use super::btf::Btf;
-use super::dwarf::Dwarf;
-use super::{Error, Member, Symbol, SymbolTable, TypeSource};
+use super::types::{Class, Type, TypeId, TypeSource, TypeTable};
+use super::{Error, Member, Symbol, SymbolTable};
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, ReadCache, elf};
 use std::collections::HashMap;
@@ -24,7 +24,7 @@ pub struct DebugInfo {
     sections: HashMap<String, Section>,
     file: Arc<File>,
     symbols: OnceLock<SymbolTable>,
-    types: OnceLock<Box<dyn TypeSource>>,
+    types: OnceLock<TypeTable>,
 }
 
 #[derive(Clone, Copy)]
@@ -175,13 +175,15 @@ impl DebugInfo {
         self.symbols().lookup(name)
     }
 
+    /// Its types.
+    pub fn types(&self) -> &TypeTable {
+        self.types.get_or_init(|| TypeTable::new(self.open_types()))
+    }
+
     /// The member at `path` of `container`, or `None` where this kernel has no such member.
     pub fn member(&self, container: &str, path: &str) -> Option<Member> {
-        let types = self.types.get_or_init(|| self.open_types());
-        types.member(container, path).unwrap_or_else(|error| {
-            tracing::warn!("{}: {error}", self.path.display());
-            None
-        })
+        let types = self.types();
+        types.member(types.composite(container)?, path)
     }
 
     /// The file's bytes at link-time address `at`, `len` of them, if a section in the file holds them.
@@ -201,39 +203,14 @@ impl DebugInfo {
     }
 
     /// BTF if it is there: it is a fiftieth of the size of DWARF.
-    fn open_types(&self) -> Box<dyn TypeSource> {
+    fn open_types(&self) -> Arc<dyn TypeSource> {
         let btf = self.section(".BTF").and_then(|btf| btf.map(Btf::parse).transpose());
         match btf {
-            Ok(Some(btf)) => return Box::new(btf),
+            Ok(Some(btf)) => return Arc::new(btf),
             Ok(None) => {}
             Err(error) => tracing::warn!("{}: {error}", self.path.display()),
         }
-        match self.open_dwarf() {
-            Ok(dwarf) => Box::new(dwarf),
-            Err(error) => {
-                tracing::warn!("{}: {error}", self.path.display());
-                Box::new(NoTypes)
-            }
-        }
-    }
-
-    fn open_dwarf(&self) -> Result<Dwarf, Error> {
-        let path = self.path.display().to_string();
-        let bytes = match self.sections.get(".debug_info") {
-            Some(s) if !s.compressed => {
-                SectionBytes::InFile { file: self.file.clone(), offset: s.offset, size: s.size }
-            }
-            Some(_) => SectionBytes::Held(self.section(".debug_info")?.unwrap_or_default()),
-            None => return Err(malformed(&self.path, "it has neither BTF nor DWARF")),
-        };
-        let section = |name| self.section(name).map(Option::unwrap_or_default);
-        Ok(Dwarf::new(
-            SectionReader { bytes, path },
-            section(".debug_abbrev")?,
-            section(".debug_str")?,
-            section(".debug_line_str")?,
-            section(".debug_str_offsets")?,
-        ))
+        Arc::new(NoTypes)
     }
 
     /// The whole of a section, decompressed; `None` where the file does not have it.
@@ -253,8 +230,20 @@ impl DebugInfo {
 struct NoTypes;
 
 impl TypeSource for NoTypes {
-    fn member(&self, _container: &str, _path: &str) -> Result<Option<Member>, Error> {
+    fn find(&self, _class: Class, _name: &str) -> Result<Option<TypeId>, Error> {
         Ok(None)
+    }
+    fn get(&self, id: TypeId) -> Result<Type, Error> {
+        Err(Error::Types { format: "no types", offset: id.id.into(), what: "nothing is here".into() })
+    }
+    fn names(&self, _class: Class) -> Vec<String> {
+        Vec::new()
+    }
+    fn enumerator(&self, _name: &str) -> Result<Option<i64>, Error> {
+        Ok(None)
+    }
+    fn format(&self) -> &'static str {
+        "no types"
     }
 }
 

@@ -7,7 +7,7 @@
 use super::description::TARGET_XML;
 use super::registers::{GdbRegister, GdbRegisters, X86_64, bytes_of};
 use super::threads;
-use crate::command::{self, Context};
+use crate::command::{self, Context, Focus};
 use crate::kernel::{CpuId, Machine};
 use gdbstub::common::Tid;
 use gdbstub::target::ext::base::BaseOps;
@@ -46,6 +46,15 @@ pub(super) struct Target {
     pub(super) command_cpu: CpuId,
     /// What the last command printed; the front decides how it goes out.
     pub(super) console: Option<String>,
+    /// What the user has chosen with commands.
+    pub(super) focus: Focus,
+}
+
+impl Target {
+    /// What a command for `cpu` is run with.
+    pub(super) fn context(&self, cpu: CpuId) -> Context<'_> {
+        Context { machine: &self.machine, cpu, focus: &self.focus }
+    }
 }
 
 impl target::Target for Target {
@@ -187,7 +196,7 @@ impl SectionOffsets for Target {
 
 impl MonitorCmd for Target {
     fn handle_monitor_cmd(&mut self, line: &[u8], _out: ConsoleOutput<'_>) -> Result<(), Infallible> {
-        let context = Context { machine: &self.machine, cpu: self.command_cpu };
+        let context = self.context(self.command_cpu);
         let line = String::from_utf8_lossy(line);
         // A command that fails has still answered; its answer says why.
         let text =

@@ -3,34 +3,39 @@
 //! [`Kernel`] is one boot of one kernel: its address space, symbols and types. [`Machine`] is what gdb and the
 //! commands work on: CPUs, registers and memory, with a kernel or without.
 
-mod btf;
-mod cpus;
+pub mod cpus;
 pub mod discover;
+pub mod list;
 mod machine;
 pub mod module;
+pub mod object;
 pub mod printk;
 mod task;
 
-pub use btf::NoBtf;
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
-pub use task::Task;
+pub use object::{Object, ObjectError};
+pub use task::{Task, Tasks};
 
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
 use crate::bytes::printable;
-use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeSource};
+use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
 use std::fmt;
 use std::sync::{Arc, OnceLock};
+
+/// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
+const BTF_MAX: u64 = 64 << 20;
 
 /// One boot of a Linux kernel.
 pub struct Kernel {
     backend: Arc<dyn Backend>,
     found: Found,
     debug_info: Option<DebugInfo>,
+    /// From BTF in memory; `None` where there is none.
+    own_types: OnceLock<Option<TypeTable>>,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
-    btf: OnceLock<Option<Btf>>,
     modules: OnceLock<module::Modules>,
 }
 
@@ -60,8 +65,8 @@ impl Kernel {
             backend,
             found,
             debug_info,
+            own_types: OnceLock::new(),
             kallsyms: OnceLock::new(),
-            btf: OnceLock::new(),
             modules: OnceLock::new(),
         }
     }
@@ -143,19 +148,33 @@ impl Kernel {
         self.symbols().ok()?.at(link).map(|(symbol, offset)| (symbol.name, offset))
     }
 
-    /// The member at `path` of `container`.
-    pub fn member(&self, container: &str, path: &str) -> Option<Member> {
-        if let Some(info) = &self.debug_info {
-            return info.member(container, path);
-        }
-        let btf = self.btf.get_or_init(|| {
-            let parsed = self
-                .btf_bytes()
-                .map_err(|e| e.to_string())
-                .and_then(|bytes| Btf::parse(bytes).map_err(|e| e.to_string()));
-            parsed.inspect_err(|why| tracing::info!("no types: {why}")).ok()
+    /// The kernel's types: from BTF in its own memory, else from its vmlinux.
+    pub fn types(&self) -> Option<&TypeTable> {
+        let own = self.own_types.get_or_init(|| {
+            let btf = self.btf_in_memory()?;
+            match Btf::parse(btf) {
+                Ok(btf) => Some(TypeTable::new(Arc::new(btf))),
+                Err(error) => {
+                    tracing::warn!("the kernel's BTF in memory is damaged: {error}");
+                    None
+                }
+            }
         });
-        btf.as_ref()?.member(container, path).ok().flatten()
+        own.as_ref().or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
+    }
+
+    /// The bytes between `__start_BTF` and `__stop_BTF` (`include/asm-generic/vmlinux.lds.h`).
+    fn btf_in_memory(&self) -> Option<Vec<u8>> {
+        let (start, stop) = (self.symbol("__start_BTF")?, self.symbol("__stop_BTF")?);
+        let len = stop.0.checked_sub(start.0).filter(|&len| len <= BTF_MAX)?;
+        let mut btf = vec![0; usize::try_from(len).ok()?];
+        self.read(start, &mut btf).stopped.is_none().then_some(btf)
+    }
+
+    /// The member at `path` of the structure or union `container`.
+    pub fn member(&self, container: &str, path: &str) -> Option<Member> {
+        let types = self.types()?;
+        types.member(types.composite(container)?, path)
     }
 
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero

@@ -4,11 +4,9 @@
 //! Source: `include/linux/module.h` (`struct module`), `kernel/module/{main,kallsyms,sysfs}.c`.
 
 use super::Kernel;
-use super::btf::NoBtf;
 use crate::addr::VirtAddr;
 use crate::bytes::{cstr_at, u32_at};
 use crate::debuginfo::{SymbolTable, build_id_in_notes};
-use std::collections::HashSet;
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -27,6 +25,8 @@ const ELF_SYM: usize = 24;
 const SECTIONS_MAX: usize = 1 << 16;
 /// Modules that use one module.
 const USERS_MAX: usize = 1024;
+/// The largest modules' BTF has some 2 MiB.
+const BTF_MAX: usize = 64 << 20;
 /// `MODULE_REF_BASE`: what the count stands at while nobody uses the module.
 const REF_BASE: i32 = 1;
 /// `BUILD_ID_SIZE_MAX`.
@@ -165,30 +165,14 @@ impl Kernel {
                 .push("which modules are loaded is not known: struct module has no types".to_owned());
             return modules;
         };
-        let (entries, problem) = self.list(head, MODULES_MAX);
-        modules.problems.extend(problem.map(|problem| format!("the list of modules {problem}")));
-        modules.list =
-            entries.into_iter().map(|entry| self.module(VirtAddr(entry.0.wrapping_sub(list)))).collect();
-        modules
-    }
-
-    /// The entries of a `struct list_head`, without the head, and why there may be more.
-    fn list(&self, head: VirtAddr, max: usize) -> (Vec<VirtAddr>, Option<String>) {
-        let (mut entries, mut seen) = (Vec::new(), HashSet::new());
-        let mut last = head;
-        loop {
-            let Some(next) = self.read_u64(last).map(VirtAddr) else {
-                return (entries, Some(format!("cannot be read at {last}")));
-            };
-            if next == head {
-                return (entries, None);
-            }
-            if !seen.insert(next) || entries.len() >= max {
-                return (entries, Some(format!("does not end: {next} follows {last}")));
-            }
-            entries.push(next);
-            last = next;
+        let walk = self.list(head);
+        modules.problems.extend(walk.problem.map(|problem| format!("modules: {problem}")));
+        if walk.nodes.len() > MODULES_MAX {
+            modules.problems.push(format!("only the first {MODULES_MAX} modules are looked at"));
         }
+        let nodes = walk.nodes.into_iter().take(MODULES_MAX);
+        modules.list = nodes.map(|node| self.module(VirtAddr(node.0.wrapping_sub(list)))).collect();
+        modules
     }
 
     fn offset(&self, container: &str, path: &str) -> Option<u64> {
@@ -280,12 +264,12 @@ impl Kernel {
             let head = self.module_member(at, "source_list")?;
             let (entry, source) =
                 (self.offset("module_use", "source_list")?, self.offset("module_use", "source")?);
-            let (entries, _) = self.list(head, USERS_MAX);
+            let entries = self.list(head).nodes.into_iter().take(USERS_MAX);
             let user = |at: VirtAddr| {
                 let user = self.read_u64(VirtAddr(at.0.wrapping_sub(entry)).wrapping_add(source))?;
                 self.module_name(VirtAddr(user))
             };
-            Some(entries.into_iter().filter_map(user).collect())
+            Some(entries.filter_map(user).collect())
         };
         users().unwrap_or_default()
     }
@@ -366,15 +350,13 @@ impl Kernel {
         Some(SymbolTable::from_elf_with_letters(&symtab, strings, &letters.unwrap_or_default()))
     }
 
-    /// The bytes of `module`'s BTF, which counts on from the kernel's.
-    pub fn module_btf_bytes(&self, module: &Module) -> Result<Vec<u8>, NoBtf> {
-        let bounds = || {
-            let at = self.read_u64(self.module_member(module.at, "btf_data")?)?;
-            let len = self.read_u32(self.module_member(module.at, "btf_data_size")?)?;
-            (at != 0 && len != 0).then_some((VirtAddr(at), u64::from(len)))
-        };
-        let (at, len) = bounds().ok_or(NoBtf::NotBuilt)?;
-        self.bytes_of_btf(at, len)
+    /// The bytes of `module`'s BTF, which counts on from the kernel's; `None` where it has none or they cannot be read.
+    /// Since about v5.11.
+    pub fn module_btf(&self, module: &Module) -> Option<Vec<u8>> {
+        let at = self.read_u64(self.module_member(module.at, "btf_data")?).filter(|&at| at != 0)?;
+        let len = self.read_u32(self.module_member(module.at, "btf_data_size")?)?;
+        let mut bytes = vec![0; usize::try_from(len).ok().filter(|len| (1..=BTF_MAX).contains(len))?];
+        self.read(VirtAddr(at), &mut bytes).stopped.is_none().then_some(bytes)
     }
 }
 

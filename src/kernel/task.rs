@@ -1,6 +1,7 @@
 //! Tasks: what runs on a CPU. Source: `include/linux/sched.h` (`struct task_struct`), `mm_types.h`.
 
-use super::Kernel;
+use super::cpus::POSSIBLE;
+use super::{Kernel, Object, ObjectError};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::AddressSpace;
 
@@ -20,7 +21,65 @@ pub struct Task {
     pub mm: Option<Option<VirtAddr>>,
 }
 
+/// All tasks that the kernel's lists lead to.
+#[derive(Default)]
+pub struct Tasks<'k> {
+    /// Each a `struct task_struct`: the idle tasks by CPU, then every process's leader followed by its threads.
+    pub tasks: Vec<Object<'k>>,
+    /// Lists that are broken.
+    pub problems: Vec<String>,
+}
+
 impl Kernel {
+    /// Every task: idle ones, processes and threads.
+    pub fn tasks(&self) -> Result<Tasks<'_>, ObjectError> {
+        let mut all = Tasks::default();
+        // The boot CPU's idle task is init_task; the others' are in no list, only in their runqueue.
+        let init_task = self.global("task_struct", "init_task")?;
+        all.tasks.push(init_task);
+        for cpu in self.cpu_mask(&POSSIBLE).unwrap_or_default() {
+            let idle = self.runqueue(cpu).and_then(|rq| rq.at("idle")).ok().flatten();
+            all.tasks.extend(idle.filter(|idle| idle.at != init_task.at));
+        }
+        let processes = self.list(init_task.member("tasks")?.at);
+        all.problems.extend(processes.problem);
+        for node in processes.nodes {
+            let leader = self.value("struct list_head", node)?.container_of("task_struct", "tasks")?;
+            all.tasks.push(leader);
+            let threads = leader.at("signal").and_then(|signal| match signal {
+                Some(signal) => Ok(Some(self.list(signal.member("thread_head")?.at))),
+                None => Ok(None),
+            });
+            match threads {
+                Ok(Some(threads)) => {
+                    all.problems.extend(threads.problem);
+                    for node in threads.nodes {
+                        let node = self.value("struct list_head", node)?;
+                        let thread = node.container_of("task_struct", "thread_node")?;
+                        if thread.at != leader.at {
+                            all.tasks.push(thread);
+                        }
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => all.problems.push(format!("threads of the task at {}: {error}", leader.at)),
+            }
+        }
+        Ok(all)
+    }
+
+    /// The task whose `pid` (a thread's own number) this is.
+    pub fn find_task(&self, pid: i32) -> Result<Option<Object<'_>>, ObjectError> {
+        let all = self.tasks()?;
+        Ok(all.tasks.into_iter().find(|task| task.get("pid").is_ok_and(|found| found as i32 == pid)))
+    }
+
+    /// `struct rq` of `cpu`.
+    pub fn runqueue(&self, cpu: super::CpuId) -> Result<Object<'_>, ObjectError> {
+        let no_symbol = || ObjectError::NoSymbol("runqueues".into());
+        self.object("rq", self.per_cpu("runqueues", cpu).ok_or_else(no_symbol)?)
+    }
+
     /// Reads the task at `at`; a member that is missing or unreadable costs only itself.
     pub fn task(&self, at: VirtAddr) -> Task {
         let member = |name| Some(at.wrapping_add(self.member("task_struct", name)?.offset));

@@ -16,6 +16,9 @@ use std::sync::Arc;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// The kernel's commands for gdb. It stands in the binary, so that a copied kstub has it too.
+const SCRIPT: &str = include_str!("../../scripts/kstub.py");
+
 /// A gdb to be started.
 #[derive(Clone, Debug)]
 pub struct Debugger {
@@ -45,10 +48,13 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
     let private =
         tempfile::Builder::new().prefix("kstub-").tempdir().context("cannot make a private directory")?;
     let socket = private.path().join("gdb");
+    let script = private.path().join("kstub.py");
+    std::fs::write(&script, SCRIPT).context("cannot write the script for gdb")?;
     let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
     // gdb has the vmlinux on its command line; without one it would ask for it.
     let files = if debugger.vmlinux.is_some() { Files::none() } else { Files::local(None) };
-    let mut child = command(debugger, &socket).spawn().map_err(|error| cannot_start(debugger, error))?;
+    let mut child =
+        command(debugger, &socket, &script).spawn().map_err(|error| cannot_start(debugger, error))?;
     tracing::info!("{} was started", debugger.program.display());
     tokio::select! {
         status = child.wait() => {
@@ -63,14 +69,16 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
     }
 }
 
-fn command(debugger: &Debugger, socket: &Path) -> Command {
+fn command(debugger: &Debugger, socket: &Path, script: &Path) -> Command {
     let mut command = Command::new(&debugger.program);
     command.arg("-q");
     command.args(debugger.index_cache.on().into_iter().flat_map(|on| ["-iex".to_owned(), on]));
     command.args(&debugger.vmlinux);
     let mut connect = OsString::from("target remote ");
     connect.push(socket);
-    command.arg("-ex").arg(connect).args(&debugger.args);
+    let mut source = OsString::from("source ");
+    source.push(script);
+    command.arg("-ex").arg(connect).arg("-ex").arg(source).args(&debugger.args);
     command
 }
 

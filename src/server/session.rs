@@ -73,6 +73,7 @@ fn converse(
     let mut front = Front::with_files(machine, files);
     let mut framer = Framer::new(MAX_REQUEST);
     let mut chunk = vec![0; MAX_REQUEST];
+    let mut reply = Vec::new();
     loop {
         let n = match input.read(&mut chunk) {
             Ok(0) => return Ok("the client closed the connection"),
@@ -82,7 +83,8 @@ fn converse(
         };
         for event in framer.events(&chunk[..n]) {
             // One reply at a time: many small requests may ask for much memory each.
-            let mut reply = Vec::new();
+            reply.clear();
+            reply.shrink_to(MAX_REQUEST);
             let flow = front.handle(event, &mut reply);
             output.write_all(&reply)?;
             output.flush()?;

@@ -1,0 +1,53 @@
+//! Walks over the kernel's linked structures: every one is bounded, checked for cycles, and says where it broke.
+//!
+//! Source: `include/linux/list.h`.
+
+use super::Kernel;
+use crate::addr::VirtAddr;
+use std::collections::HashSet;
+
+/// No kernel list is longer: PID_MAX_LIMIT, the most there can be of what has one entry a task.
+pub const ENTRIES_MAX: usize = 4 << 20;
+
+/// What a walk found, and why it ended early if it did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Walk {
+    /// Addresses of the nodes (not of what they are embedded in), in order.
+    pub nodes: Vec<VirtAddr>,
+    /// What broke the walk: names the node.
+    pub problem: Option<String>,
+}
+
+impl Kernel {
+    /// The nodes of the `struct list_head` list whose head is at `head`; the head itself is not among them.
+    pub fn list(&self, head: VirtAddr) -> Walk {
+        let mut walk = Walk::default();
+        let mut seen = HashSet::new();
+        let mut previous = head;
+        loop {
+            // struct list_head { next, prev }: its layout has never been another.
+            let Some(next) = self.read_u64(previous).map(VirtAddr) else {
+                walk.problem = Some(format!("list at {head}: 'next' of {previous} cannot be read"));
+                return walk;
+            };
+            if next == head {
+                return walk;
+            }
+            if !seen.insert(next) {
+                walk.problem = Some(format!("list at {head}: {next} comes a second time, after {previous}"));
+                return walk;
+            }
+            if self.read_u64(next).is_none() {
+                walk.problem =
+                    Some(format!("list at {head}: {previous} leads to {next}, which cannot be read"));
+                return walk;
+            }
+            if walk.nodes.len() >= ENTRIES_MAX {
+                walk.problem = Some(format!("list at {head}: more than {ENTRIES_MAX} entries"));
+                return walk;
+            }
+            walk.nodes.push(next);
+            previous = next;
+        }
+    }
+}
