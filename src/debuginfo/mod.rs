@@ -9,6 +9,7 @@ pub mod find;
 pub mod kallsyms;
 mod strip;
 mod symbols;
+pub mod synth;
 pub mod types;
 mod vmlinux;
 
