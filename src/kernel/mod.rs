@@ -9,6 +9,7 @@ pub mod list;
 mod machine;
 pub mod object;
 pub mod printk;
+mod switched_out;
 mod task;
 
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};

@@ -3,8 +3,8 @@
 //! Source: GDB manual, "Choosing Files" (`-iex`), "Types of Remote Connections".
 
 use super::listen::{Listen, Listener};
-use crate::gdb::Files;
 use crate::gdb::index::CacheCommand;
+use crate::gdb::{Files, Settings, Show};
 use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
@@ -28,6 +28,8 @@ pub struct Debugger {
     pub vmlinux: Option<PathBuf>,
     /// How its index cache is turned on.
     pub index_cache: CacheCommand,
+    /// What are threads.
+    pub show: Show,
     /// What the user adds to gdb's command line: `-batch`, `-ex bt`, …
     pub args: Vec<OsString>,
 }
@@ -53,6 +55,7 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
     let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
     // gdb has the vmlinux on its command line; without one it would ask for it.
     let files = if debugger.vmlinux.is_some() { Files::none() } else { Files::local(None) };
+    let settings = Settings { files, show: debugger.show };
     let mut child =
         command(debugger, &socket, &script).spawn().map_err(|error| cannot_start(debugger, error))?;
     tracing::info!("{} was started", debugger.program.display());
@@ -65,7 +68,7 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         // gdb then finds the connection closed; the directory is removed.
         _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
         _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
-        never = super::accept(&listener, &machine, &files) => match never {},
+        never = super::accept(&listener, &machine, &settings) => match never {},
     }
 }
 
