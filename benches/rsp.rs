@@ -113,7 +113,7 @@ fn unescape(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
     while let Some(word) = body[at..].first_chunk::<8>() {
         // There is room: the rest of the body is no shorter than what is made of it.
         out[filled..filled + 8].copy_from_slice(word);
-        let marks = u64::from_le_bytes(*word) ^ ONES * u64::from(b'}');
+        let marks = u64::from_le_bytes(*word) ^ (ONES * u64::from(b'}'));
         let marks = marks.wrapping_sub(ONES) & !marks & (ONES << 7);
         let plain = marks.trailing_zeros() as usize / 8;
         (at, filled) = (at + plain, filled + plain);

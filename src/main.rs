@@ -175,11 +175,14 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
             return Some(if unreadable { exit::UNREADABLE } else { exit::NOT_A_DUMP });
         }
-        if let Some(error) = cause.downcast_ref::<OpenError>() {
-            let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
-            return Some(if io { exit::UNREADABLE } else { exit::VMLINUX });
-        }
-        None
+        let vmlinux = match cause.downcast_ref::<OpenError>() {
+            Some(OpenError::DebugInfo(error)) => Some(error),
+            Some(OpenError::Mismatch { .. }) => return Some(exit::VMLINUX),
+            // Found unusable only when it was to be served.
+            None => cause.downcast_ref::<debuginfo::Error>(),
+        };
+        let io = matches!(vmlinux?, debuginfo::Error::Io { .. });
+        Some(if io { exit::UNREADABLE } else { exit::VMLINUX })
     });
     code.unwrap_or(exit::FAILURE)
 }
