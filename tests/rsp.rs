@@ -247,6 +247,7 @@ fn the_debugger_is_started_with_our_socket() {
         program: script.clone(),
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec!["-batch".into()],
     };
     assert_eq!(gdb(fake_machine(), &debugger).unwrap(), 7);
@@ -256,6 +257,7 @@ fn the_debugger_is_started_with_our_socket() {
         program: dir.path().join("none"),
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec![],
     };
     let error = gdb(fake_machine(), &missing).unwrap_err().to_string();

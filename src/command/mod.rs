@@ -3,10 +3,17 @@
 //! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
 
 mod args;
+mod declare;
+mod expression;
 mod help;
 mod info;
 mod log;
+mod p;
+mod percpu;
 mod regs;
+mod structure;
+mod value;
+mod whatis;
 mod why;
 
 pub use info::render as render_info;
@@ -89,11 +96,28 @@ pub struct Command {
 }
 
 /// Every command, in the order of `help`.
-pub const COMMANDS: &[Command] = &[help::COMMAND, info::COMMAND, log::COMMAND, regs::COMMAND, why::COMMAND];
+pub const COMMANDS: &[Command] = &[
+    structure::STAR,
+    help::COMMAND,
+    info::COMMAND,
+    log::COMMAND,
+    p::COMMAND,
+    percpu::COMMAND,
+    regs::COMMAND,
+    structure::STRUCT,
+    structure::UNION,
+    whatis::COMMAND,
+    why::COMMAND,
+];
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
-    let mut words = line.split_whitespace();
+    // crash takes `*page ADDR`, too.
+    let (star, line) = match line.trim_start().strip_prefix('*') {
+        Some(line) => (Some("*"), line),
+        None => (None, line),
+    };
+    let mut words = star.into_iter().chain(line.split_whitespace());
     let name = words.next().unwrap_or("help");
     let arguments: Vec<&str> = words.collect();
     (find(name)?.run)(context, &arguments)

@@ -5,9 +5,11 @@
 
 pub mod cpus;
 pub mod discover;
+mod globals;
 pub mod list;
 mod machine;
 pub mod object;
+pub mod percpu;
 pub mod printk;
 mod switched_out;
 mod task;
@@ -34,12 +36,21 @@ pub struct Kernel {
     /// From BTF in memory; `None` where there is none.
     own_types: OnceLock<Option<TypeTable>>,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
+    /// Where per-CPU memory lies; `None` without SMP or symbols.
+    per_cpu: OnceLock<Option<percpu::Areas>>,
 }
 
 impl Kernel {
     /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
     pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
-        Self { backend, found, debug_info, own_types: OnceLock::new(), kallsyms: OnceLock::new() }
+        Self {
+            backend,
+            found,
+            debug_info,
+            own_types: OnceLock::new(),
+            kallsyms: OnceLock::new(),
+            per_cpu: OnceLock::new(),
+        }
     }
 
     /// Where and how the kernel was found.
@@ -136,7 +147,7 @@ impl Kernel {
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
     /// (before Linux commit 9d7de2aa8b41 ("x86/percpu/64: Use relative percpu offsets") (in v6.15)) and
     /// absolute symbols stay.
-    fn slide(&self, link: u64) -> VirtAddr {
+    pub fn slide(&self, link: u64) -> VirtAddr {
         let by = if link >= START_KERNEL_MAP { self.found.kaslr_offset } else { 0 };
         VirtAddr(link.wrapping_add(by))
     }
