@@ -8,6 +8,7 @@ mod rsp_client;
 
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::gdb::Files;
+use kstub::gdb::Show;
 use kstub::gdb::index::CacheCommand;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
