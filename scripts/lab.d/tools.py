@@ -46,6 +46,18 @@ exec "$tree/{loader}" --library-path "{libraries}" "$tree/{binary}" {arguments} 
 """
 
 
+def unpack_tree(packages, work):
+    """Unpacks .deb files into one tree, and removes them."""
+    # One Debian for all paths: /lib and /lib64 are links into /usr.
+    for link in ("bin", "lib", "lib64", "sbin"):
+        (work / "usr" / link).mkdir(parents=True, exist_ok=True)
+        (work / link).symlink_to(f"usr/{link}")
+    script = 'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"'
+    for package in packages:
+        run(["sh", "-c", script, "sh", package, work])
+        package.unlink()
+
+
 def drgn_directory():
     """What belongs on PYTHONPATH: wheels are for one version of Python."""
     return TOOLS / f"drgn-{DRGN_VERSION}-{sys.implementation.cache_tag}"
@@ -88,22 +100,7 @@ def install(name, refresh=False):
         debian.update(force=refresh)
         version, packages = debian.download_with_dependencies(name, SUITE)
         with fresh_directory(final, version) as work:
-            # One Debian for all paths: /lib and /lib64 are links into /usr.
-            for link in ("bin", "lib", "lib64", "sbin"):
-                (work / "usr" / link).mkdir(parents=True, exist_ok=True)
-                (work / link).symlink_to(f"usr/{link}")
-            for package in packages:
-                run(
-                    [
-                        "sh",
-                        "-c",
-                        'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"',
-                        "sh",
-                        package,
-                        work,
-                    ]
-                )
-                package.unlink()
+            unpack_tree(packages, work)
             upstream = version.partition(":")[2] or version
             write_json(work / "tool.json", {"name": name, "version": upstream.partition("-")[0], "package": version})
         wrapper.parent.mkdir(parents=True, exist_ok=True)

@@ -356,11 +356,29 @@ def cache_facts(prog, cache):
 
 
 def cpu_slab(cache, cpu):
-    """What a CPU holds of a cache: its slab, its free list's head, its partial slabs."""
+    """What a CPU holds of a cache: its slab, its free list's head, its partial slabs; newer kernels have sheaves."""
+    if not has_member(cache, "cpu_slab"):
+        own = percpu.per_cpu_ptr(cache.cpu_sheaves, cpu)
+        return {"cpu": cpu, "sheaves": {name: sheaf(getattr(own, name)) for name in ("main", "spare", "rcu_free")}}
     own = percpu.per_cpu_ptr(cache.cpu_slab, cpu)
     current = first(lambda: own.slab, lambda: own.page)
     partial = attempt(lambda: chain(own.partial))
     return {"cpu": cpu, "freelist": address(own.freelist), "slab": address(current), "partial": partial}
+
+
+def has_member(thing, name):
+    try:
+        getattr(thing, name)
+        return True
+    except AttributeError:
+        return False
+
+
+def sheaf(pointer):
+    """How many objects it holds, and which; null for none."""
+    if not pointer:
+        return None
+    return {"sheaf": address(pointer), "objects": [address(pointer.objects[i]) for i in range(number(pointer.size))]}
 
 
 def chain(pointer):
@@ -422,6 +440,9 @@ def mounts(prog):
 
 
 def file_facts(fd, file):
+    if not file:
+        # accept() takes its number first and waits then.
+        return {"fd": fd, "file": "0x0"}
     inode = file.f_inode
     return {
         "fd": fd,
@@ -602,6 +623,10 @@ class Pages:
     def is_tail(self, row):
         return bool(self.word(row, self.head) & 1)
 
+    def head_pfn(self, row):
+        """Newer kernels keep a mask here and not the head's address, so drgn is asked; once for each value."""
+        return self.pfn(number(mm.compound_head(drgn.Object(self.prog, "struct page *", row[1]))))
+
     def is_head(self, row):
         return self.has(row, "head") and not self.is_tail(row)
 
@@ -756,7 +781,7 @@ def page_census(prog):
         flags = pages.word(row, 0)
         if pages.is_tail(row):
             counts["tails"] += 1
-            head = pages.row(pages.pfn(pages.word(row, pages.head) & ~1) or 0)
+            head = pages.row(pages.head_pfn(row) or 0)
             if head and mapping_kind(pages, head, mappings) == "anon" and not slab_page(pages, head):
                 sampled(found, "anon_thp_tail", row)
             elif head and slab_page(pages, head):
