@@ -1,6 +1,6 @@
 """Dump sets: one guest, one moment, several dump files, and the truth to compare them with.
 
-qemu-<kernel>-<levels>l[-novmcoreinfo][-split]   a running guest, dumped by QEMU
+qemu-<kernel>-<levels>l[-novmcoreinfo][-split][-pti]   a running guest, dumped by QEMU
 qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
 qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
 kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
@@ -36,7 +36,7 @@ MEMORY = "1G"
 BUSY_USER_CPU, BUSY_KERNEL_CPU = 1, 2  # as in qemu/init
 BOOT_TIMEOUT = 300
 NAME = re.compile(
-    r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?$"
+    r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?(?P<pti>-pti)?$"
     r"|(?P<kind>kdump|qemu-panic|qemu-kexec)-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
 )
 
@@ -51,6 +51,7 @@ class Recipe:
     levels: int
     vmcoreinfo: bool
     split: bool
+    pti: bool
     extra: bool
 
     @staticmethod
@@ -66,11 +67,14 @@ class Recipe:
             levels=5 if match["levels"] == "5" or match["five"] else 4,
             vmcoreinfo=kind in ("qemu", "qemu-panic") and not match["novmcoreinfo"],
             split=bool(match["split"]),
+            pti=bool(match["pti"]),
             extra=extra,
         )
 
     def command_line(self):
         words = ["console=ttyS0", "panic=0"]
+        if self.pti:
+            words += ["pti=on"]
         if self.kind == "kdump":
             return " ".join(words + kdump.command_line())
         if self.kind == "qemu-panic":
@@ -257,6 +261,7 @@ def make(name, extra=False):
                 "smp": SMP,
                 "memory": recipe.machine_options()["memory"],
                 "vmcoreinfo_device": recipe.vmcoreinfo,
+                "pti": recipe.pti,
                 "extra": extra,
                 "busy_user_cpu": BUSY_USER_CPU,
                 "busy_kernel_cpu": BUSY_KERNEL_CPU,
