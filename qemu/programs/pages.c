@@ -20,8 +20,6 @@
 #endif
 #define ENTRY_PRESENT (1ull << 63)
 #define ENTRY_SWAPPED (1ull << 62)
-#define FLAG_SWAPCACHE (1ull << 13)
-#define FLAG_KSM (1ull << 21)
 
 static int pagemap, flags_file, count_file, cgroup_file;
 
@@ -64,10 +62,26 @@ static void report(const char *kind, const char *at)
 		printf("absent kind=%s virtual=%p\n", kind, at);
 }
 
-static void report_all(const char *kind, const char *at, size_t pages)
+/* What will be reported when all is planted and has come to rest. */
+static struct {
+	const char *kind, *at;
+	size_t pages;
+} planted_pages[64];
+static size_t planted_count;
+
+static void remember(const char *kind, const char *at, size_t pages)
 {
-	for (size_t i = 0; i < pages; i++)
-		report(kind, at + i * PAGE);
+	CHECK(planted_count < sizeof(planted_pages) / sizeof(planted_pages[0]));
+	planted_pages[planted_count].kind = kind;
+	planted_pages[planted_count].at = at;
+	planted_pages[planted_count++].pages = pages;
+}
+
+static void report_all(void)
+{
+	for (size_t i = 0; i < planted_count; i++)
+		for (size_t page = 0; page < planted_pages[i].pages; page++)
+			report(planted_pages[i].kind, planted_pages[i].at + page * PAGE);
 }
 
 /* Contents differ from page to page, or KSM would make them one. */
@@ -101,31 +115,39 @@ static char *filled(size_t pages)
 	return at;
 }
 
-static void plant_anonymous(void)
+/* Mapped by a child as well; before anything else is there, of which it would have a share too. */
+static void plant_shared_with_child(void)
 {
-	char *zero = anonymous(PAGES), *locked = filled(PAGES), *shared = filled(PAGES);
+	char *shared = filled(PAGES);
+	pid_t pid = fork();
 
-	report_all("anon", filled(PAGES), PAGES);
-	for (size_t i = 0; i < PAGES; i++)
-		(void)*(volatile char *)(zero + i * PAGE);
-	report_all("zero", zero, PAGES);
-	CHECK(mlock(locked, PAGES * PAGE) == 0);
-	report_all("mlocked", locked, PAGES);
-	/* Mapped by a child as well. */
-	if (fork() == 0) {
+	CHECK(pid >= 0);
+	if (pid == 0) {
 		name_thread("kstub-pages-kid");
 		for (;;)
 			pause();
 	}
-	report_all("anon-shared-with-child", shared, PAGES);
+	printf("child=%d\n", pid);
+	remember("anon-shared-with-child", shared, PAGES);
+}
+
+static void plant_anonymous(void)
+{
+	char *zero = anonymous(PAGES), *locked = filled(PAGES);
+
+	remember("anon", filled(PAGES), PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		(void)*(volatile char *)(zero + i * PAGE);
+	remember("zero", zero, PAGES);
+	CHECK(mlock(locked, PAGES * PAGE) == 0);
+	remember("mlocked", locked, PAGES);
 }
 
 /* The first page of a huge page, some of the following, and the last. */
-static void report_huge(const char *kind, const char *at)
+static void remember_huge(const char *kind, const char *at)
 {
-	report(kind, at);
-	report_all(kind, at + PAGE, PAGES);
-	report(kind, at + HUGE - PAGE);
+	remember(kind, at, PAGES);
+	remember(kind, at + HUGE - PAGE, 1);
 }
 
 static char *aligned(void)
@@ -144,15 +166,15 @@ static void plant_huge(void)
 	char *reserved = map(HUGE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1);
 
 	fill(transparent, HUGE);
-	report_huge("anon-thp", transparent);
+	remember_huge("anon-thp", transparent);
 	(void)*(volatile char *)zero;
-	report_huge("zero-huge", zero);
+	remember_huge("zero-huge", zero);
 	if (!reserved) {
 		printf("skipped kind=hugetlb\n");
 		return;
 	}
 	fill(reserved, HUGE);
-	report_huge("hugetlb", reserved);
+	remember_huge("hugetlb", reserved);
 }
 
 static void plant_file(const char *kind, const char *directory, int clean)
@@ -173,7 +195,7 @@ static void plant_file(const char *kind, const char *directory, int clean)
 			(void)*(volatile char *)(at + i * PAGE);
 	}
 	printf("file kind=%s path=%s\n", kind, path);
-	report_all(kind, at, PAGES);
+	remember(kind, at, PAGES);
 }
 
 static void plant_shared_memory(void)
@@ -185,7 +207,7 @@ static void plant_shared_memory(void)
 	at = map(PAGES * PAGE, MAP_SHARED, file);
 	CHECK(at);
 	fill(at, PAGES * PAGE);
-	report_all("shmem", at, PAGES);
+	remember("shmem", at, PAGES);
 }
 
 /* Swapped out for good; and swapped out and read again, which leaves the copy in swap. */
@@ -195,23 +217,19 @@ static void plant_swapped(void)
 	int file = memfd_create("kstub-swapped", 0);
 
 	madvise(out, PAGES * PAGE, MADV_PAGEOUT);
-	report_all("swapped", out, PAGES);
+	remember("swapped", out, PAGES);
 
 	madvise(cached, PAGES * PAGE, MADV_PAGEOUT);
 	for (size_t i = 0; i < PAGES; i++)
 		(void)*(volatile char *)(cached + i * PAGE);
-	for (size_t i = 0; i < PAGES; i++)
-		report(number_at(flags_file, frame_of(cached + i * PAGE)) & FLAG_SWAPCACHE ?
-			       "swapcache" :
-			       "swapped-and-back",
-		       cached + i * PAGE);
+	remember("swapcache", cached, PAGES);
 
 	if (file >= 0 && ftruncate(file, PAGES * PAGE) == 0)
 		memory = map(PAGES * PAGE, MAP_SHARED, file);
 	if (memory) {
 		fill(memory, PAGES * PAGE);
 		madvise(memory, PAGES * PAGE, MADV_PAGEOUT);
-		report_all("shmem-swapped", memory, PAGES);
+		remember("shmem-swapped", memory, PAGES);
 	}
 }
 
@@ -225,12 +243,13 @@ static void write_to(const char *path, const char *text)
 	}
 }
 
-static int merged(const char *at)
+/* The flag for it is set for every anonymous page by some kernels (6.12), so frames are compared. */
+static int merged(const char *one, const char *two)
 {
 	int count = 0;
 
 	for (size_t i = 0; i < PAGES; i++)
-		count += !!(number_at(flags_file, frame_of(at + i * PAGE)) & FLAG_KSM);
+		count += frame_of(one + i * PAGE) == frame_of(two + i * PAGE);
 	return count == PAGES;
 }
 
@@ -247,11 +266,12 @@ static void plant_merged(void)
 	write_to("/sys/kernel/mm/ksm/sleep_millisecs", "10");
 	write_to("/sys/kernel/mm/ksm/pages_to_scan", "1000");
 	write_to("/sys/kernel/mm/ksm/run", "1");
-	for (int tries = 0; tries < 100 && !(merged(one) && merged(two)); tries++)
+	for (int tries = 0; tries < 100 && !merged(one, two); tries++)
 		usleep(50000);
 	write_to("/sys/kernel/mm/ksm/run", "0");
-	report_all("ksm", one, PAGES);
-	report_all("ksm", two, PAGES);
+	printf("ksm_merged=%d\n", merged(one, two));
+	remember("ksm", one, PAGES);
+	remember("ksm", two, PAGES);
 }
 
 static void join(const char *cgroup)
@@ -277,6 +297,9 @@ int main(int argc, char **argv)
 	name_thread("kstub-pages");
 	printf("pid=%d\ncomm=kstub-pages\npattern=0x%llx\n", getpid(), PATTERN);
 	join(argv[2]);
+	/* New pages wait for the LRU on lists of the CPU, which mlock() empties. */
+	pin_to_cpu(0);
+	plant_shared_with_child();
 	plant_anonymous();
 	plant_huge();
 	plant_file("file-clean", argv[1], 1);
@@ -284,6 +307,9 @@ int main(int argc, char **argv)
 	plant_shared_memory();
 	plant_swapped();
 	plant_merged();
+	usleep(200000);
+	CHECK(mlock(argv, 1) == 0 && munlock(argv, 1) == 0);
+	report_all();
 	planted();
 	for (;;)
 		pause();

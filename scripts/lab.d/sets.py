@@ -1,6 +1,7 @@
 """Dump sets: one guest, one moment, several dump files, and the truth to compare them with.
 
 qemu-<kernel>-<levels>l[-novmcoreinfo][-split][-pti]   a running guest, dumped by QEMU
+qemu-chain[-<how>]-<kernel>[-5l]                 ended by kstub_chain, dumped by QEMU
 qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
 qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
 kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
@@ -37,7 +38,8 @@ BUSY_USER_CPU, BUSY_KERNEL_CPU = 1, 2  # as in qemu/init
 BOOT_TIMEOUT = 300
 NAME = re.compile(
     r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?(?P<pti>-pti)?$"
-    r"|(?P<kind>kdump|qemu-panic|qemu-kexec)-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
+    r"|(?P<kind>kdump|qemu-panic|qemu-kexec|qemu-chain(?:-(?P<how>irq|fault|kprobe|overflow|locks))?)"
+    r"-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
 )
 
 
@@ -52,6 +54,7 @@ class Recipe:
     vmcoreinfo: bool
     split: bool
     pti: bool
+    how: str
     extra: bool
 
     @staticmethod
@@ -60,16 +63,25 @@ class Recipe:
         if not match:
             raise LabError(f"no set is called {name}", "names are explained by: scripts/lab set --help")
         kind = match["kind"] or "qemu"
+        how = None
+        if kind.startswith("qemu-chain"):
+            kind, how = "qemu-chain", match["how"] or "nmi"
         return Recipe(
             name=name,
             kind=kind,
             kernel=match["kernel"] or match["other_kernel"],
             levels=5 if match["levels"] == "5" or match["five"] else 4,
-            vmcoreinfo=kind in ("qemu", "qemu-panic") and not match["novmcoreinfo"],
+            how=how,
+            vmcoreinfo=kind in ("qemu", "qemu-panic", "qemu-chain") and not match["novmcoreinfo"],
             split=bool(match["split"]),
             pti=bool(match["pti"]),
             extra=extra,
         )
+
+    @property
+    def panics(self):
+        """Whether the guest has panicked when QEMU dumps it."""
+        return self.kind in ("qemu-panic", "qemu-chain") and self.how != "locks"
 
     def command_line(self):
         words = ["console=ttyS0", "panic=0"]
@@ -79,6 +91,8 @@ class Recipe:
             return " ".join(words + kdump.command_line())
         if self.kind == "qemu-panic":
             words += ["kstub.then=panic"]
+        elif self.kind == "qemu-chain":
+            words += ["oops=panic", f"kstub.then=chain-{self.how}"]
         elif self.kind == "qemu-kexec":
             words += ["kstub.then=kexec", "kstub.crash_args=console=ttyS0,panic=0,kstub.then=stay"]
         return " ".join(words)
@@ -146,13 +160,26 @@ def _save_ram(machine, work):
     return entries
 
 
-def panic_facts(console):
+def panic_facts(console, how="sysrq-c"):
     """What the kernel's own panic message says: the truth for `how did it die`."""
     message = re.search(r"Kernel panic - not syncing: (.*)", console)
     where = re.search(r"CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (.+?) (?:Not tainted|Tainted|Kdump)", console)
     if not message or not where:
         raise LabError("the console shows no panic message that the lab understands", "see console.log in the set")
-    return {"how": "sysrq-c", "message": message[1], "cpu": int(where[1]), "pid": int(where[2]), "comm": where[3]}
+    return {"how": how, "message": message[1], "cpu": int(where[1]), "pid": int(where[2]), "comm": where[3]}
+
+
+def _chain_facts(console, how):
+    """What kstub_chain said before it began: the functions on the stack, innermost first; for locks what spins."""
+    frames = re.search(r"kstub_chain: frames=(\S+)", console)
+    numbers = re.findall(r"(?:spinlock|bit_lock)=(0x[0-9a-f]+)", console)
+    spinners = re.findall(r"kstub_chain: (bit spinner|spinner) pid=(\d+) cpu=(\d+)", console)
+    return {
+        "how": how,
+        "frames": frames[1].split(",") if frames else [],
+        "locks": numbers,
+        "spinners": [{"what": what, "pid": int(pid), "cpu": int(cpu)} for what, pid, cpu in spinners],
+    }
 
 
 def _planted_levels(work):
@@ -172,7 +199,7 @@ def _check_levels(work, recipe):
 
 def _wait_until_interesting(machine, recipe):
     """Leaves the guest stopped at the moment the set is about; returns its registers."""
-    if recipe.kind == "qemu-panic":
+    if recipe.panics:
         machine.wait_for("end Kernel panic", BOOT_TIMEOUT)
         machine.unpack_facts()
         time.sleep(1)
@@ -180,6 +207,8 @@ def _wait_until_interesting(machine, recipe):
     boots = 2 if recipe.kind == "qemu-kexec" else 1
     machine.wait_for("KSTUB-GUEST-READY", BOOT_TIMEOUT * boots, count=boots)
     machine.unpack_facts()
+    if recipe.how:
+        machine.wait_for("kstub_chain: bit spinner", BOOT_TIMEOUT)
     time.sleep(1)
     return machine.stop_where({BUSY_USER_CPU: 3, BUSY_KERNEL_CPU: 0})
 
@@ -199,7 +228,8 @@ def _make_qemu(recipe, kernel, work):
     _check_levels(work, recipe)
     return {
         "dumps": dumps,
-        "panic": panic_facts(machine.console_text()) if recipe.kind == "qemu-panic" else None,
+        "panic": panic_facts(machine.console_text(), recipe.how or "sysrq-c") if recipe.panics else None,
+        "chain": _chain_facts(machine.console_text(), recipe.how) if recipe.how else None,
         "boots": 2 if recipe.kind == "qemu-kexec" else 1,
         "truth": {
             "registers": "registers.txt",
@@ -217,6 +247,7 @@ def _make_kdump(recipe, kernel, work):
     return {
         "dumps": [_dump_file(**entry) for entry in dumps],
         "panic": panic_facts(console),
+        "chain": None,
         "boots": 1,
         "truth": {"registers": None, "console": "console.log", "facts": "facts", "ram": [], "memory_tree": None},
     }

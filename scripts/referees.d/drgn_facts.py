@@ -415,7 +415,7 @@ def objects_of(prog, name, type_name):
 
 def allocated(prog):
     """Every allocated object of a few caches: addresses."""
-    kinds = {"task_struct": "struct task_struct", "dentry": "struct dentry", "kstub_cache": "char"}
+    kinds = {"task_struct": "struct task_struct", "mm_struct": "struct mm_struct", "kstub_cache": "char"}
     return {
         name: attempt(lambda name=name, kind=kind: objects_of(prog, name, kind))
         for name, kind in kinds.items()
