@@ -27,7 +27,7 @@
 #include <linux/bit_spinlock.h>
 
 #define NOWHERE ((volatile int *)0xffffffff00000100ul)
-#define SPINLOCK_CPU 2
+#define SPINLOCK_CPU 0
 #define BIT_LOCK_CPU 3
 
 static char *how = "nmi";

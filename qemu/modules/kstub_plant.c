@@ -710,7 +710,7 @@ static void plant_log(void)
 	pr_info("kstub_plant: begun");
 	pr_cont(", continued\n");
 	pr_info("kstub_plant: %s\n", long_line);
-	pr_info("kstub_plant: bytes \x01\x7f\xff\\ and a tab\there\n");
+	pr_info("kstub_plant: bytes \x02\x7f\xc3\xa9\\ and a tab\there\n");
 	say("log.pid=%d\nlog.long=%zu\n", current->pid, sizeof(long_line) - 1);
 }
 
