@@ -29,7 +29,8 @@ def _dump_of(manifest, wanted):
 
 def _key(who, dump, *more):
     state = dump.stat()
-    return recipe_hash(tools.install(who)[1], SCRIPTS / f"{who}_facts.py", state.st_mtime_ns, state.st_size, *more)
+    scripts = sorted(SCRIPTS.glob(f"{who}_*.py"))
+    return recipe_hash(tools.install(who)[1], *scripts, state.st_mtime_ns, state.st_size, *more)
 
 
 def _run(argv, output):
@@ -47,7 +48,7 @@ def _drgn(dump, manifest):
     modules = LAB / manifest["modules"]
     debug_files = sorted(modules.rglob("*.ko.debug"))
     # The interpreter that drgn was installed for, with drgn on its path.
-    python = ["env", f"PYTHONPATH={tools.drgn_directory()}", sys.executable]
+    python = ["env", f"PYTHONPATH={tools.drgn_directory()}", "PYTHONDONTWRITEBYTECODE=1", sys.executable]
     return [*python, SCRIPTS / "drgn_facts.py", dump, LAB / manifest["vmlinux"], *debug_files]
 
 
