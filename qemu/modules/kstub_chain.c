@@ -7,7 +7,7 @@
  *   fault     an invalid access in a task
  *   kprobe    panic in a kprobe, below a function with a kretprobe
  *   overflow  the stack runs into its guard page
- *   locks     no panic: CPUs that spin for a spinlock and for a bit lock
+ *   locks     no panic: CPUs 4 and 5 spin for a spinlock, CPU 3 for a bit lock
  *
  * Every function on the way has its own name and cannot be inlined, and the log
  * says before the end which they are, innermost first.
@@ -27,8 +27,9 @@
 #include <linux/bit_spinlock.h>
 
 #define NOWHERE ((volatile int *)0xffffffff00000100ul)
-#define SPINLOCK_CPU 0
 #define BIT_LOCK_CPU 3
+#define FIRST_SPINLOCK_CPU 4
+#define SPINLOCK_CPUS 2
 
 static char *how = "nmi";
 module_param(how, charp, 0444);
@@ -212,22 +213,38 @@ static ALONE int kstub_bit_spinner(void *unused)
 	return 0;
 }
 
+static struct task_struct *spinner(int (*run)(void *), int cpu, const char *name)
+{
+	struct task_struct *task = kthread_create(run, NULL, "%s%d", name, cpu);
+
+	if (IS_ERR(task))
+		return NULL;
+	kthread_bind(task, cpu);
+	pr_info("kstub_chain: spinner pid=%d cpu=%d what=%s\n", task->pid, cpu, name);
+	return task;
+}
+
+/* The first spins on the lock's own word, the second in the queue behind it. */
 static int locks(void)
 {
-	struct task_struct *spinner = kthread_create(kstub_spinlock_spinner, NULL, "kstub_spinner");
-	struct task_struct *bit = kthread_create(kstub_bit_spinner, NULL, "kstub_bitspin");
+	struct task_struct *spinners[SPINLOCK_CPUS], *bit;
+	int i;
 
-	if (IS_ERR(spinner) || IS_ERR(bit))
-		return -ENOMEM;
 	arch_spin_lock(&kstub_held_spinlock.rlock.raw_lock);
-	kthread_bind(spinner, SPINLOCK_CPU);
-	kthread_bind(bit, BIT_LOCK_CPU);
 	pr_info("kstub_chain: how=locks\n");
 	pr_info("kstub_chain: spinlock=0x%lx bit_lock=0x%lx\n",
 		(unsigned long)&kstub_held_spinlock, (unsigned long)&kstub_held_bit);
-	pr_info("kstub_chain: spinner pid=%d cpu=%d\n", spinner->pid, SPINLOCK_CPU);
-	pr_info("kstub_chain: bit spinner pid=%d cpu=%d\n", bit->pid, BIT_LOCK_CPU);
-	wake_up_process(spinner);
+	bit = spinner(kstub_bit_spinner, BIT_LOCK_CPU, "kstub_bitspin");
+	for (i = 0; i < SPINLOCK_CPUS; i++) {
+		spinners[i] = spinner(kstub_spinlock_spinner, FIRST_SPINLOCK_CPU + i, "kstub_spin");
+		if (!spinners[i])
+			return -ENOMEM;
+		wake_up_process(spinners[i]);
+		msleep(50);
+	}
+	if (!bit)
+		return -ENOMEM;
+	pr_info("kstub_chain: all spin\n");
 	wake_up_process(bit);
 	return 0;
 }
