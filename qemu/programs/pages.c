@@ -253,7 +253,7 @@ static int merged(const char *one, const char *two)
 	return count == PAGES;
 }
 
-/* Two copies of each page; the kernel's thread makes them one. */
+/* Two copies of each page, with the contents of the first; the kernel's thread makes them one. */
 static void plant_merged(void)
 {
 	char *one = filled(PAGES), *two = anonymous(PAGES);
@@ -271,7 +271,7 @@ static void plant_merged(void)
 	write_to("/sys/kernel/mm/ksm/run", "0");
 	printf("ksm_merged=%d\n", merged(one, two));
 	remember("ksm", one, PAGES);
-	remember("ksm", two, PAGES);
+	remember("ksm-copy", two, PAGES);
 }
 
 static void join(const char *cgroup)
