@@ -60,8 +60,8 @@ pub fn register(context: &Context<'_>, name: &str) -> Result<VirtAddr, CommandEr
 fn symbol(context: &Context<'_>, text: &str) -> Option<VirtAddr> {
     let kernel = context.machine.kernel()?;
     match text.split_once('+') {
-        Some((name, offset)) => Some(kernel.symbol(name)?.wrapping_add(hex(offset)?)),
-        None => kernel.symbol(text),
+        Some((name, offset)) => Some(kernel.symbol_anywhere(name)?.wrapping_add(hex(offset)?)),
+        None => kernel.symbol_anywhere(text),
     }
 }
 

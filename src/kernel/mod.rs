@@ -8,6 +8,7 @@ pub mod discover;
 mod globals;
 pub mod list;
 mod machine;
+pub mod module;
 pub mod object;
 pub mod percpu;
 pub mod printk;
@@ -21,8 +22,10 @@ pub use task::{Task, Tasks};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
+use crate::bytes::printable;
 use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 /// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
@@ -38,6 +41,26 @@ pub struct Kernel {
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
     /// Where per-CPU memory lies; `None` without SMP or symbols.
     per_cpu: OnceLock<Option<percpu::Areas>>,
+    modules: OnceLock<module::Modules>,
+}
+
+/// A symbol that covers an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Symbolized<'a> {
+    /// Its name: untrusted text.
+    pub name: &'a str,
+    /// How far into it the address lies, in bytes.
+    pub offset: u64,
+    /// The module it is of; `None` for the kernel image.
+    pub module: Option<&'a str>,
+}
+
+impl fmt::Display for Symbolized<'_> {
+    /// `name+0x12 [module]`, as the kernel's own messages have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{:#x}", printable(self.name), self.offset)?;
+        self.module.map_or(Ok(()), |module| write!(f, " [{}]", printable(module)))
+    }
 }
 
 impl Kernel {
@@ -50,6 +73,7 @@ impl Kernel {
             own_types: OnceLock::new(),
             kallsyms: OnceLock::new(),
             per_cpu: OnceLock::new(),
+            modules: OnceLock::new(),
         }
     }
 
@@ -93,8 +117,8 @@ impl Kernel {
         self.kallsyms.get_or_init(|| discover::find_kallsyms(&*self.backend, &self.found)).as_ref()
     }
 
-    /// Run-time address of a symbol. Per-CPU symbols come back as they stand in their section: see
-    /// [`Self::per_cpu`].
+    /// Run-time address of a symbol of the kernel image, by whose presence kernels are told apart too. Per-CPU
+    /// symbols come back as they stand in their section: see [`Self::per_cpu`].
     pub fn symbol(&self, name: &str) -> Option<VirtAddr> {
         self.symbol_and_size(name).map(|(at, _)| at)
     }
@@ -105,8 +129,23 @@ impl Kernel {
         Some((self.slide(symbol.addr), symbol.size))
     }
 
-    /// The symbol of the kernel image that covers the run-time address `at`: name and offset.
-    pub fn symbolize(&self, at: VirtAddr) -> Option<(&str, u64)> {
+    /// Run-time address of a symbol of the kernel image or else of any module: what a user means by a name.
+    pub fn symbol_anywhere(&self, name: &str) -> Option<VirtAddr> {
+        let in_module = |module| self.module_symbols(module).lookup(name).map(|symbol| VirtAddr(symbol.addr));
+        self.symbol(name).or_else(|| self.modules().list.iter().find_map(in_module))
+    }
+
+    /// The symbol of the kernel image or a module that covers the run-time address `at`.
+    pub fn symbolize(&self, at: VirtAddr) -> Option<Symbolized<'_>> {
+        if let Some((name, offset)) = self.symbolize_in_image(at) {
+            return Some(Symbolized { name, offset, module: None });
+        }
+        let module = self.modules().at(at)?;
+        let (symbol, offset) = self.module_symbols(module).at(at.0)?;
+        Some(Symbolized { name: symbol.name, offset, module: Some(&module.name) })
+    }
+
+    fn symbolize_in_image(&self, at: VirtAddr) -> Option<(&str, u64)> {
         let link = at.0.checked_sub(self.found.kaslr_offset).filter(|&link| link >= START_KERNEL_MAP)?;
         // Modules lie above the image, where the last of its symbols without a size would seem to reach.
         if self.symbol("_end").is_some_and(|end| at >= end) {

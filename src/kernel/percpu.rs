@@ -249,7 +249,7 @@ impl Kernel {
         if let Some(place) = self.per_cpu_reverse(at) {
             return Some(place.to_string());
         }
-        let (name, offset) = self.symbolize(at)?;
+        let Symbolized { name, offset, module } = self.symbolize(at)?;
         let name = printable(name);
         Some(if offset == 0 { name } else { format!("{name}+{offset:#x}") })
     }
