@@ -4,14 +4,18 @@
 
 mod args;
 mod declare;
+mod dis;
 mod expression;
 mod help;
 mod info;
+mod list;
 mod log;
 mod p;
 mod percpu;
+mod rd;
 mod regs;
 mod structure;
+mod sym;
 mod value;
 mod whatis;
 mod why;
@@ -96,13 +100,17 @@ pub struct Command {
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
     structure::STAR,
+    dis::COMMAND,
     help::COMMAND,
     info::COMMAND,
+    list::COMMAND,
     log::COMMAND,
     p::COMMAND,
     percpu::COMMAND,
+    rd::COMMAND,
     regs::COMMAND,
     structure::STRUCT,
+    sym::COMMAND,
     structure::UNION,
     whatis::COMMAND,
     why::COMMAND,

@@ -63,6 +63,11 @@ impl SymbolTable {
         Self { strings, entries, ..Self::default() }
     }
 
+    /// All symbols by ascending address; those whose name is no UTF-8 are left out.
+    pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
+        self.entries.iter().filter_map(|entry| self.symbol(entry))
+    }
+
     /// A symbol called `name`; of several (static functions share names) the one at the lowest address.
     pub fn lookup(&self, name: &str) -> Option<Symbol<'_>> {
         let hash = |i: &u32| self.hasher.hash_one(self.entries.get(*i as usize).map(|e| self.name(e)));
