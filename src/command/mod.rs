@@ -34,6 +34,8 @@ pub struct Context<'a> {
     pub machine: &'a Machine,
     /// The CPU the user has selected.
     pub cpu: CpuId,
+    /// Address of the `struct task_struct` the user has selected, where that is not just what ran on the CPU.
+    pub task: Option<VirtAddr>,
     /// What else the user has chosen.
     pub focus: &'a Focus,
 }
@@ -57,7 +59,7 @@ impl<'a> Context<'a> {
     pub fn task(&self) -> Result<Object<'a>, CommandError> {
         let kernel = self.kernel()?;
         let running = || kernel.current(self.cpu).map(|task| task.at);
-        let at = self.focus.task.get().or_else(running);
+        let at = self.task.or(self.focus.task.get()).or_else(running);
         let at =
             at.ok_or_else(|| CommandError(format!("which task ran on CPU {} is not known", self.cpu)))?;
         Ok(kernel.object("task_struct", at)?)
@@ -99,7 +101,6 @@ pub struct Command {
 
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
-    structure::STAR,
     dis::COMMAND,
     help::COMMAND,
     info::COMMAND,
@@ -118,9 +119,9 @@ pub const COMMANDS: &[Command] = &[
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
-    // crash takes `*page ADDR`, too.
+    // crash's short form: `*page ADDR`.
     let (star, line) = match line.trim_start().strip_prefix('*') {
-        Some(line) => (Some("*"), line),
+        Some(rest) => (Some("struct"), rest),
         None => (None, line),
     };
     let mut words = star.into_iter().chain(line.split_whitespace());

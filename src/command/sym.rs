@@ -30,16 +30,11 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let options = Options::read("sym", &["l", "q:", "n", "p"], true, arguments)?;
     let kernel = context.kernel()?;
     let mut list = List { kernel, text: String::new(), rows: Vec::new() };
-    let symbols = || {
-        kernel
-            .debug_info()
-            .map(|info| info.symbols())
-            .ok_or_else(|| CommandError("there are no symbols; pass --vmlinux FILE".into()))
-    };
+    let symbols = || kernel.symbols().map_err(|why| CommandError(why.to_string()));
     if options.has("l") || options.has("q") {
         let wanted = options.value("q").unwrap_or_default();
         for symbol in symbols()?.iter().filter(|symbol| symbol.name.contains(wanted)).take(SYMBOLS_MAX) {
-            list.add(&symbol, 0);
+            list.add(&symbol);
         }
         if list.rows.is_empty() {
             return Err(CommandError(format!("no symbol has '{}' in its name", printable(wanted))));
@@ -54,7 +49,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         // Static functions and variables share names: all are shown.
         if kernel.symbol(argument).is_some() {
             for symbol in symbols()?.iter().filter(|symbol| symbol.name == *argument) {
-                list.add(&symbol, 0);
+                list.add(&symbol);
             }
         }
         if list.rows.len() == before {
@@ -71,13 +66,13 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
                 && let Some((_, symbol)) =
                     by_address()?.filter(|(other, _)| *other < at).max_by_key(|(at, _)| *at)
             {
-                list.add(&symbol, 0);
+                list.add(&symbol);
             }
             if options.has("n")
                 && let Some((_, symbol)) =
                     by_address()?.filter(|(other, _)| *other > at).min_by_key(|(at, _)| *at)
             {
-                list.add(&symbol, 0);
+                list.add(&symbol);
             }
         }
     }
@@ -91,17 +86,32 @@ struct List<'k> {
 }
 
 impl List<'_> {
-    fn add(&mut self, symbol: &Symbol<'_>, offset: u64) {
+    fn add(&mut self, symbol: &Symbol<'_>) {
         let at = self.kernel.slide(symbol.addr);
         let per_cpu = self.kernel.is_per_cpu(at);
-        self.row(at.wrapping_add(offset), symbol.name, offset, None, per_cpu.then_some("per-CPU"));
+        let note = per_cpu.then_some("per-CPU");
+        let _ = writeln!(
+            self.text,
+            "{:x} ({}) {}{}",
+            at.0,
+            symbol.letter,
+            printable(symbol.name),
+            note.map_or(String::new(), |note| format!("  ({note})"))
+        );
+        self.rows.push(json!({
+            "address": at.to_string(),
+            "name": symbol.name,
+            "offset": 0,
+            "cpu": Value::Null,
+            "letter": symbol.letter.to_string(),
+        }));
     }
 
     fn row(&mut self, at: VirtAddr, name: &str, offset: u64, cpu: Option<u32>, note: Option<&str>) {
         let beyond = if offset == 0 { String::new() } else { format!("+{offset:#x}") };
         let on = cpu.map_or(String::new(), |cpu| format!(" cpu {cpu}"));
         let note = note.map_or(String::new(), |note| format!("  ({note})"));
-        let _ = writeln!(self.text, "{:x}  {}{beyond}{on}{note}", at.0, printable(name));
+        let _ = writeln!(self.text, "{:x} {}{beyond}{on}{note}", at.0, printable(name));
         self.rows.push(json!({ "address": at.to_string(), "name": name, "offset": offset, "cpu": cpu }));
     }
 

@@ -116,7 +116,11 @@ impl Machine {
                 );
                 problems.append(&mut found.problems);
                 let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?;
-                Ok(Kernel::new(backend.clone(), found, debug_info))
+                let kernel = Kernel::new(backend.clone(), found, debug_info);
+                if let Err(why) = kernel.symbols() {
+                    problems.push(format!("{why}: no symbols; pass --vmlinux FILE that has a symbol table"));
+                }
+                Ok(kernel)
             }
             Err(error) => {
                 tracing::info!("{error}");
@@ -217,6 +221,23 @@ impl Machine {
         }
     }
 
+    /// Reads virtual memory as the task at `task` (its `struct task_struct`) sees it, whether it runs or not.
+    pub fn read_as_task(&self, task: VirtAddr, at: VirtAddr, buf: &mut [u8]) -> VirtOutcome {
+        let no_tables = |why: &str| {
+            let error = TranslateError::NoTables { at, why: why.to_owned() };
+            VirtOutcome { filled: 0, stopped: (!buf.is_empty()).then_some(error.into()) }
+        };
+        let Ok(kernel) = &self.kernel else { return no_tables("no kernel was found in the dump") };
+        if at.0 >> 63 == 1 {
+            return kernel.read(at, buf);
+        }
+        match kernel.task(task).mm.flatten().map(|mm| kernel.user_space(mm)) {
+            Some(Some(space)) => space.read(&*self.backend, at, buf),
+            Some(None) => no_tables("the page tables of its mm cannot be found"),
+            None => no_tables("the task is a kernel thread or exiting: it has no user memory"),
+        }
+    }
+
     /// Follows `at` level by level, as [`Self::read_virt`] would.
     pub fn why(&self, cpu: CpuId, at: VirtAddr) -> Why {
         let (space, tables) = match self.space_for(cpu, at) {
@@ -308,7 +329,7 @@ fn choose_debug_info(
         found.kaslr_offset = fits(info).unwrap_or(found.kaslr_offset);
         if !info.has_symbols() {
             problems.push(format!(
-                "'{}' has no symbol table (stripped?): no task names; use the unstripped vmlinux",
+                "'{}' has no symbol table (stripped?): gdb finds no names in it; use the unstripped vmlinux",
                 info.path().display()
             ));
         }
@@ -328,7 +349,7 @@ fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String
         None => ("", String::new()),
     };
     problems.push(format!(
-        "no vmlinux with debug info for {release}: no symbols and no task names; install the kernel's debug package \
+        "no vmlinux with debug info for {release}: no types, source lines or locals in gdb; install the kernel's debug package \
          (Debian: linux-image-{release}-dbg), pass --vmlinux FILE or --debug-dir DIR{servers} (searched{by}: {})",
         search.searched.join(", ")
     ));
@@ -426,7 +447,7 @@ fn note_mode(cpu: &mut Cpu) {
 fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String>) -> Vec<Cpu> {
     let saved = backend.saved_cpus();
     let Some(attributed) = kernel.attribute(saved) else {
-        if kernel.debug_info().is_some() {
+        if kernel.symbols().is_ok() {
             problems.push(
                 "which CPUs the kernel has cannot be read: registers are numbered by order only".to_owned(),
             );

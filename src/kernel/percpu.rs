@@ -197,7 +197,7 @@ impl Kernel {
         }
         let moved = if areas.template.start < START_KERNEL_MAP { 0 } else { self.found.kaslr_offset };
         let link = at.0.wrapping_sub(moved);
-        let symbols = self.debug_info.as_ref()?.symbols();
+        let symbols = self.symbols().ok()?;
         // Zero is also where assembly's constants are, and a label may stand inside a variable.
         let mut below = link;
         let mut without_size = None;
