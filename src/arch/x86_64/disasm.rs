@@ -80,6 +80,8 @@ pub fn decode(code: &[u8], at: u64, syntax: Syntax) -> Vec<Instruction> {
         }
         let mut text = String::new();
         formatter.format(&iced, &mut text);
+        // With the scale always shown, as objdump has it, there is a comma where nothing is to be scaled.
+        let text = text.replace(",)", ")");
         instructions.push(Instruction { at: iced.ip(), bytes, text, refers_to: reference(&iced) });
     }
     instructions
