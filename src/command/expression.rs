@@ -176,7 +176,8 @@ pub fn points_at(value: &Value<'_>) -> Result<VirtAddr, CommandError> {
         Value::Place(place) => {
             let shape = place.kernel().type_table()?.strip(place.ty).map(|(_, ty)| ty);
             match shape.as_deref().map(|ty| &ty.shape) {
-                Some(Shape::Pointer(_) | Shape::Int { .. }) => Ok(VirtAddr(place.u64()?)),
+                // An unsigned long may be an address; what is shorter is none.
+                Some(Shape::Pointer(_) | Shape::Int { size: 8, .. }) => Ok(VirtAddr(place.u64()?)),
                 _ => Ok(place.at),
             }
         }
@@ -232,8 +233,8 @@ impl<'k> Evaluation<'_, 'k> {
     }
 
     fn untyped(&self, at: VirtAddr) -> String {
-        let name = self.kernel.describe_address(at).unwrap_or_else(|| at.to_string());
-        format!("the type of '{name}' is not known; say *(TYPE *)&{name}")
+        let what = self.kernel.describe_address(at).unwrap_or_else(|| "the symbol".into());
+        format!("the type of what is at {at} ({what}) is not known; say *(TYPE *)&SYMBOL")
     }
 
     /// Variables before enumerators before what has no type, as a debugger looks for them.

@@ -4,14 +4,18 @@
 
 mod args;
 mod declare;
+mod dis;
 mod expression;
 mod help;
 mod info;
+mod list;
 mod log;
 mod p;
 mod percpu;
+mod rd;
 mod regs;
 mod structure;
+mod sym;
 mod value;
 mod whatis;
 mod why;
@@ -97,14 +101,17 @@ pub struct Command {
 
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
-    structure::STAR,
+    dis::COMMAND,
     help::COMMAND,
     info::COMMAND,
+    list::COMMAND,
     log::COMMAND,
     p::COMMAND,
     percpu::COMMAND,
+    rd::COMMAND,
     regs::COMMAND,
     structure::STRUCT,
+    sym::COMMAND,
     structure::UNION,
     whatis::COMMAND,
     why::COMMAND,
@@ -112,9 +119,9 @@ pub const COMMANDS: &[Command] = &[
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
-    // crash takes `*page ADDR`, too.
+    // crash's short form: `*page ADDR`.
     let (star, line) = match line.trim_start().strip_prefix('*') {
-        Some(line) => (Some("*"), line),
+        Some(rest) => (Some("struct"), rest),
         None => (None, line),
     };
     let mut words = star.into_iter().chain(line.split_whitespace());

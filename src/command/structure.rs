@@ -1,4 +1,4 @@
-//! `struct`, `union` and `*`: a type's declaration, or what lies at an address as that type.
+//! `struct`, `union` and, short for both, `*`: a type's declaration, or what lies at an address as that type.
 
 use super::args::{Options, count, hexadecimal};
 use super::declare::{Offsets, chosen, declaration, members_json};
@@ -19,9 +19,10 @@ const HELP: &str = "Without an address: the declaration and size of NAME, or of 
     -l OFFSET   the address is that of a member: its offset, or STRUCT.MEMBER\n\
     -c COUNT    so many in a row; COUNT may stand behind the address, too\n\
     -p          the address is physical\n\n\
-    MEMBER is a path such as thread.sp or mem[0]; several have ',' between them.\n\n\
+    MEMBER is a path such as thread.sp or mem[0]; several have ',' between them. \
+    '*' is short for 'struct' and 'union'.\n\n\
     Examples:\n  struct task_struct.pid,comm init_task\n  struct list_head -o\n  struct rq.nr_running runqueues:a\n  \
-    struct page.flags,_refcount 0xffffea0000000000 4\n  * init_mm.mmap\n";
+    struct page.flags,_refcount 0xffffea0000000000 4\n  *list_head init_task.tasks\n";
 
 pub const STRUCT: Command = Command {
     name: "struct",
@@ -35,14 +36,6 @@ pub const UNION: Command = Command {
     name: "union",
     summary: "declaration of a union, or what lies at an address",
     run: |context, arguments| run("union", context, arguments),
-    ..STRUCT
-};
-
-pub const STAR: Command = Command {
-    name: "*",
-    arguments: "NAME[.MEMBER[,MEMBER…]] [ADDR [COUNT]]",
-    summary: "short for 'struct' and 'union'",
-    run: |context, arguments| run("*", context, arguments),
     ..STRUCT
 };
 

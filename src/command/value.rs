@@ -216,7 +216,13 @@ impl<'k> Reader<'k> {
         if !is_char {
             return self.address(at);
         }
+        // What is no text is a pointer to bytes.
+        let is_text = |text: &String| {
+            text.chars()
+                .all(|c| c != char::REPLACEMENT_CHARACTER && (!c.is_control() || "\n\t\r".contains(c)))
+        };
         let text = if at.0 == 0 { None } else { self.kernel.text_at(at, TEXT_MAX as u64 + 1).ok() };
+        let text = text.filter(is_text);
         let json = json!({ "address": at.to_string(), "text": text });
         let Some(text) = text else { return Node::Leaf(at.to_string(), json) };
         let cut: String = text.chars().take(TEXT_MAX).collect();
