@@ -6,12 +6,16 @@ use super::Error;
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::hash::Hash;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// Typedefs, qualifiers, arrays and anonymous members nest only so deep in any sane type; more is a cycle.
 const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
 const MEMBERS_MAX: u32 = 4096;
+/// `TypeId::source` of types that were spelled (`struct page *[4]`) and that no source describes.
+const MADE: u16 = u16::MAX;
+/// So many of them; each is remembered.
+const MADE_MAX: usize = 4096;
 
 /// A type in a [`TypeTable`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -172,6 +176,8 @@ pub struct TypeTable {
     names: Remembered<(Class, String), Option<TypeId>>,
     members: Remembered<(TypeId, String), Option<Member>>,
     constants: Remembered<String, Option<i64>>,
+    /// Types that were spelled and that no source describes; see [`MADE`].
+    made: Mutex<Vec<Arc<Type>>>,
 }
 
 /// What was looked up once. Bounded by what the debug info holds.
@@ -201,6 +207,7 @@ impl TypeTable {
             names: Remembered::new(),
             members: Remembered::new(),
             constants: Remembered::new(),
+            made: Mutex::new(Vec::new()),
         }
     }
 
@@ -251,13 +258,20 @@ impl TypeTable {
         self.find(Class::Struct, name).or_else(|| self.find(Class::Union, name))
     }
 
-    /// A type as C spells it: `struct page`, `enum zone_type`, `unsigned long`, `atomic_t`, `char *`, and, as crash
-    /// takes them, the names of structures and unions without the word.
+    /// A type as C spells it: `struct page`, `enum zone_type`, `unsigned long`, `atomic_t`, `char *`, `int [4][2]`, and,
+    /// as crash takes them, the names of structures and unions without the word. The number is how many stars follow;
+    /// an array of pointers is a type of its own and has none.
     pub fn parse(&self, text: &str) -> Option<(TypeId, u32)> {
-        let base = text.trim_end_matches(|c: char| c == '*' || c.is_whitespace());
-        let stars = text.get(base.len()..)?.matches('*').count();
-        let words: Vec<&str> = base.split_whitespace().filter(|w| !matches!(*w, "const" | "volatile")).collect();
-        let id = match words.as_slice() {
+        let (text, counts) = text.split_once('[').map_or((text, None), |(base, rest)| (base, Some(rest)));
+        let (base, stars) = text.split_at(text.find('*').unwrap_or(text.len()));
+        let qualifier = |word: &str| matches!(word, "const" | "volatile" | "restrict" | "_Atomic");
+        // Behind the first star there are only stars and qualifiers of pointers.
+        if !stars.split(|c: char| c == '*' || c.is_whitespace()).all(|w| w.is_empty() || qualifier(w)) {
+            return None;
+        }
+        let stars = u32::try_from(stars.matches('*').count()).ok()?;
+        let words: Vec<&str> = base.split_whitespace().filter(|word| !qualifier(word)).collect();
+        let mut id = match words.as_slice() {
             ["void"] => TypeId::VOID,
             ["struct", name] => self.find(Class::Struct, name)?,
             ["union", name] => self.find(Class::Union, name)?,
@@ -271,7 +285,33 @@ impl TypeTable {
             }
             _ => self.find(Class::Base, base_type(&words)?)?,
         };
-        Some((id, u32::try_from(stars).ok()?))
+        let Some(counts) = counts else { return Some((id, stars)) };
+        let counts: Vec<&str> = counts.trim_end().strip_suffix(']')?.split("][").collect();
+        if stars > DEPTH || counts.len() > DEPTH as usize {
+            return None;
+        }
+        for _ in 0..stars {
+            id = self.make(Shape::Pointer(id))?;
+        }
+        for count in counts.into_iter().rev() {
+            let count = if count.trim().is_empty() { 0 } else { count.trim().parse().ok()? };
+            id = self.make(Shape::Array { element: id, count })?;
+        }
+        Some((id, 0))
+    }
+
+    /// A type that was spelled and that no debug info describes: a pointer or an array.
+    fn make(&self, shape: Shape) -> Option<TypeId> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = made.iter().position(|ty| ty.shape == shape).unwrap_or(made.len());
+        let id = TypeId { source: MADE, id: u32::try_from(place).ok()?.checked_add(1)? };
+        if place == made.len() {
+            if place >= MADE_MAX {
+                return None;
+            }
+            made.push(Arc::new(Type { name: String::new(), shape }));
+        }
+        Some(id)
     }
 
     /// All names of a class in image and modules, sorted.
@@ -287,6 +327,10 @@ impl TypeTable {
     pub fn get(&self, id: TypeId) -> Option<Arc<Type>> {
         if let Some(known) = self.types.get(&id) {
             return known;
+        }
+        if id.source == MADE {
+            let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+            return made.get((id.id as usize).checked_sub(1)?).cloned();
         }
         let source = match usize::from(id.source).checked_sub(1) {
             None => Some(&self.image),
@@ -424,7 +468,9 @@ impl TypeTable {
     }
 
     fn declare_within(&self, id: TypeId, inner: String, depth: u32) -> String {
-        let (Some(ty), Some(depth)) = (self.get(id), depth.checked_sub(1)) else { return format!("? {inner}") };
+        let (Some(ty), Some(depth)) = (self.get(id), depth.checked_sub(1)) else {
+            return format!("? {inner}");
+        };
         let join = |word: &str| if inner.is_empty() { word.to_owned() } else { format!("{word} {inner}") };
         let tagged = |tag: &str, name: &str| {
             if name.is_empty() { join(&format!("{tag} {{...}}")) } else { join(&format!("{tag} {name}")) }
