@@ -37,8 +37,9 @@ impl Name {
 /// A definition; the least of several is the one wanted.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Definition {
-    /// Not seen by other units.
-    pub local: bool,
+    /// 0 for what other units see too, 1 for a variable that only its own does, 2 for one that is only declared:
+    /// assembly or the linker script defines it (`jiffies`).
+    pub rank: u8,
     /// Offset in `.debug_info`.
     pub offset: u32,
 }
@@ -264,7 +265,8 @@ impl<'a> Scanner<'a, '_> {
         found: &mut Found,
     ) -> gimli::Result<()> {
         let Some(class) = class(tag) else { return Ok(()) };
-        if facts.declaration {
+        let declaration = facts.declaration;
+        if declaration && class != Class::Variable {
             return Ok(());
         }
         // The definition of what was declared before has its name and linkage there.
@@ -275,9 +277,13 @@ impl<'a> Scanner<'a, '_> {
             }
         }
         if let Some(name) = facts.name {
-            let local = class == Class::Variable && !facts.external;
+            let rank = match class {
+                Class::Variable if declaration => 2,
+                Class::Variable if !facts.external => 1,
+                _ => 0,
+            };
             let offset = self.start.wrapping_add(offset.0 as u32);
-            found.define((class, name), Definition { local, offset });
+            found.define((class, name), Definition { rank, offset });
         }
         Ok(())
     }

@@ -50,6 +50,7 @@ enum SectionBytes {
 
 impl SectionReader {
     /// A section that is already in memory; `path` is named in errors.
+    #[cfg(test)]
     pub fn held(bytes: Vec<u8>, path: &str) -> Self {
         Self { bytes: SectionBytes::Held(bytes), path: path.to_owned() }
     }
