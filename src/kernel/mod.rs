@@ -10,6 +10,7 @@ mod machine;
 pub mod object;
 pub mod printk;
 mod task;
+pub mod xarray;
 
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
