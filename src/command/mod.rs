@@ -3,10 +3,16 @@
 //! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
 
 mod args;
+mod foreach;
 mod help;
 mod info;
 mod log;
+mod ps;
 mod regs;
+mod set;
+mod sys;
+mod table;
+mod task;
 mod why;
 
 pub use info::render as render_info;
@@ -87,7 +93,18 @@ pub struct Command {
 }
 
 /// Every command, in the order of `help`.
-pub const COMMANDS: &[Command] = &[help::COMMAND, info::COMMAND, log::COMMAND, regs::COMMAND, why::COMMAND];
+pub const COMMANDS: &[Command] = &[
+    foreach::COMMAND,
+    help::COMMAND,
+    info::COMMAND,
+    log::COMMAND,
+    ps::COMMAND,
+    regs::COMMAND,
+    set::COMMAND,
+    sys::COMMAND,
+    task::COMMAND,
+    why::COMMAND,
+];
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {

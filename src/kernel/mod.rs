@@ -5,14 +5,20 @@
 
 pub mod cpus;
 pub mod discover;
+mod fields;
 pub mod list;
 mod machine;
+pub mod mm;
 pub mod object;
 pub mod printk;
+pub mod sched;
+pub mod taint;
 mod task;
+pub mod time;
 pub mod xarray;
 
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
+pub use fields::{Fields, Row};
 pub use object::{Object, ObjectError};
 pub use task::{Task, Tasks};
 
