@@ -29,6 +29,8 @@ pub struct Context<'a> {
     pub machine: &'a Machine,
     /// The CPU the user has selected.
     pub cpu: CpuId,
+    /// Address of the `struct task_struct` the user has selected, where that is not just what ran on the CPU.
+    pub task: Option<VirtAddr>,
     /// What else the user has chosen.
     pub focus: &'a Focus,
 }
@@ -52,7 +54,7 @@ impl<'a> Context<'a> {
     pub fn task(&self) -> Result<Object<'a>, CommandError> {
         let kernel = self.kernel()?;
         let running = || kernel.current(self.cpu).map(|task| task.at);
-        let at = self.focus.task.get().or_else(running);
+        let at = self.task.or(self.focus.task.get()).or_else(running);
         let at =
             at.ok_or_else(|| CommandError(format!("which task ran on CPU {} is not known", self.cpu)))?;
         Ok(kernel.object("task_struct", at)?)

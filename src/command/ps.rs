@@ -425,8 +425,7 @@ fn children(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Output {
 fn states(chosen: &[&TaskInfo]) -> Output {
     let mut counts: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
     for task in chosen {
-        let (short, words) =
-            task.state.map_or(("??", "unreadable"), |state| (state.short(), state.words()));
+        let (short, words) = task.state.map_or(("??", "unreadable"), |state| (state.short(), state.words()));
         counts.entry(short).or_insert((0, words)).0 += 1;
     }
     let mut text = String::new();

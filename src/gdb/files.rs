@@ -6,7 +6,7 @@
 //! Source: GDB manual, "General Query Packets", "Host I/O Packets", "Protocol-specific Representation of
 //! Datatypes"; gdb `remote.c` (`remote_filesystem_is_local`), `gdb/build-id.c` (names of debug files).
 
-use super::front::{MAX_PAYLOAD, window};
+use super::front::window;
 use crate::debuginfo::{Contents, DebugInfo, Error};
 use crate::rsp;
 use std::os::unix::ffi::OsStrExt;
@@ -14,6 +14,9 @@ use std::sync::Arc;
 
 /// Files one client can have open; gdb keeps two.
 const MAX_OPEN: usize = 16;
+
+/// The most bytes of a file that are sent at once. gdb reads ahead as much as it gets, and mostly uses little of it.
+const MAX_PREAD: usize = 0x8000;
 
 /// errno values of the File-I/O protocol.
 mod errno {
@@ -143,7 +146,7 @@ impl OpenFiles {
     fn pread(&self, handle: &[u8], count: &[u8], offset: &[u8]) -> Result<Vec<u8>, u8> {
         let contents = self.get(handle)?;
         let offset = rsp::parse_u64(offset).ok_or(errno::EINVAL)?;
-        let mut buf = vec![0; number(count).ok_or(errno::EINVAL)?.min(MAX_PAYLOAD)];
+        let mut buf = vec![0; number(count).ok_or(errno::EINVAL)?.min(MAX_PREAD)];
         let n = contents.read(offset, &mut buf).map_err(|error| {
             tracing::warn!("the vmlinux cannot be read any more: {error}");
             errno::EIO

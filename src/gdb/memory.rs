@@ -13,6 +13,8 @@ use crate::rsp;
 pub(super) enum Space {
     /// What the CPU sees.
     Virtual(CpuId),
+    /// What the task (address of its `struct task_struct`) sees.
+    Task(VirtAddr),
     /// The machine's physical memory (`Qqemu.PhyMemMode:1`).
     Physical,
 }
@@ -23,6 +25,7 @@ pub(super) fn read(machine: &Machine, space: Space, request: &[u8], max: usize) 
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(max)];
     let filled = match space {
         Space::Virtual(cpu) => machine.read_virt(cpu, VirtAddr(at), &mut bytes).filled,
+        Space::Task(task) => machine.read_as_task(task, VirtAddr(at), &mut bytes).filled,
         Space::Physical => machine.backend().read_phys(PhysAddr(at), &mut bytes).filled,
     };
     if filled == 0 && len > 0 {

@@ -37,7 +37,11 @@ pub struct MmReader<'k> {
 enum Counter {
     /// Since Linux commit f1a7941243c1 ("mm: convert mm's rss stats into percpu_counter") (in v6.2): size of one,
     /// offsets of `count` and, where there is more than one CPU, of `counters`.
-    PerCpu { size: u64, count: u64, counters: Option<u64> },
+    PerCpu {
+        size: u64,
+        count: u64,
+        counters: Option<u64>,
+    },
     /// One number for each kind.
     Plain,
     Unknown,

@@ -12,13 +12,14 @@ pub mod mm;
 pub mod object;
 pub mod printk;
 pub mod sched;
+mod switched_out;
 pub mod taint;
 mod task;
 pub mod time;
 pub mod xarray;
 
-pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use fields::{Fields, Row};
+pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
 pub use task::{Task, Tasks};
 
