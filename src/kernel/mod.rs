@@ -5,16 +5,23 @@
 
 pub mod cpus;
 pub mod discover;
+mod fields;
 mod globals;
 pub mod list;
 mod machine;
+pub mod mm;
 pub mod module;
 pub mod object;
 pub mod percpu;
 pub mod printk;
+pub mod sched;
 mod switched_out;
+pub mod taint;
 mod task;
+pub mod time;
+pub mod xarray;
 
+pub use fields::{Fields, Row};
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
 pub use task::{Task, Tasks};
