@@ -9,7 +9,7 @@ use super::dwarf_index::user_directory;
 use super::dwarf_unit::Units;
 use super::lines::{self, Location};
 use super::sections::{Elf, SectionAddresses, Sections, malformed, parse};
-use super::types::{Class, Type, TypeId, TypeSource, TypeTable};
+use super::types::{Class, NoTypes, TypeSource, TypeTable};
 use super::{Error, Member, Symbol, SymbolTable};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Object, ReadCache, elf};
@@ -209,27 +209,6 @@ impl DebugInfo {
             Some(Arc::new(Dwarf::new(units, self.source, self.build_id.clone(), self.indexes.clone())))
         };
         self.dwarf.get_or_init(|| if self.has_dwarf() { open() } else { None }).clone()
-    }
-}
-
-/// Stands in where a file has neither BTF nor DWARF.
-struct NoTypes;
-
-impl TypeSource for NoTypes {
-    fn find(&self, _class: Class, _name: &str) -> Result<Option<TypeId>, Error> {
-        Ok(None)
-    }
-    fn get(&self, id: TypeId) -> Result<Type, Error> {
-        Err(Error::Types { format: "no types", offset: id.id.into(), what: "nothing is here".into() })
-    }
-    fn names(&self, _class: Class) -> Vec<String> {
-        Vec::new()
-    }
-    fn enumerator(&self, _name: &str) -> Result<Option<i64>, Error> {
-        Ok(None)
-    }
-    fn format(&self) -> &'static str {
-        "no types"
     }
 }
 

@@ -30,7 +30,7 @@ pub struct Row<'f, 'k> {
 impl<'k> Fields<'k> {
     /// For each of `members` the first of its names that this kernel's `container` has: name the newest first.
     pub fn new(kernel: &'k Kernel, container: &str, members: &[&[&str]]) -> Result<Self, ObjectError> {
-        let types = kernel.type_table()?;
+        let types = kernel.image_types()?;
         let ty = types.composite(container).ok_or_else(|| ObjectError::NoType(container.to_owned()))?;
         let found: Vec<Option<Member>> = members
             .iter()

@@ -54,7 +54,7 @@ impl Kernel {
     /// A reader for the address spaces of this kernel.
     pub fn mm_reader(&self) -> Result<MmReader<'_>, ObjectError> {
         let fields = Fields::new(self, "mm_struct", &[&["total_vm"], &["rss_stat.count", "rss_stat"]])?;
-        let types = self.type_table()?;
+        let types = self.image_types()?;
         let kinds = RESIDENT.map(|(name, usual)| types.constant(name).map_or(usual, |value| value as u64));
         let percpu = || {
             let member = |name| Some(self.member("percpu_counter", name)?.offset);

@@ -117,7 +117,7 @@ fn slot(word: u64) -> Slot {
 
 impl Layout {
     fn of(kernel: &Kernel) -> Result<Self, ObjectError> {
-        let types = kernel.type_table()?;
+        let types = kernel.image_types()?;
         let member = |container: &str, path: &str| {
             let id = types.composite(container).ok_or_else(|| ObjectError::NoType(container.into()))?;
             types
