@@ -3,7 +3,8 @@
 use super::{CommandError, Context, printable};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::Reg;
-use crate::kernel::Object;
+use crate::kernel::cpus::POSSIBLE;
+use crate::kernel::{CpuId, Object};
 
 /// An address as typed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,8 +61,8 @@ pub fn register(context: &Context<'_>, name: &str) -> Result<VirtAddr, CommandEr
 fn symbol(context: &Context<'_>, text: &str) -> Option<VirtAddr> {
     let kernel = context.machine.kernel()?;
     match text.split_once('+') {
-        Some((name, offset)) => Some(kernel.symbol(name)?.wrapping_add(hex(offset)?)),
-        None => kernel.symbol(text),
+        Some((name, offset)) => Some(kernel.symbol_anywhere(name)?.wrapping_add(hex(offset)?)),
+        None => kernel.symbol_anywhere(text),
     }
 }
 
@@ -168,6 +169,18 @@ pub fn count(text: &str) -> Result<u64, CommandError> {
 /// A hexadecimal number, with or without 0x.
 pub fn hexadecimal(text: &str) -> Result<u64, CommandError> {
     hex(text).ok_or_else(|| CommandError(format!("'{}' is not a hexadecimal number", printable(text))))
+}
+
+/// A CPU that the kernel can have, as typed: its number, with or without `cpu` before it.
+pub fn number_of_cpu(context: &Context<'_>, text: &str) -> Result<CpuId, CommandError> {
+    let digits = text.strip_prefix("cpu").unwrap_or(text);
+    let id = digits.parse().map(CpuId);
+    let id = id.map_err(|_| CommandError(format!("'{}' is not the number of a CPU", printable(text))))?;
+    let possible = context.kernel()?.cpu_mask(&POSSIBLE).unwrap_or_default();
+    match possible.contains(&id) {
+        true => Ok(id),
+        false => Err(CommandError(format!("there is no CPU {id}; 'info' lists them"))),
+    }
 }
 
 #[cfg(test)]

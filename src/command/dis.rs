@@ -44,10 +44,10 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let at = address(context, &place)?;
     let code = Code { context, kernel, user: options.has("u"), syntax: syntax(&options) };
     let symbol = if code.user { None } else { kernel.symbolize(at) };
-    let start = symbol.as_ref().map(|(_, offset)| VirtAddr(at.0.wrapping_sub(*offset)));
+    let start = symbol.as_ref().map(|symbol| VirtAddr(at.0.wrapping_sub(symbol.offset)));
     let function =
         || start.ok_or_else(|| CommandError(format!("{at} is in no function that is known; give a COUNT")));
-    let is_name = kernel.symbol(&place) == Some(at);
+    let is_name = kernel.symbol_anywhere(&place) == Some(at);
     let (from, wanted) = match (options.has("r"), options.has("f"), wanted) {
         (true, ..) => (function()?, COUNT_MAX),
         (false, true, _) => (at, COUNT_MAX),
@@ -63,7 +63,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let goes_on = |one: &Instruction| {
         let here = VirtAddr(one.at);
         let same =
-            || kernel.symbolize(here).is_some_and(|(_, o)| Some(VirtAddr(here.0.wrapping_sub(o))) == start);
+            || kernel.symbolize(here).is_some_and(|s| Some(VirtAddr(here.0.wrapping_sub(s.offset))) == start);
         !in_function || (!options.has("r") || here <= at) && same()
     };
     let (instructions, problem) = code.instructions(from, wanted, &goes_on);
@@ -149,9 +149,10 @@ impl Code<'_, '_> {
         if !decimal {
             return self.kernel.describe_address(at);
         }
-        let (name, offset) = self.kernel.symbolize(at)?;
-        let name = crate::bytes::printable(name);
-        Some(if offset == 0 { name } else { format!("{name}+{offset}") })
+        let found = self.kernel.symbolize(at)?;
+        let name = crate::bytes::printable(found.name);
+        let module = found.module.map_or(String::new(), |m| format!(" [{}]", crate::bytes::printable(m)));
+        Some(if found.offset == 0 { name + &module } else { format!("{name}+{}{module}", found.offset) })
     }
 
     /// The symbol that an instruction refers to.

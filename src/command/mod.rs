@@ -6,16 +6,22 @@ mod args;
 mod declare;
 mod dis;
 mod expression;
+mod foreach;
 mod help;
 mod info;
 mod list;
 mod log;
 mod p;
 mod percpu;
+mod ps;
 mod rd;
 mod regs;
+mod set;
 mod structure;
 mod sym;
+mod sys;
+mod table;
+mod task;
 mod value;
 mod whatis;
 mod why;
@@ -102,16 +108,21 @@ pub struct Command {
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
     dis::COMMAND,
+    foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
     list::COMMAND,
     log::COMMAND,
     p::COMMAND,
     percpu::COMMAND,
+    ps::COMMAND,
     rd::COMMAND,
     regs::COMMAND,
+    set::COMMAND,
     structure::STRUCT,
     sym::COMMAND,
+    sys::COMMAND,
+    task::COMMAND,
     structure::UNION,
     whatis::COMMAND,
     why::COMMAND,

@@ -125,10 +125,14 @@ impl List<'_> {
             self.row(at, name, place.offset, Some(place.cpu.0), note);
             return Ok(());
         }
-        let Some((name, offset)) = self.kernel.symbolize(at) else {
+        let Some(found) = self.kernel.symbolize(at) else {
             return Err(CommandError(format!("{at} is in no symbol that is known; see 'why {at}'")));
         };
-        self.row(at, name, offset, None, self.kernel.is_per_cpu(at).then_some("per-CPU"));
+        let note = match found.module {
+            Some(module) => Some(module),
+            None => self.kernel.is_per_cpu(at).then_some("per-CPU"),
+        };
+        self.row(at, found.name, found.offset, None, note);
         Ok(())
     }
 

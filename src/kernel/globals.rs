@@ -141,7 +141,11 @@ impl Kernel {
         if let Some(ty) = types.find(Class::Variable, name) {
             return Some(ty);
         }
-        let (_, spelled) = GLOBALS.iter().find(|(symbol, _)| *symbol == name)?;
+        let known = GLOBALS.iter().find(|(symbol, _)| *symbol == name).map(|(_, spelled)| *spelled);
+        let Some(spelled) = known else {
+            // Last, because DWARF's index is not always there yet.
+            return types.parse(&self.debug_info()?.variable_type(name)?);
+        };
         let ty = types.parse(spelled)?;
         if let Shape::Array { element, count: 0 } = types.get(ty)?.shape
             && let (_, room) = self.symbol_and_size(name)?

@@ -21,6 +21,11 @@ pub struct Walk {
 impl Kernel {
     /// The nodes of the `struct list_head` list whose head is at `head`; the head itself is not among them.
     pub fn list(&self, head: VirtAddr) -> Walk {
+        self.list_within(head, ENTRIES_MAX)
+    }
+
+    /// The same with a bound of its own.
+    pub fn list_within(&self, head: VirtAddr, max: usize) -> Walk {
         let mut walk = Walk::default();
         let mut seen = HashSet::new();
         let mut previous = head;
@@ -42,8 +47,8 @@ impl Kernel {
                     Some(format!("list at {head}: {previous} leads to {next}, which cannot be read"));
                 return walk;
             }
-            if walk.nodes.len() >= ENTRIES_MAX {
-                walk.problem = Some(format!("list at {head}: more than {ENTRIES_MAX} entries"));
+            if walk.nodes.len() >= max {
+                walk.problem = Some(format!("list at {head}: more than {max} entries"));
                 return walk;
             }
             walk.nodes.push(next);

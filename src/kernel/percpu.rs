@@ -7,7 +7,7 @@
 
 use super::cpus::{ONLINE, POSSIBLE};
 use super::discover::START_KERNEL_MAP;
-use super::{CpuId, Kernel};
+use super::{CpuId, Kernel, Symbolized};
 use crate::addr::VirtAddr;
 use crate::bytes::printable;
 use std::fmt;
@@ -249,9 +249,14 @@ impl Kernel {
         if let Some(place) = self.per_cpu_reverse(at) {
             return Some(place.to_string());
         }
-        let (name, offset) = self.symbolize(at)?;
-        let name = printable(name);
-        Some(if offset == 0 { name } else { format!("{name}+{offset:#x}") })
+        let found = self.symbolize(at)?;
+        Some(match found {
+            Symbolized { offset: 0, module: None, .. } => printable(found.name),
+            Symbolized { offset: 0, module: Some(module), .. } => {
+                format!("{} [{}]", printable(found.name), printable(module))
+            }
+            found => found.to_string(),
+        })
     }
 }
 
