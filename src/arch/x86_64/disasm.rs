@@ -81,10 +81,25 @@ pub fn decode(code: &[u8], at: u64, syntax: Syntax) -> Vec<Instruction> {
         let mut text = String::new();
         formatter.format(&iced, &mut text);
         // With the scale always shown, as objdump has it, there is a comma where nothing is to be scaled.
-        let text = text.replace(",)", ")");
+        let mut text = text.replace(",)", ")");
+        if syntax == Syntax::Att {
+            name_segments(&iced, &mut text);
+        }
         instructions.push(Instruction { at: iced.ip(), bytes, text, refers_to: reference(&iced) });
     }
     instructions
+}
+
+/// String instructions are shown with the segments that they use, as objdump does.
+fn name_segments(iced: &Iced, text: &mut String) {
+    for operand in 0..iced.op_count() {
+        let (place, named) = match iced.op_kind(operand) {
+            OpKind::MemoryESRDI => ("(%rdi)", "%es:(%rdi)"),
+            OpKind::MemorySegRSI if iced.segment_prefix() == Register::None => ("(%rsi)", "%ds:(%rsi)"),
+            _ => continue,
+        };
+        *text = text.replace(place, named);
+    }
 }
 
 fn reference(iced: &Iced) -> Option<Reference> {
@@ -141,6 +156,8 @@ mod tests {
                 "mov    $0xffffffff82000000,%rdi",
                 Some(Reference::Immediate(0xffff_ffff_8200_0000)),
             ),
+            (&[0xf3, 0x48, 0xab], "rep stos %rax,%es:(%rdi)", None),
+            (&[0xa4], "movsb  %ds:(%rsi),%es:(%rdi)", None),
             (&[0xc3], "ret", None),
             (&[0xcc], "int3", None),
         ];
