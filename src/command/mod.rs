@@ -3,16 +3,19 @@
 //! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
 
 mod args;
+mod files;
 mod foreach;
 mod help;
 mod info;
 mod log;
+mod mount;
 mod ps;
 mod regs;
 mod set;
 mod sys;
 mod table;
 mod task;
+mod vm;
 mod why;
 
 pub use info::render as render_info;
@@ -96,15 +99,18 @@ pub struct Command {
 
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
+    files::COMMAND,
     foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
     log::COMMAND,
+    mount::COMMAND,
     ps::COMMAND,
     regs::COMMAND,
     set::COMMAND,
     sys::COMMAND,
     task::COMMAND,
+    vm::COMMAND,
     why::COMMAND,
 ];
 

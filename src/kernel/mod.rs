@@ -8,14 +8,18 @@ pub mod discover;
 mod fields;
 pub mod list;
 mod machine;
+pub mod maple;
 pub mod mm;
 pub mod object;
 pub mod printk;
+pub mod rbtree;
 pub mod sched;
 mod switched_out;
 pub mod taint;
 mod task;
 pub mod time;
+pub mod vfs;
+pub mod vma;
 pub mod xarray;
 
 pub use fields::{Fields, Row};
