@@ -20,7 +20,7 @@ import types
 import gdb
 
 # What gdb's own users type every day stays gdb's, abbreviations included.
-GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "x"}
+GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "whatis", "x"}
 # The whole line is one expression for these, once options are off.
 ONE_EXPRESSION = {"page", "why"}
 OPTIONS_WITH_VALUE = {"-c", "-n"}

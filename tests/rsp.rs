@@ -8,6 +8,7 @@ mod rsp_client;
 
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::gdb::Files;
+use kstub::gdb::Show;
 use kstub::gdb::index::CacheCommand;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
@@ -247,6 +248,7 @@ fn the_debugger_is_started_with_our_socket() {
         program: script.clone(),
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec!["-batch".into()],
     };
     assert_eq!(gdb(fake_machine(), &debugger).unwrap(), 7);
@@ -256,6 +258,7 @@ fn the_debugger_is_started_with_our_socket() {
         program: dir.path().join("none"),
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec![],
     };
     let error = gdb(fake_machine(), &missing).unwrap_err().to_string();

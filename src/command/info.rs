@@ -142,7 +142,7 @@ fn place(machine: &Machine, cpu: &Cpu) -> String {
     let Saved::Known(rip) = cpu.regs.get(Reg::Rip) else { return String::new() };
     let rip = rip as u64;
     match machine.kernel().and_then(|kernel| kernel.symbolize(VirtAddr(rip))) {
-        Some((name, offset)) => format!("  at {name}+{offset:#x}"),
+        Some(symbol) => format!("  at {symbol}"),
         None => format!("  at {rip:#x}"),
     }
 }

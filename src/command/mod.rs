@@ -3,19 +3,32 @@
 //! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
 
 mod args;
+mod declare;
+mod dis;
+mod expression;
 mod files;
 mod foreach;
 mod help;
 mod info;
+mod list;
 mod log;
+mod module;
 mod mount;
+mod p;
+mod percpu;
 mod ps;
+mod rd;
 mod regs;
+mod runq;
 mod set;
+mod structure;
+mod sym;
 mod sys;
 mod table;
 mod task;
+mod value;
 mod vm;
+mod whatis;
 mod why;
 
 pub use info::render as render_info;
@@ -99,24 +112,40 @@ pub struct Command {
 
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
+    dis::COMMAND,
     files::COMMAND,
     foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
+    list::COMMAND,
     log::COMMAND,
+    module::COMMAND,
     mount::COMMAND,
+    p::COMMAND,
+    percpu::COMMAND,
     ps::COMMAND,
+    rd::COMMAND,
     regs::COMMAND,
+    runq::COMMAND,
     set::COMMAND,
+    structure::STRUCT,
+    sym::COMMAND,
     sys::COMMAND,
     task::COMMAND,
+    structure::UNION,
     vm::COMMAND,
+    whatis::COMMAND,
     why::COMMAND,
 ];
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
-    let mut words = line.split_whitespace();
+    // crash's short form: `*page ADDR`.
+    let (star, line) = match line.trim_start().strip_prefix('*') {
+        Some(rest) => (Some("struct"), rest),
+        None => (None, line),
+    };
+    let mut words = star.into_iter().chain(line.split_whitespace());
     let name = words.next().unwrap_or("help");
     let arguments: Vec<&str> = words.collect();
     (find(name)?.run)(context, &arguments)

@@ -12,7 +12,6 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
 const MEMBERS_MAX: u32 = 4096;
-
 /// Types that users' casts make; more than anyone types.
 const DERIVED_MAX: usize = 1 << 16;
 

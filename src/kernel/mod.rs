@@ -6,13 +6,17 @@
 pub mod cpus;
 pub mod discover;
 mod fields;
+mod globals;
 pub mod list;
 mod machine;
 pub mod maple;
 pub mod mm;
+pub mod module;
 pub mod object;
+pub mod percpu;
 pub mod printk;
 pub mod rbtree;
+pub mod runqueue;
 pub mod sched;
 mod switched_out;
 pub mod taint;
@@ -30,8 +34,10 @@ pub use task::{Task, Tasks};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
+use crate::bytes::printable;
 use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 /// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
@@ -45,12 +51,42 @@ pub struct Kernel {
     /// From BTF in memory; `None` where there is none.
     own_types: OnceLock<Option<TypeTable>>,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
+    /// Where per-CPU memory lies; `None` without SMP or symbols.
+    per_cpu: OnceLock<Option<percpu::Areas>>,
+    modules: OnceLock<module::Modules>,
+}
+
+/// A symbol that covers an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Symbolized<'a> {
+    /// Its name: untrusted text.
+    pub name: &'a str,
+    /// How far into it the address lies, in bytes.
+    pub offset: u64,
+    /// The module it is of; `None` for the kernel image.
+    pub module: Option<&'a str>,
+}
+
+impl fmt::Display for Symbolized<'_> {
+    /// `name+0x12 [module]`, as the kernel's own messages have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{:#x}", printable(self.name), self.offset)?;
+        self.module.map_or(Ok(()), |module| write!(f, " [{}]", printable(module)))
+    }
 }
 
 impl Kernel {
     /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
     pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
-        Self { backend, found, debug_info, own_types: OnceLock::new(), kallsyms: OnceLock::new() }
+        Self {
+            backend,
+            found,
+            debug_info,
+            own_types: OnceLock::new(),
+            kallsyms: OnceLock::new(),
+            per_cpu: OnceLock::new(),
+            modules: OnceLock::new(),
+        }
     }
 
     /// Where and how the kernel was found.
@@ -93,8 +129,8 @@ impl Kernel {
         self.kallsyms.get_or_init(|| discover::find_kallsyms(&*self.backend, &self.found)).as_ref()
     }
 
-    /// Run-time address of a symbol. Per-CPU symbols come back as they stand in their section: see
-    /// [`Self::per_cpu`].
+    /// Run-time address of a symbol of the kernel image, by whose presence kernels are told apart too. Per-CPU
+    /// symbols come back as they stand in their section: see [`Self::per_cpu`].
     pub fn symbol(&self, name: &str) -> Option<VirtAddr> {
         self.symbol_and_size(name).map(|(at, _)| at)
     }
@@ -105,8 +141,23 @@ impl Kernel {
         Some((self.slide(symbol.addr), symbol.size))
     }
 
-    /// The symbol of the kernel image that covers the run-time address `at`: name and offset.
-    pub fn symbolize(&self, at: VirtAddr) -> Option<(&str, u64)> {
+    /// Run-time address of a symbol of the kernel image or else of any module: what a user means by a name.
+    pub fn symbol_anywhere(&self, name: &str) -> Option<VirtAddr> {
+        let in_module = |module| self.module_symbols(module).lookup(name).map(|symbol| VirtAddr(symbol.addr));
+        self.symbol(name).or_else(|| self.modules().list.iter().find_map(in_module))
+    }
+
+    /// The symbol of the kernel image or a module that covers the run-time address `at`.
+    pub fn symbolize(&self, at: VirtAddr) -> Option<Symbolized<'_>> {
+        if let Some((name, offset)) = self.symbolize_in_image(at) {
+            return Some(Symbolized { name, offset, module: None });
+        }
+        let module = self.modules().at(at)?;
+        let (symbol, offset) = self.module_symbols(module).at(at.0)?;
+        Some(Symbolized { name: symbol.name, offset, module: Some(&module.name) })
+    }
+
+    fn symbolize_in_image(&self, at: VirtAddr) -> Option<(&str, u64)> {
         let link = at.0.checked_sub(self.found.kaslr_offset).filter(|&link| link >= START_KERNEL_MAP)?;
         // Modules lie above the image, where the last of its symbols without a size would seem to reach.
         if self.symbol("_end").is_some_and(|end| at >= end) {
@@ -147,7 +198,7 @@ impl Kernel {
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
     /// (before Linux commit 9d7de2aa8b41 ("x86/percpu/64: Use relative percpu offsets") (in v6.15)) and
     /// absolute symbols stay.
-    fn slide(&self, link: u64) -> VirtAddr {
+    pub fn slide(&self, link: u64) -> VirtAddr {
         let by = if link >= START_KERNEL_MAP { self.found.kaslr_offset } else { 0 };
         VirtAddr(link.wrapping_add(by))
     }

@@ -148,9 +148,12 @@ impl Kernel {
         if let Some(name) = pseudo_name(dentry)? {
             return Ok(name);
         }
+        if dentry.get("d_parent")? == dentry.at.0 && mnt.get("mnt_root")? != dentry.at.0 {
+            // In no directory at all: a memfd, shared memory, a file of hugetlbfs (simple_dname).
+            return Ok(format!("/{} (deleted)", name(dentry)?));
+        }
         let text = tree_path(Some(mnt.container_of("mount", "mnt")?), dentry)?;
-        let hash = dentry.get("d_hash.pprev")?;
-        let deleted = hash == 0 && dentry.member("d_parent")?.pointer()? != dentry.at;
+        let deleted = dentry.get("d_hash.pprev")? == 0 && dentry.get("d_parent")? != dentry.at.0;
         Ok(if deleted { text + " (deleted)" } else { text })
     }
 
