@@ -9,6 +9,16 @@ use std::collections::HashSet;
 /// No kernel list is longer: PID_MAX_LIMIT, the most there can be of what has one entry a task.
 pub const ENTRIES_MAX: usize = 4 << 20;
 
+/// Fills the buffer from memory at the address, or says that it could not. Walks take one so that they can be tested
+/// on memory without a kernel around it.
+pub(super) type Reader<'r> = &'r dyn Fn(VirtAddr, &mut [u8]) -> bool;
+
+/// The word at `at`.
+pub(super) fn word(read: Reader<'_>, at: VirtAddr) -> Option<u64> {
+    let mut bytes = [0; 8];
+    read(at, &mut bytes).then(|| u64::from_le_bytes(bytes))
+}
+
 /// What a walk found, and why it ended early if it did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Walk {

@@ -4,6 +4,7 @@
 //! radix tree before it, whose tags differ. Entries come back as they are stored: who asks knows whether they are
 //! pointers, tagged pointers or values. Source: `include/linux/xarray.h`, `lib/xarray.c`.
 
+use super::list::Reader;
 use super::{Kernel, ObjectError};
 use crate::addr::VirtAddr;
 use crate::bytes::{array_at, u64_at};
@@ -71,9 +72,6 @@ impl Kernel {
         layout.load(&|at, buf| self.read(at, buf).stopped.is_none(), root, index)
     }
 }
-
-/// Fills the buffer from memory at the address, or says that it could not.
-type Reader<'r> = &'r dyn Fn(VirtAddr, &mut [u8]) -> bool;
 
 /// Where this kernel's XArrays have what.
 #[derive(Clone, Copy, Debug)]
