@@ -5,6 +5,7 @@
 //! what any stub would need at least. Prints JSON. `scripts/bench` runs it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use kstub::rsp;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,10 +23,8 @@ struct Client {
     packet_size: usize,
 }
 
-fn frame(body: &[u8]) -> Vec<u8> {
-    let sum = body.iter().fold(0u8, |sum, b| sum.wrapping_add(*b));
-    [b"$", body, format!("#{sum:02x}").as_bytes()].concat()
-}
+/// What the floor stub announces: as much as kstub.
+const PACKET_SIZE: usize = kstub::gdb::MAX_REQUEST;
 
 impl Client {
     fn connect(address: &str) -> Self {
@@ -57,7 +56,7 @@ impl Client {
 
     /// Sends a packet and returns the body of the answer, still escaped.
     fn ask(&mut self, body: &[u8]) -> Vec<u8> {
-        self.stream.write_all(&frame(body)).expect("write");
+        self.stream.write_all(&rsp::frame(body)).expect("write");
         self.receive()
     }
 
@@ -94,7 +93,7 @@ impl Client {
     /// Appends up to `length` bytes at `at` to `bytes`.
     fn read(&mut self, at: u64, length: usize, binary: bool, bytes: &mut Vec<u8>) {
         let request = format!("{}{at:x},{length:x}", if binary { 'x' } else { 'm' });
-        self.stream.write_all(&frame(request.as_bytes())).expect("write");
+        self.stream.write_all(&rsp::frame(request.as_bytes())).expect("write");
         self.receive_with(|answer| {
             let good = if binary { unescape(answer, bytes) } else { unhex(answer, bytes) };
             assert!(good, "{request}: {}", String::from_utf8_lossy(answer));
@@ -113,7 +112,7 @@ fn unescape(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
     while let Some(word) = body[at..].first_chunk::<8>() {
         // There is room: the rest of the body is no shorter than what is made of it.
         out[filled..filled + 8].copy_from_slice(word);
-        let marks = u64::from_le_bytes(*word) ^ ONES * u64::from(b'}');
+        let marks = u64::from_le_bytes(*word) ^ (ONES * u64::from(b'}'));
         let marks = marks.wrapping_sub(ONES) & !marks & (ONES << 7);
         let plain = marks.trailing_zeros() as usize / 8;
         (at, filled) = (at + plain, filled + plain);
@@ -206,7 +205,7 @@ fn floor(socket: &str, file: &str, from: u64) {
             input.drain(..end + 3);
             let mut out = if acks { vec![b'+'] } else { Vec::new() };
             let answer = answer(&body, &bytes, from);
-            out.extend(frame(&answer));
+            rsp::frame_into(&mut out, |packet| packet.extend_from_slice(&answer));
             stream.write_all(&out).expect("write");
             acks &= body != "QStartNoAckMode";
         }
@@ -222,7 +221,8 @@ fn answer(body: &str, bytes: &[u8], from: u64) -> Vec<u8> {
     };
     match body {
         _ if body.starts_with("qSupported") => {
-            b"PacketSize=40000;QStartNoAckMode+;qXfer:features:read+;binary-upload+".to_vec()
+            format!("PacketSize={PACKET_SIZE:x};QStartNoAckMode+;qXfer:features:read+;binary-upload+")
+                .into_bytes()
         }
         "QStartNoAckMode" => b"OK".to_vec(),
         "?" => b"S05".to_vec(),
@@ -233,24 +233,17 @@ fn answer(body: &str, bytes: &[u8], from: u64) -> Vec<u8> {
         }
         _ if body.starts_with('m') => match range(&body[1..]) {
             Some(range) => {
-                const DIGITS: &[u8; 16] = b"0123456789abcdef";
-                range
-                    .iter()
-                    .flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]])
-                    .collect()
+                let mut out = Vec::new();
+                rsp::encode(range, &mut out);
+                out
             }
             None => b"E0e".to_vec(),
         },
         _ if body.starts_with('x') && body != "x0,0" => match range(&body[1..]) {
             Some(range) => {
+                // As many as fit; gdb asks for the rest.
                 let mut out = vec![b'b'];
-                for &byte in range {
-                    if matches!(byte, b'#' | b'$' | b'*' | b'}') {
-                        out.extend([b'}', byte ^ 0x20]);
-                    } else {
-                        out.push(byte);
-                    }
-                }
+                rsp::escape_up_to(range, PACKET_SIZE - 16, &mut out);
                 out
             }
             None => b"E0e".to_vec(),

@@ -20,7 +20,7 @@ import types
 import gdb
 
 # What gdb's own users type every day stays gdb's, abbreviations included.
-GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "x"}
+GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "whatis", "x"}
 # The whole line is one expression for these, once options are off.
 ONE_EXPRESSION = {"page", "why"}
 OPTIONS_WITH_VALUE = {"-c", "-n"}
@@ -42,16 +42,17 @@ def send(packet):
     return answer
 
 
-def selected_cpu():
-    """The CPU of the selected thread; None where nothing is selected."""
+def thread_id(cpu):
+    """The thread that a command is for: a CPU's, else the selected one."""
+    if cpu is not None:
+        return "%x" % (int(cpu) + 1)
     thread = gdb.selected_thread()
-    return None if thread is None else thread.ptid[1] - 1
+    return "" if thread is None else "%x" % thread.ptid[1]
 
 
 def ask(kind, line, cpu):
-    """Runs a command for a CPU; its text or its JSON."""
-    cpu = selected_cpu() if cpu is None else cpu
-    request = "qkstub.%s:%s:%s" % (kind, "" if cpu is None else cpu, line.encode().hex())
+    """Runs a command for a CPU, or the selected thread; its text or its JSON."""
+    request = "qkstub.%s:%s:%s" % (kind, thread_id(cpu), line.encode().hex())
     return bytes.fromhex(send(request).decode()).decode("utf-8", "replace")
 
 
@@ -241,7 +242,7 @@ def register_later():
 def expose():
     """Lets users write `import kstub`."""
     module = types.ModuleType("kstub", __doc__)
-    for function in (run, read_many, objects, tasks, modules, pages, selected_cpu):
+    for function in (run, read_many, objects, tasks, modules, pages):
         setattr(module, function.__name__, function)
     sys.modules["kstub"] = module
 

@@ -7,7 +7,7 @@ use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::Focus;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
-use kstub::gdb::{Files, Libraries, index};
+use kstub::gdb::{Files, Libraries, Settings, Show, index};
 use kstub::kernel::{CpuId, Machine, OpenError, Options};
 use kstub::{cli, command, debuginfo, server, vmcore};
 use std::ffi::OsStr;
@@ -53,7 +53,7 @@ fn start_log(verbose: u8) {
 /// Runs the command and returns the exit code.
 fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
-        Command::Gdb { target, gdb, args } => {
+        Command::Gdb { target, gdb, threads, args } => {
             // Asking gdb takes as long as opening a dump does.
             let program = gdb.clone();
             let asking = std::thread::spawn(move || index::CacheCommand::of(&program));
@@ -65,10 +65,17 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             fill_gdb_index(&machine, &gdb, index_cache);
             server::gdb(
                 machine,
-                &server::Debugger { program: gdb, libraries: Some(libraries), vmlinux, index_cache, args },
+                &server::Debugger {
+                    program: gdb,
+                    libraries: Some(libraries),
+                    vmlinux,
+                    index_cache,
+                    show: show(threads),
+                    args,
+                },
             )
         }
-        Command::Serve { target, listen, allow_remote, files } => {
+        Command::Serve { target, listen, allow_remote, files, threads } => {
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
             let machine = Arc::new(open(&target)?);
             report_problems(&machine);
@@ -81,7 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
                 (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
             };
-            server::serve(machine, files, listen, |address| {
+            server::serve(machine, Settings { files, show: show(threads) }, listen, |address| {
                 eprintln!("kstub: in gdb: target remote {address}")
             })?;
             Ok(0)
@@ -118,7 +125,7 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>) -> anyhow::Res
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
-    let context = command::Context { machine: &machine, cpu, focus: &focus };
+    let context = command::Context { machine: &machine, cpu, task: None, focus: &focus };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
         let result = command::run(&context, line);
@@ -157,6 +164,14 @@ fn is_command(argument: &OsStr) -> bool {
     text == "-" || name.is_some_and(command::exists) || !Path::new(text).exists() && !text.contains('@')
 }
 
+fn show(threads: cli::Threads) -> Show {
+    match threads {
+        cli::Threads::Cpus => Show::Cpus,
+        cli::Threads::Tasks => Show::Tasks,
+        cli::Threads::All => Show::All,
+    }
+}
+
 /// The exit code for an error: the first cause that has one decides.
 fn exit_code(error: &anyhow::Error) -> u8 {
     if error.is::<server::CannotListen>() {
@@ -171,11 +186,14 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
             return Some(if unreadable { exit::UNREADABLE } else { exit::NOT_A_DUMP });
         }
-        if let Some(error) = cause.downcast_ref::<OpenError>() {
-            let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
-            return Some(if io { exit::UNREADABLE } else { exit::VMLINUX });
-        }
-        None
+        let vmlinux = match cause.downcast_ref::<OpenError>() {
+            Some(OpenError::DebugInfo(error)) => Some(error),
+            Some(OpenError::Mismatch { .. }) => return Some(exit::VMLINUX),
+            // Found unusable only when it was to be served.
+            None => cause.downcast_ref::<debuginfo::Error>(),
+        };
+        let io = matches!(vmlinux?, debuginfo::Error::Io { .. });
+        Some(if io { exit::UNREADABLE } else { exit::VMLINUX })
     });
     code.unwrap_or(exit::FAILURE)
 }

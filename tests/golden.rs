@@ -69,7 +69,10 @@ fn program(arguments: &[&str]) -> String {
 /// What a command answers: text, then JSON.
 fn monitor(machine: &Machine, line: &str) -> String {
     let mut text = format!("(gdb) monitor {line}\n");
-    match command::run(&Context { machine, cpu: machine.first_cpu(), focus: &Focus::default() }, line) {
+    match command::run(
+        &Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() },
+        line,
+    ) {
         Ok(output) => {
             let _ = write!(text, "{}[json]\n{:#}\n", output.text, output.json);
         }

@@ -8,6 +8,7 @@ mod rsp_client;
 
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::gdb::Files;
+use kstub::gdb::Show;
 use kstub::gdb::index::CacheCommand;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
@@ -248,6 +249,7 @@ fn the_debugger_is_started_with_our_socket() {
         libraries: None,
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec!["-batch".into()],
     };
     assert_eq!(gdb(fake_machine(), &debugger).unwrap(), 7);
@@ -258,6 +260,7 @@ fn the_debugger_is_started_with_our_socket() {
         libraries: None,
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec![],
     };
     let error = gdb(fake_machine(), &missing).unwrap_err().to_string();

@@ -26,7 +26,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
             return Err(CommandError("'why' takes one address, and -c CPU before it; try 'help why'".into()));
         }
     };
-    let context = &Context { cpu: cpu.id, ..*context };
+    let context = &Context { cpu: cpu.id, task: context.task.filter(|_| cpu.id == context.cpu), ..*context };
     match address(context, argument)? {
         Address::Physical(at) => {
             let error = context.machine.why_phys(at);

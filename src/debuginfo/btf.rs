@@ -221,7 +221,9 @@ impl Btf {
                     (2, _) | (_, b"char" | b"unsigned char" | b"signed char") => IntKind::Char,
                     _ => IntKind::Number,
                 };
-                Shape::Int { size: ty.size_or_type, signed: info >> 24 & 1 != 0, kind }
+                // pahole takes only DW_ATE_signed for signed, and `s8` is DW_ATE_signed_char.
+                let signed = info >> 24 & 1 != 0 || self.name(ty.name) == b"signed char";
+                Shape::Int { size: ty.size_or_type, signed, kind }
             }
             KIND_FLOAT => Shape::Float(ty.size_or_type),
             KIND_PTR => Shape::Pointer(to),

@@ -4,7 +4,7 @@
 //! symbol table follows at once, and the headers of all other sections are inactive. Section numbers stay, and
 //! with them the symbols. Source: the ELF specification; eu-strip keeps the same sections.
 
-use super::vmlinux::{Elf, malformed};
+use super::sections::{Elf, malformed};
 use super::{DebugInfo, Error};
 use object::pod::bytes_of;
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};

@@ -12,7 +12,6 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
 const MEMBERS_MAX: u32 = 4096;
-
 /// Types that users' casts make; more than anyone types.
 const DERIVED_MAX: usize = 1 << 16;
 
@@ -169,6 +168,27 @@ pub trait TypeSource: Send + Sync {
     fn format(&self) -> &'static str;
 }
 
+/// Stands in where there is neither BTF nor DWARF.
+pub struct NoTypes;
+
+impl TypeSource for NoTypes {
+    fn find(&self, _class: Class, _name: &str) -> Result<Option<TypeId>, Error> {
+        Ok(None)
+    }
+    fn get(&self, id: TypeId) -> Result<Type, Error> {
+        Err(Error::Types { format: "no types", offset: id.id.into(), what: "nothing is here".into() })
+    }
+    fn names(&self, _class: Class) -> Vec<String> {
+        Vec::new()
+    }
+    fn enumerator(&self, _name: &str) -> Result<Option<i64>, Error> {
+        Ok(None)
+    }
+    fn format(&self) -> &'static str {
+        "no types"
+    }
+}
+
 /// The types of one kernel and its modules.
 pub struct TypeTable {
     image: Arc<dyn TypeSource>,
@@ -220,6 +240,11 @@ impl TypeTable {
     pub fn set_modules(&self, modules: Vec<Arc<dyn TypeSource>>) {
         // A second list would be the same: modules of a dump do not change.
         let _ = self.modules.set(modules);
+    }
+
+    /// Whether the modules' types were added.
+    pub fn has_modules(&self) -> bool {
+        self.modules.get().is_some()
     }
 
     fn modules(&self) -> &[Arc<dyn TypeSource>] {

@@ -5,13 +5,28 @@
 
 pub mod cpus;
 pub mod discover;
+mod fields;
+mod globals;
 pub mod list;
 mod machine;
+pub mod maple;
+pub mod mm;
 pub mod module;
 pub mod object;
+pub mod percpu;
 pub mod printk;
+pub mod rbtree;
+pub mod runqueue;
+pub mod sched;
+mod switched_out;
+pub mod taint;
 mod task;
+pub mod time;
+pub mod vfs;
+pub mod vma;
+pub mod xarray;
 
+pub use fields::{Fields, Row};
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
 pub use task::{Task, Tasks};
@@ -20,6 +35,7 @@ use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
 use crate::bytes::printable;
+use crate::debuginfo::types::{NoTypes, TypeSource};
 use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
 use std::fmt;
@@ -33,9 +49,11 @@ pub struct Kernel {
     backend: Arc<dyn Backend>,
     found: Found,
     debug_info: Option<DebugInfo>,
-    /// From BTF in memory; `None` where there is none.
-    own_types: OnceLock<Option<TypeTable>>,
+    /// BTF in memory, and the table over it; `None` where there is none.
+    own_types: OnceLock<Option<(Arc<Btf>, TypeTable)>>,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
+    /// Where per-CPU memory lies; `None` without SMP or symbols.
+    per_cpu: OnceLock<Option<percpu::Areas>>,
     modules: OnceLock<module::Modules>,
 }
 
@@ -67,6 +85,7 @@ impl Kernel {
             debug_info,
             own_types: OnceLock::new(),
             kallsyms: OnceLock::new(),
+            per_cpu: OnceLock::new(),
             modules: OnceLock::new(),
         }
     }
@@ -150,17 +169,39 @@ impl Kernel {
 
     /// The kernel's types: from BTF in its own memory, else from its vmlinux.
     pub fn types(&self) -> Option<&TypeTable> {
+        let own = self.own_types().map(|(_, types)| types);
+        own.or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
+    }
+
+    fn own_types(&self) -> Option<&(Arc<Btf>, TypeTable)> {
         let own = self.own_types.get_or_init(|| {
             let btf = self.btf_in_memory()?;
             match Btf::parse(btf) {
-                Ok(btf) => Some(TypeTable::new(Arc::new(btf))),
+                Ok(btf) => {
+                    let btf = Arc::new(btf);
+                    Some((Arc::clone(&btf), TypeTable::new(btf)))
+                }
                 Err(error) => {
                     tracing::warn!("the kernel's BTF in memory is damaged: {error}");
                     None
                 }
             }
         });
-        own.as_ref().or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
+        own.as_ref()
+    }
+
+    /// Makes the types of loaded modules known to [`Self::types`], once.
+    fn add_module_types(&self) {
+        let Some((image, types)) = self.own_types().filter(|(_, types)| !types.has_modules()) else { return };
+        let sources =
+            self.modules().list.iter().filter_map(|module| Some((module, self.module_btf(module)?)));
+        let parsed = (1u16..).zip(sources).filter_map(|(source, (module, btf))| {
+            let btf = Btf::parse_module(btf, image, source);
+            let btf = btf.inspect_err(|error| tracing::warn!("BTF of module '{}': {error}", module.name));
+            // A damaged one keeps its place: the others' ids count on it.
+            Some(btf.map_or_else(|_| Arc::new(NoTypes) as Arc<dyn TypeSource>, |btf| Arc::new(btf)))
+        });
+        types.set_modules(parsed.collect());
     }
 
     /// The bytes between `__start_BTF` and `__stop_BTF` (`include/asm-generic/vmlinux.lds.h`).
@@ -180,7 +221,7 @@ impl Kernel {
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
     /// (before Linux commit 9d7de2aa8b41 ("x86/percpu/64: Use relative percpu offsets") (in v6.15)) and
     /// absolute symbols stay.
-    fn slide(&self, link: u64) -> VirtAddr {
+    pub fn slide(&self, link: u64) -> VirtAddr {
         let by = if link >= START_KERNEL_MAP { self.found.kaslr_offset } else { 0 };
         VirtAddr(link.wrapping_add(by))
     }

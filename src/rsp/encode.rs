@@ -77,7 +77,7 @@ fn first_special(word: [u8; 8]) -> Option<usize> {
     let word = u64::from_le_bytes(word);
     // The lowest top bit of `zeros` is set where the lowest zero byte is; those above it may be wrong.
     let zeros = |bytes: u64| bytes.wrapping_sub(ONES) & !bytes & TOPS;
-    let special = SPECIAL.iter().fold(0, |all, &byte| all | zeros(word ^ ONES * u64::from(byte)));
+    let special = SPECIAL.iter().fold(0, |all, &byte| all | zeros(word ^ (ONES * u64::from(byte))));
     (special != 0).then(|| special.trailing_zeros() as usize / 8)
 }
 

@@ -4,7 +4,7 @@
 
 use super::listen::{Listen, Listener};
 use crate::gdb::index::CacheCommand;
-use crate::gdb::{Files, Libraries};
+use crate::gdb::{Files, Libraries, Settings, Show};
 use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
@@ -30,6 +30,8 @@ pub struct Debugger {
     pub vmlinux: Option<PathBuf>,
     /// How its index cache is turned on.
     pub index_cache: CacheCommand,
+    /// What are threads.
+    pub show: Show,
     /// What the user adds to gdb's command line: `-batch`, `-ex bt`, …
     pub args: Vec<OsString>,
 }
@@ -59,6 +61,7 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         Some(libraries) => files.with_libraries(libraries.clone()),
         None => files,
     };
+    let settings = Settings { files, show: debugger.show };
     let mut child =
         command(debugger, &socket, &script).spawn().map_err(|error| cannot_start(debugger, error))?;
     tracing::info!("{} was started", debugger.program.display());
@@ -71,7 +74,7 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         // gdb then finds the connection closed; the directory is removed.
         _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
         _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
-        never = super::accept(&listener, &machine, &files) => match never {},
+        never = super::accept(&listener, &machine, &settings) => match never {},
     }
 }
 

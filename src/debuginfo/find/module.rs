@@ -4,7 +4,8 @@
 //! Compressed files (`.ko.xz`, `.ko.zst`) are passed over: gdb cannot read them either.
 //! Source: the packages of Debian and Fedora; `Documentation/kbuild/kbuild.rst` (INSTALL_MOD_PATH).
 
-use super::super::vmlinux::{parse, to_hex};
+use super::super::sections::parse;
+use super::super::vmlinux::to_hex;
 use super::{Places, SYSTEM, is_hex, is_plain_name};
 use object::read::elf::{FileHeader, SectionHeader};
 use object::{Object, ObjectSection, ReadCache, elf};
