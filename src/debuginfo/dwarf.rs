@@ -193,7 +193,10 @@ impl<'a> Decoder<'a, '_> {
         let size = number(gimli::DW_AT_byte_size).unwrap_or(0);
         let declared = matches!(entry.attr_value(gimli::DW_AT_declaration), Some(AttributeValue::Flag(true)));
         let name = self.name(entry);
+        let signature = self.reference(entry.attr_value(gimli::DW_AT_signature));
         let shape = match entry.tag() {
+            // Stands in for a type in a unit of its own.
+            _ if signature != TypeId::VOID => Shape::Qualified("", signature),
             gimli::DW_TAG_base_type => self.base(entry, size),
             gimli::DW_TAG_pointer_type
             | gimli::DW_TAG_reference_type
@@ -316,14 +319,16 @@ impl<'a> Decoder<'a, '_> {
                 Some((self.name(child), constant(&child.attr_value(gimli::DW_AT_const_value)?)?))
             })
             .collect();
-        let signed = values.iter().any(|(_, value)| *value < 0) && size < 8
+        // Only what is written with its sign is negative: a large value of 8 bytes only looks so.
+        let negative = |child: &Entry<'a>| matches!(child.attr_value(gimli::DW_AT_const_value), Some(AttributeValue::Sdata(value)) if value < 0);
+        let signed = children.iter().any(negative)
             || match (entry.attr_value(gimli::DW_AT_encoding), entry.attr_value(gimli::DW_AT_type)) {
                 (Some(AttributeValue::Encoding(encoding)), _) => encoding == gimli::DW_ATE_signed,
                 (_, Some(AttributeValue::UnitRef(at))) => {
                     let base = self.unit.entry(at)?;
                     matches!(self.base(&base, size), Shape::Int { signed: true, .. })
                 }
-                _ => values.iter().any(|(_, value)| *value < 0),
+                _ => false,
             };
         Ok(Shape::Enum { size: u32::try_from(size).unwrap_or(0), signed, values })
     }
