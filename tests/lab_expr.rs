@@ -466,6 +466,71 @@ fn gdbs_per_cpu_variables_follow_the_thread() {
     });
 }
 
+/// What a module planted in its own per-CPU variables and in allocated ones, by its own word.
+#[test]
+fn planted_per_cpu_values_and_lists_are_found() {
+    let mut sets = 0;
+    for_each_set(&mut |set, _, machine| {
+        let Some(said) = set.planted("kstub_plant.txt") else { return };
+        let what = set.name();
+        sets += 1;
+        let pointer = &said["percpu.dynamic"];
+        for (kind, line) in [
+            ("value", "percpu -x *(u64 *)&kstub_percpu_value".to_owned()),
+            ("dynamic", "percpu -x *(u64 **)&kstub_percpu_dynamic".to_owned()),
+            ("dynamic", format!("percpu -x (u64 *){pointer}")),
+        ] {
+            let values = ask(machine, &line)["values"].clone();
+            for cpu in 0..smp(set) as usize {
+                let (address, value) =
+                    (&said[&format!("percpu.{kind}.{cpu}.address")], &said[&format!("percpu.{kind}.{cpu}")]);
+                assert_eq!(values[cpu]["address"], **address, "{what}: {line}");
+                assert_eq!(values[cpu]["value"].as_u64(), Some(hex(value)), "{what}: {line}");
+                let other = &values[(cpu + 1) % smp(set) as usize]["value"];
+                assert_ne!(other.as_u64(), Some(hex(value)), "{what}: another CPU's must differ");
+            }
+        }
+        for cpu in 0..smp(set) {
+            let sym = |key: String| ask(machine, &format!("sym {}", said[&key]))["symbols"][0].clone();
+            let value = sym(format!("percpu.value.{cpu}.address"));
+            assert_eq!(value["name"], "kstub_percpu_value", "{what}: {value}");
+            assert_eq!(value["module"], "kstub_plant", "{what}: {value}");
+            assert_eq!(
+                (value["cpu"].as_u64(), value["offset"].as_u64()),
+                (Some(cpu.into()), Some(0)),
+                "{what}"
+            );
+            let value = sym(format!("percpu.dynamic.{cpu}.address"));
+            assert_eq!(value["cpu"].as_u64(), Some(cpu.into()), "{what}: {value}");
+            assert_eq!(value["offset"].as_u64(), Some(hex(pointer)), "{what}: {value}");
+        }
+        // Lists, good and broken: their items have the list_head behind a u64 and an int.
+        for (name, items, problem) in [
+            ("good", 6, None),
+            ("bad_prev", 6, None),
+            ("cycle", 4, Some("comes a second time")),
+            ("poisoned", 3, Some("cannot be read")),
+            ("unmapped", 3, Some("cannot be read")),
+        ] {
+            let list = ask(machine, &format!("list -o 16 -H {}", said[&format!("list.{name}.head")]));
+            let entries = list["entries"].as_array().unwrap();
+            assert_eq!(entries.len(), items, "{what}: {name}: {list}");
+            for (i, entry) in entries.iter().enumerate() {
+                assert_eq!(entry["address"], *said[&format!("list.{name}.{i}")], "{what}: {name}");
+            }
+            match problem {
+                None => assert_eq!(list["problem"], Value::Null, "{what}: {name}"),
+                Some(words) => {
+                    assert!(list["problem"].as_str().unwrap().contains(words), "{what}: {name}: {list}")
+                }
+            }
+        }
+        let empty = ask(machine, &format!("list -o 16 -H {}", said["list.empty.head"]));
+        assert_eq!(empty["entries"], Value::Array(Vec::new()), "{what}");
+    });
+    assert!(lab::sets().is_none() || sets > 0, "no set has a planted module");
+}
+
 /// gdb's and our spelling of one instruction, made the same: numbers in hexadecimal without sign of their width,
 /// names and comments off.
 fn normal(text: &str) -> String {

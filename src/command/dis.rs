@@ -2,7 +2,7 @@
 
 use super::args::{Options, count};
 use super::expression::address;
-use super::{Command, CommandError, Context, Output};
+use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::disasm::{self, Instruction, LEN_MAX, Reference, Syntax};
 use crate::kernel::Kernel;
@@ -11,7 +11,7 @@ use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "dis",
-    arguments: "[-r|-f] [-u] [-d] [-i] ADDR|SYMBOL [COUNT]",
+    arguments: "[-r|-f] [-l] [-u] [-d] [-i] ADDR|SYMBOL [COUNT]",
     summary: "disassemble a function or what is at an address",
     help: "A function by name is shown as a whole, an address alone as one instruction, unless COUNT says how many. The \
            code is what the memory holds: with alternatives, static keys, ftrace and breakpoints as they are.\n\n\
@@ -19,6 +19,7 @@ pub const COMMAND: Command = Command {
            behind one relative to gs.\n\n\
            -r   from the start of the function to ADDR\n\
            -f   from ADDR to the end of the function\n\
+           -l   source lines, by the vmlinux's DWARF\n\
            -u   ADDR is in the user memory of the task on the selected CPU\n\
            -d   offsets in decimal, as crash has them (-x: in hexadecimal, the default)\n\
            -i   Intel's syntax\n\n\
@@ -32,7 +33,7 @@ const COUNT_MAX: usize = 1 << 16;
 const PIECE: u64 = 4096;
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    let options = Options::read("dis", &["r", "f", "u", "x", "d", "i"], true, arguments)?;
+    let options = Options::read("dis", &["r", "f", "l", "u", "x", "d", "i"], true, arguments)?;
     let (place, wanted) = match options.rest.as_slice() {
         [] => return Err(CommandError("disassemble what? try 'help dis'".into())),
         [place @ .., last] if !place.is_empty() && last.bytes().all(|b| b.is_ascii_digit()) => {
@@ -72,7 +73,15 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     }
     let mut text = String::new();
     let mut rows = Vec::new();
+    let mut line = None;
     for one in &instructions {
+        if options.has("l") {
+            let here = if code.user { None } else { source_line(kernel, VirtAddr(one.at)) };
+            if let (Some(here), true) = (&here, here != line) {
+                let _ = writeln!(text, "{}", printable(here));
+            }
+            line = here;
+        }
         let symbol = if code.user { None } else { code.name(VirtAddr(one.at), options.has("d")) };
         let name = symbol.as_ref().map_or(String::new(), |name| format!(" <{name}>"));
         let target = code.target(one);
@@ -91,12 +100,20 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
             "bytes": bytes,
             "text": one.text,
             "refers_to": target,
+            "line": line,
         }));
     }
     if let Some(why) = &problem {
         let _ = writeln!(text, "{why}");
     }
     Ok(Output { text, json: json!({ "instructions": rows, "problem": problem }) })
+}
+
+/// `FILE: LINE` of an instruction of the kernel image, as crash has it.
+pub fn source_line(kernel: &Kernel, at: VirtAddr) -> Option<String> {
+    let link = at.0.checked_sub(kernel.found().kaslr_offset)?;
+    let place = kernel.debug_info()?.locate(link)?.into_iter().next()?;
+    Some(format!("{}: {}", place.file?, place.line?))
 }
 
 fn syntax(options: &Options<'_>) -> Syntax {
@@ -150,8 +167,8 @@ impl Code<'_, '_> {
             return self.kernel.describe_address(at);
         }
         let found = self.kernel.symbolize(at)?;
-        let name = crate::bytes::printable(found.name);
-        let module = found.module.map_or(String::new(), |m| format!(" [{}]", crate::bytes::printable(m)));
+        let name = printable(found.name);
+        let module = found.module.map_or(String::new(), |m| format!(" [{}]", printable(m)));
         Some(if found.offset == 0 { name + &module } else { format!("{name}+{}{module}", found.offset) })
     }
 
@@ -165,9 +182,9 @@ impl Code<'_, '_> {
                 self.kernel.describe_address(VirtAddr(at))
             }
             Reference::Gs(at) => {
-                let (name, offset) = self.kernel.per_cpu_symbol(VirtAddr(at))?;
-                let name = crate::bytes::printable(name);
-                Some(if offset == 0 { name } else { format!("{name}+{offset:#x}") })
+                let found = self.kernel.per_cpu_symbol(VirtAddr(at))?;
+                let name = printable(found.name);
+                Some(if found.offset == 0 { name } else { format!("{name}+{:#x}", found.offset) })
             }
         }
     }

@@ -43,11 +43,12 @@ impl<'k> Expression<'k> {
         let kernel = context.kernel()?;
         let types = kernel.type_table()?;
         // A variable hides a type of the same name, as in C.
-        let is_type = |name: &str| kernel.symbol(name).is_none() && types.parse(name).is_some();
+        let is_type = |name: &str| kernel.symbol_anywhere(name).is_none() && types.parse(name).is_some();
         let wrong = |why| CommandError(format!("'{}': {why}", printable(text)));
         let parsed = parse(text, &is_type).map_err(|why| wrong(printable(&why)))?;
         let cpus = parsed.cpus.as_deref().map(|list| cpu_list(kernel, list)).transpose()?;
-        let per_cpu = parsed.any_name(&|name| kernel.symbol(name).is_some_and(|at| kernel.is_per_cpu(at)));
+        let per_cpu =
+            parsed.any_name(&|name| kernel.symbol_anywhere(name).is_some_and(|at| kernel.is_per_cpu(at)));
         if cpus.is_some() && !per_cpu {
             return Err(wrong("it names CPUs, but no per-CPU variable".into()));
         }
@@ -239,7 +240,7 @@ impl<'k> Evaluation<'_, 'k> {
 
     /// Variables before enumerators before what has no type, as a debugger looks for them.
     fn name(&self, name: &str) -> Result<Value<'k>, CommandError> {
-        let at = self.kernel.symbol(name);
+        let at = self.kernel.symbol_anywhere(name);
         if let Some(at) = at
             && let Some(ty) = self.kernel.variable_type(name)
         {

@@ -30,7 +30,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let ty = types.parse(&text);
     let variable = match ty {
         // A type's name may be a variable's, too.
-        Some(_) if kernel.symbol(&text).is_none() => None,
+        Some(_) if kernel.symbol_anywhere(&text).is_none() => None,
         _ => match of_expression(context, kernel, &text) {
             Ok(found) => Some(found),
             Err(error) if ty.is_none() => return Err(error),
@@ -72,7 +72,7 @@ fn members(kernel: &Kernel, ty: TypeId) -> Result<Json, CommandError> {
 fn of_expression(context: &Context<'_>, kernel: &Kernel, text: &str) -> Result<(String, Json), CommandError> {
     let types = kernel.type_table()?;
     let is_name = text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-    let ty = match is_name.then(|| kernel.symbol(text)).flatten() {
+    let ty = match is_name.then(|| kernel.symbol_anywhere(text)).flatten() {
         Some(_) => kernel.variable_type(text),
         None => match Expression::new(context, text)?.value(context)? {
             Value::Place(place) => Some(place.ty),

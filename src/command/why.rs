@@ -65,8 +65,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
 
 fn render(context: &Context<'_>, at: crate::addr::VirtAddr, why: &Why) -> String {
     let mut text = format!("{at}");
-    if let Some(symbol) = context.machine.kernel().and_then(|kernel| kernel.symbolize(at)) {
-        let _ = write!(text, " <{symbol}>");
+    if let Some(name) = context.machine.kernel().and_then(|kernel| kernel.describe_address(at)) {
+        let _ = write!(text, " <{name}>");
     }
     if !why.steps.is_empty() {
         let _ = write!(text, ", through {}", super::printable(&why.tables));

@@ -508,7 +508,8 @@ impl TypeTable {
         };
         match &ty.shape {
             Shape::Void => join("void"),
-            Shape::Int { .. } | Shape::Float(_) | Shape::Typedef(_) => join(&ty.name),
+            Shape::Int { .. } => join(short_name(&ty.name)),
+            Shape::Float(_) | Shape::Typedef(_) => join(&ty.name),
             Shape::Composite { union: false, .. } => tagged("struct", &ty.name),
             Shape::Composite { union: true, .. } => tagged("union", &ty.name),
             Shape::Enum { .. } => tagged("enum", &ty.name),
@@ -566,6 +567,19 @@ impl TypeTable {
         let mut sources = std::iter::once(&self.image).chain(self.modules());
         let found = sources.find_map(|source| source.enumerator(name).ok().flatten());
         self.constants.put(name.to_owned(), found)
+    }
+}
+
+/// A base type as people and gdb write it, by the name that compilers give it.
+fn short_name(name: &str) -> &str {
+    match name {
+        "long unsigned int" => "unsigned long",
+        "long int" => "long",
+        "long long unsigned int" => "unsigned long long",
+        "long long int" => "long long",
+        "short unsigned int" => "unsigned short",
+        "short int" => "short",
+        other => other,
     }
 }
 

@@ -4,6 +4,7 @@
 //! headers and files named with each group.
 
 use super::Kernel;
+use super::module::Module;
 use crate::addr::VirtAddr;
 use crate::debuginfo::types::{Class, Shape, TypeId};
 
@@ -156,9 +157,15 @@ impl Kernel {
         Some(ty)
     }
 
-    /// Whether `at` is in the kernel image's code.
+    /// Whether `at` is in the code of the kernel image or a module.
     pub fn is_text(&self, at: VirtAddr) -> bool {
-        let within = |start, end| self.symbol(start) <= Some(at) && self.symbol(end) > Some(at);
-        self.symbol("_stext").is_some() && (within("_stext", "_etext") || within("_sinittext", "_einittext"))
+        let within =
+            |start, end| self.symbol(start).is_some_and(|start| start <= at) && self.symbol(end) > Some(at);
+        let of_module = |module: &Module| {
+            module.regions.iter().any(|region| region.kind.contains("text") && region.contains(at))
+        };
+        within("_stext", "_etext")
+            || within("_sinittext", "_einittext")
+            || self.modules().list.iter().any(of_module)
     }
 }

@@ -7,9 +7,11 @@
 
 use super::cpus::{ONLINE, POSSIBLE};
 use super::discover::START_KERNEL_MAP;
+use super::module::Module;
 use super::{CpuId, Kernel, Symbolized};
 use crate::addr::VirtAddr;
 use crate::bytes::printable;
+use crate::debuginfo::SymbolTable;
 use std::fmt;
 use std::ops::Range;
 
@@ -23,9 +25,14 @@ const LABELS_MAX: usize = 64;
 /// What per-CPU memory belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PerCpuOwner<'k> {
-    /// The static variable of this name.
-    Variable(&'k str),
-    /// The static variables of this module: untrusted text.
+    /// A static variable.
+    Variable {
+        /// Its name: untrusted text.
+        name: &'k str,
+        /// The module it is of; `None` for the kernel image.
+        module: Option<&'k str>,
+    },
+    /// A static variable of this module that has no name.
     Module(&'k str),
     /// `alloc_percpu`, or a static area without symbols: the offset is the `__percpu` pointer.
     Allocated,
@@ -46,8 +53,15 @@ impl fmt::Display for PerCpuPlace<'_> {
     /// `runqueues+0x40 cpu 3`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.owner {
-            PerCpuOwner::Variable(name) if self.offset == 0 => write!(f, "{}", printable(name))?,
-            PerCpuOwner::Variable(name) => write!(f, "{}+{:#x}", printable(name), self.offset)?,
+            PerCpuOwner::Variable { name, module } => {
+                f.write_str(&printable(name))?;
+                if self.offset != 0 {
+                    write!(f, "+{:#x}", self.offset)?;
+                }
+                if let Some(module) = module {
+                    write!(f, " [{}]", printable(module))?;
+                }
+            }
             PerCpuOwner::Module(name) => {
                 write!(f, "per-CPU memory of {}+{:#x}", printable(name), self.offset)?;
             }
@@ -69,8 +83,6 @@ pub(super) struct Areas {
     unit_size: u64,
     /// Base addresses of chunks.
     chunks: Vec<u64>,
-    /// `percpu` and `percpu_size` of modules, and their names.
-    modules: Vec<(u64, u64, String)>,
 }
 
 impl Kernel {
@@ -99,7 +111,7 @@ impl Kernel {
         units.sort_unstable();
         let unit_size = self.symbol("pcpu_unit_size").and_then(|at| self.read_u32(at)).unwrap_or(0).into();
         let chunks = self.per_cpu_chunks();
-        Some(Areas { template, offsets, units, unit_size, chunks, modules: self.per_cpu_modules() })
+        Some(Areas { template, offsets, units, unit_size, chunks })
     }
 
     /// Base addresses of chunks of allocated per-CPU memory, the first chunk's before the others.
@@ -128,19 +140,6 @@ impl Kernel {
         chunks
     }
 
-    fn per_cpu_modules(&self) -> Vec<(u64, u64, String)> {
-        let one = |node| {
-            let module = self.value("struct list_head", node)?.container_of("module", "list")?;
-            Ok::<_, super::ObjectError>((
-                module.get("percpu")?,
-                module.get("percpu_size")?,
-                module.member("name")?.text()?,
-            ))
-        };
-        let nodes = self.symbol("modules").map(|head| self.list(head).nodes).unwrap_or_default();
-        nodes.into_iter().filter_map(|node| one(node).ok()).filter(|&(_, size, _)| size > 0).collect()
-    }
-
     /// The possible CPUs; those that have per-CPU memory.
     pub fn possible_cpus(&self) -> Vec<CpuId> {
         self.cpu_mask(&POSSIBLE).unwrap_or_default()
@@ -159,7 +158,17 @@ impl Kernel {
 
     /// Whether `at` is the address of a per-CPU symbol, which [`Self::per_cpu_pointer`] makes a place of.
     pub fn is_per_cpu(&self, at: VirtAddr) -> bool {
-        self.per_cpu_areas().is_some_and(|areas| areas.template.contains(&at.0))
+        let Some(areas) = self.per_cpu_areas() else { return false };
+        areas.template.contains(&at.0) || self.per_cpu_module(at).is_some()
+    }
+
+    /// The module whose static per-CPU variables a `__percpu` pointer is among, and how far into them.
+    fn per_cpu_module(&self, pointer: VirtAddr) -> Option<(&Module, u64)> {
+        self.modules().list.iter().find_map(|module| {
+            let (start, size) = module.per_cpu?;
+            let offset = pointer.0.wrapping_sub(start);
+            (offset < size).then_some((module, offset))
+        })
     }
 
     /// `per_cpu_ptr(pointer, cpu)`: the copy that `cpu` has of what a per-CPU symbol or `__percpu` pointer names.
@@ -189,31 +198,19 @@ impl Kernel {
         self.per_cpu_pointer(template.start.wrapping_add(at.offset_from(window.start)?), cpu)
     }
 
-    /// The static per-CPU variable whose template covers `at`, and the offset into it.
-    pub fn per_cpu_symbol(&self, at: VirtAddr) -> Option<(&str, u64)> {
+    /// The static per-CPU variable, of the image or a module, that a per-CPU symbol's address or a `__percpu` pointer
+    /// is in.
+    pub fn per_cpu_symbol(&self, at: VirtAddr) -> Option<Symbolized<'_>> {
         let areas = self.per_cpu_areas()?;
-        if !areas.template.contains(&at.0) {
-            return None;
+        if areas.template.contains(&at.0) {
+            let moved = if areas.template.start < START_KERNEL_MAP { 0 } else { self.found.kaslr_offset };
+            let start = areas.template.start.wrapping_sub(moved);
+            let (name, offset) = covering(self.symbols().ok()?, at.0.wrapping_sub(moved), start)?;
+            return Some(Symbolized { name, offset, module: None });
         }
-        let moved = if areas.template.start < START_KERNEL_MAP { 0 } else { self.found.kaslr_offset };
-        let link = at.0.wrapping_sub(moved);
-        let symbols = self.symbols().ok()?;
-        // Zero is also where assembly's constants are, and a label may stand inside a variable.
-        let mut below = link;
-        let mut without_size = None;
-        for _ in 0..LABELS_MAX {
-            let Some((symbol, offset)) = symbols.at(below) else { break };
-            let offset = offset.wrapping_add(link - below);
-            if symbol.size > offset {
-                return Some((symbol.name, offset));
-            }
-            if symbol.size == 0 && symbol.addr >= areas.template.start.wrapping_sub(moved) {
-                without_size = without_size.or(Some((symbol.name, offset)));
-            }
-            let Some(next) = symbol.addr.checked_sub(1) else { break };
-            below = next;
-        }
-        without_size
+        let (module, _) = self.per_cpu_module(at)?;
+        let (name, offset) = covering(self.module_symbols(module), at.0, module.per_cpu?.0)?;
+        Some(Symbolized { name, offset, module: Some(&module.name) })
     }
 
     /// Whose per-CPU memory `at` lies in.
@@ -226,21 +223,22 @@ impl Kernel {
             && at.0.wrapping_sub(start.wrapping_add(offset)) < size
         {
             let pointer = VirtAddr(at.0.wrapping_sub(offset));
-            let (owner, offset) = match self.per_cpu_symbol(pointer) {
-                Some((name, offset)) => (PerCpuOwner::Variable(name), offset),
-                None => (PerCpuOwner::Allocated, pointer.0),
-            };
-            return Some(PerCpuPlace { owner, offset, cpu });
+            return Some(self.per_cpu_owner(pointer, cpu));
         }
         let cpu = areas.chunks.iter().find_map(|&base| areas.unit(at.0.checked_sub(base)?))?;
         let (offset, _) = areas.offsets.iter().find(|&&(_, one)| one == cpu)?;
-        let pointer = at.0.wrapping_sub(*offset);
-        let module = areas.modules.iter().find(|(base, size, _)| pointer.wrapping_sub(*base) < *size);
-        let (owner, offset) = match module {
-            Some((base, _, name)) => (PerCpuOwner::Module(name), pointer - base),
-            None => (PerCpuOwner::Allocated, pointer),
+        Some(self.per_cpu_owner(VirtAddr(at.0.wrapping_sub(*offset)), cpu))
+    }
+
+    fn per_cpu_owner(&self, pointer: VirtAddr, cpu: CpuId) -> PerCpuPlace<'_> {
+        let (owner, offset) = match (self.per_cpu_symbol(pointer), self.per_cpu_module(pointer)) {
+            (Some(found), _) => {
+                (PerCpuOwner::Variable { name: found.name, module: found.module }, found.offset)
+            }
+            (None, Some((module, offset))) => (PerCpuOwner::Module(&module.name), offset),
+            (None, None) => (PerCpuOwner::Allocated, pointer.0),
         };
-        Some(PerCpuPlace { owner, offset, cpu })
+        PerCpuPlace { owner, offset, cpu }
     }
 
     /// What an address is, to stand between `<` and `>` behind it: `init_task+0x40`, `runqueues+0x40 cpu 3`.
@@ -258,6 +256,28 @@ impl Kernel {
             found => found.to_string(),
         })
     }
+}
+
+/// The symbol that covers `at`, but none below `start`. Zero is also where assembly's constants are, and a label may
+/// stand inside a variable: what has a size goes first.
+fn covering(symbols: &SymbolTable, at: u64, start: u64) -> Option<(&str, u64)> {
+    let mut below = at;
+    let mut without_size = None;
+    for _ in 0..LABELS_MAX {
+        let Some((symbol, offset)) = symbols.at(below).filter(|(symbol, _)| symbol.addr >= start) else {
+            break;
+        };
+        let offset = offset.wrapping_add(at - below);
+        if symbol.size > offset {
+            return Some((symbol.name, offset));
+        }
+        if symbol.size == 0 {
+            without_size = without_size.or(Some((symbol.name, offset)));
+        }
+        let Some(next) = symbol.addr.checked_sub(1) else { break };
+        below = next;
+    }
+    without_size
 }
 
 impl Areas {
