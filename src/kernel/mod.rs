@@ -7,9 +7,15 @@ pub mod cpus;
 pub mod discover;
 pub mod list;
 mod machine;
+pub mod memcg;
+pub mod meminfo;
 pub mod object;
+pub mod page;
 pub mod printk;
+pub mod slab;
 mod task;
+pub mod vmalloc;
+pub mod zone;
 
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
@@ -32,17 +38,24 @@ pub struct Kernel {
     debug_info: Option<DebugInfo>,
     /// From BTF in memory; `None` where there is none.
     own_types: OnceLock<Option<TypeTable>>,
+    /// Where the `struct page`s are, or why that is not known.
+    page_map: OnceLock<Result<page::PageMap, ObjectError>>,
 }
 
 impl Kernel {
     /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
     pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
-        Self { backend, found, debug_info, own_types: OnceLock::new() }
+        Self { backend, found, debug_info, own_types: OnceLock::new(), page_map: OnceLock::new() }
     }
 
     /// Where and how the kernel was found.
     pub fn found(&self) -> &Found {
         &self.found
+    }
+
+    /// The memory underneath.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
     }
 
     /// Its vmlinux, where there is one.
