@@ -41,6 +41,7 @@ Examples:
   kstub gdb vmcore                        start gdb on a dump, with symbols
   kstub gdb vmcore -- -batch -ex bt       the panicking CPU's backtrace, and exit
   kstub info vmcore                       what the dump is and which kernel is in it
+  kstub run vmcore ps 'task 1'            commands, without gdb
   kstub gdb vmcore --debug-dir /srv/debug look there for the vmlinux, by build-id
   kstub serve vmcore                      then: gdb -ex 'target remote 127.0.0.1:1234'
 
@@ -52,6 +53,21 @@ Exit codes:
   4  the vmlinux is unusable or belongs to another kernel
   5  cannot listen on the address
   6  a file cannot be read";
+
+const RUN_HELP: &str = "\
+Behind the dump, each argument that begins with a command's name is a command; '-' reads commands from standard input,
+one a line. What one chooses ('set PID') holds for those behind it. 'help' lists the commands.
+
+Examples:
+  kstub run vmcore log
+  kstub run vmcore 'ps -S' 'task 1' 'struct task_struct.comm init_task'
+  kstub run vmcore --json ps | jq -r '.result.tasks[].comm'
+  kstub run vmcore - < commands.txt
+
+With --json each command gives one line: {\"schema\": 1, \"command\": ..., \"result\": ...}, or \"error\" in place of
+\"result\". Keys may be added under the same schema number; none changes its meaning or goes.
+
+The exit code is 1 if a command failed; those behind it were run all the same.";
 
 /// What to do.
 #[derive(Subcommand, Debug)]
@@ -89,6 +105,18 @@ pub enum Command {
         /// How gdb gets at the vmlinux without being given one
         #[arg(long, value_name = "HOW", value_enum, default_value_t = ServeFiles::Local)]
         files: ServeFiles,
+    },
+    /// Run commands on a dump and print what they answer
+    #[command(after_help = RUN_HELP)]
+    Run {
+        #[command(flatten)]
+        target: Target,
+        /// Print one line of JSON for each command
+        #[arg(long)]
+        json: bool,
+        /// Run the commands for this CPU instead of the one that panicked
+        #[arg(short, long, value_name = "CPU")]
+        cpu: Option<u32>,
     },
     /// Print what a dump is, which kernel is in it, and what is missing
     #[command(

@@ -4,11 +4,13 @@ use anyhow::Context;
 use clap::Parser;
 use kstub::backend::Dump;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
+use kstub::command::Focus;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
 use kstub::gdb::{Files, index};
-use kstub::kernel::{Machine, OpenError, Options};
+use kstub::kernel::{CpuId, Machine, OpenError, Options};
 use kstub::{cli, command, debuginfo, server, vmcore};
+use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -16,6 +18,11 @@ use std::sync::Arc;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Arguments that clap cannot know to be wrong.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(&'static str);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -72,6 +79,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             })?;
             Ok(0)
         }
+        Command::Run { target, json, cpu } => run_commands(target, json, cpu),
         Command::Info { target, json } => {
             let output = command::render_info(&open(&target)?);
             let text = if json { format!("{:#}\n", output.json) } else { output.text };
@@ -89,10 +97,66 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
     }
 }
 
+/// `kstub run`: prints what each command answers; a command that fails does not keep the others from running.
+fn run_commands(mut target: Target, json: bool, cpu: Option<u32>) -> anyhow::Result<u8> {
+    let first = target.dump.iter().skip(1).position(|argument| is_command(argument));
+    let lines = match first {
+        Some(first) => target.dump.split_off(first + 1),
+        None => anyhow::bail!(Usage("no command behind the dump; try: kstub run DUMP help")),
+    };
+    let machine = open(&target)?;
+    report_problems(&machine);
+    let cpu = cpu.map_or(machine.first_cpu(), CpuId);
+    if machine.cpu(cpu).is_none() {
+        anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
+    }
+    let focus = Focus::default();
+    let context = command::Context { machine: &machine, cpu, focus: &focus };
+    let mut failed = false;
+    let mut one = |line: &str| -> anyhow::Result<()> {
+        let result = command::run(&context, line);
+        failed |= result.is_err();
+        if json {
+            return print(format!("{}\n", command::envelope(line, &result)).as_bytes());
+        }
+        match result {
+            Ok(output) => print(output.text.as_bytes()),
+            Err(error) => {
+                eprintln!("kstub: {}", command::printable(&error.to_string()));
+                Ok(())
+            }
+        }
+    };
+    for argument in lines {
+        let line = argument.to_string_lossy();
+        if line != "-" {
+            one(&line)?;
+            continue;
+        }
+        for line in std::io::stdin().lines() {
+            let line = line.context("cannot read commands from standard input")?;
+            if !line.trim().is_empty() && !line.trim_start().starts_with('#') {
+                one(line.trim())?;
+            }
+        }
+    }
+    Ok(if failed { exit::FAILURE } else { 0 })
+}
+
+/// Whether an argument behind the dump is a command and not another part of the dump.
+fn is_command(argument: &OsStr) -> bool {
+    let Some(text) = argument.to_str() else { return false };
+    let name = text.split_whitespace().next();
+    text == "-" || name.is_some_and(command::exists) || !Path::new(text).exists() && !text.contains('@')
+}
+
 /// The exit code for an error: the first cause that has one decides.
 fn exit_code(error: &anyhow::Error) -> u8 {
     if error.is::<server::CannotListen>() {
         return exit::LISTEN;
+    }
+    if error.is::<Usage>() {
+        return exit::USAGE;
     }
     let code = error.chain().find_map(|cause| {
         if let Some(error) = cause.downcast_ref::<vmcore::Error>() {

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use kstub::backend::Dump;
-use kstub::command::{self, COMMANDS, Context};
+use kstub::command::{self, COMMANDS, Context, Focus};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{Machine, Options};
 use std::collections::BTreeMap;

@@ -28,7 +28,7 @@ pub fn address(context: &Context<'_>, text: &str) -> Result<Address, CommandErro
     if let Some(at) = symbol(context, text).or_else(|| hex(text).map(VirtAddr)) {
         return Ok(Address::Virtual(at));
     }
-    let without_symbols = context.machine.kernel().is_none_or(|kernel| kernel.debug_info().is_none());
+    let without_symbols = context.machine.kernel().is_none_or(|kernel| kernel.symbols().is_err());
     let cure = if without_symbols { " (no symbols: pass --vmlinux FILE to name some)" } else { "" };
     Err(CommandError(format!(
         "'{}' is neither a hexadecimal address nor a symbol{cure}; use ADDR, SYMBOL+OFFSET, $REGISTER or phys:ADDR",

@@ -97,6 +97,22 @@ pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
     (find(name)?.run)(context, &arguments)
 }
 
+/// Number of the form of JSON answers; goes up when a key goes or changes its meaning.
+pub const SCHEMA: u32 = 1;
+
+/// The answer to `line` as one JSON value that says what it answers.
+pub fn envelope(line: &str, result: &Result<Output, CommandError>) -> serde_json::Value {
+    match result {
+        Ok(output) => serde_json::json!({ "schema": SCHEMA, "command": line, "result": output.json }),
+        Err(error) => serde_json::json!({ "schema": SCHEMA, "command": line, "error": error.to_string() }),
+    }
+}
+
+/// Whether there is a command called `name`.
+pub fn exists(name: &str) -> bool {
+    find(name).is_ok()
+}
+
 /// The command called `name`.
 fn find(name: &str) -> Result<&'static Command, CommandError> {
     COMMANDS.iter().find(|command| command.name == name).ok_or_else(|| {

@@ -6,6 +6,7 @@
 mod btf;
 pub mod debuginfod;
 pub mod find;
+pub mod kallsyms;
 mod strip;
 mod symbols;
 pub mod types;

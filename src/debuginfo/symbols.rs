@@ -1,30 +1,37 @@
-//! A symbol table: address to symbol and name to symbol, at link-time addresses.
+//! A symbol table: address to symbol and name to symbol.
 //!
-//! Knows ELF's `.symtab` records and nothing of files. Both indexes are built when first asked for.
-//! Source: the ELF-64 object file format, "Symbol Table".
+//! Knows ELF's `.symtab` records and nothing of files. Addresses are the giver's: link-time for the kernel image,
+//! run-time for modules. The index by name is built when first asked for.
+//! Source: the ELF-64 object file format, "Symbol Table"; `nm(1)` (letters).
 
 use crate::bytes::{cstr_at, u16_at, u32_at, u64_at};
 use hashbrown::HashTable;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
 
-/// A symbol at its link-time address.
+/// A symbol at its address in the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Symbol<'a> {
     /// Its name.
     pub name: &'a str,
-    /// Link-time address.
+    /// Address: link-time in the kernel image, run-time in a module.
     pub addr: u64,
     /// Size in bytes; 0 where the table has none (assembly labels).
     pub size: u64,
+    /// The letter `nm` prints, upper case if global: `t` text, `d` and `b` data, `r` constants, `w` weak;
+    /// `?` where the table does not tell.
+    pub letter: char,
 }
 
+/// A symbol whose name stands elsewhere.
 #[derive(Clone, Copy)]
-struct Entry {
-    addr: u64,
-    size: u64,
-    /// Offset of its name in the string table.
-    name: u32,
+pub(super) struct Entry {
+    pub addr: u64,
+    pub size: u64,
+    /// Offset of its NUL-terminated name in the string table.
+    pub name: u32,
+    /// As in [`Symbol::letter`], ASCII.
+    pub letter: u8,
 }
 
 /// Symbols of one file.
@@ -41,6 +48,8 @@ pub struct SymbolTable {
 /// Bytes of an `Elf64_Sym`.
 const RECORD: usize = 24;
 const SHN_UNDEF: u16 = 0;
+const STT_OBJECT: u8 = 1;
+const STT_FUNC: u8 = 2;
 const STT_SECTION: u8 = 3;
 const STT_FILE: u8 = 4;
 
@@ -56,11 +65,31 @@ impl SymbolTable {
                 addr: u64_at(record, 8)?,
                 size: u64_at(record, 16)?,
                 name,
+                letter: letter(*record.get(4)?),
             })
         };
-        let mut entries: Vec<Entry> = symtab.chunks_exact(RECORD).filter_map(entry).collect();
+        Self::new(symtab.chunks_exact(RECORD).filter_map(entry).collect(), strings)
+    }
+
+    /// `entries` with their names in `strings`.
+    pub(super) fn new(mut entries: Vec<Entry>, strings: Vec<u8>) -> Self {
         entries.sort_unstable_by_key(|entry| (entry.addr, entry.name));
         Self { strings, entries, ..Self::default() }
+    }
+
+    /// Whether it has no symbol at all.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// How many symbols it has.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// All symbols by ascending address; those whose name is no UTF-8 are left out.
+    pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
+        self.entries.iter().filter_map(|entry| self.symbol(entry))
     }
 
     /// A symbol called `name`; of several (static functions share names) the one at the lowest address.
@@ -81,13 +110,15 @@ impl SymbolTable {
     }
 
     /// The symbol that covers `addr`, and the offset into it: the nearest one below whose size, if it has one,
-    /// reaches that far; one without a size reaches to the next symbol. Of several at one address a sized one wins.
+    /// reaches that far; one without a size reaches to the next symbol. Of several at one address a sized one wins,
+    /// then the first in the table, as in the kernel's own messages.
     pub fn at(&self, addr: u64) -> Option<(Symbol<'_>, u64)> {
         let end = self.entries.partition_point(|entry| entry.addr <= addr);
         let nearest = self.entries.get(end.checked_sub(1)?)?.addr;
         let start = self.entries.partition_point(|entry| entry.addr < nearest);
         let offset = addr - nearest;
-        let best = self.entries.get(start..end)?.iter().max_by_key(|e| (e.size > offset, e.size == 0))?;
+        let best =
+            self.entries.get(start..end)?.iter().rev().max_by_key(|e| (e.size > offset, e.size == 0))?;
         let covers = if best.size == 0 { end < self.entries.len() } else { best.size > offset };
         covers.then(|| self.symbol(best)).flatten().map(|symbol| (symbol, offset))
     }
@@ -98,7 +129,23 @@ impl SymbolTable {
 
     fn symbol(&self, entry: &Entry) -> Option<Symbol<'_>> {
         let name = std::str::from_utf8(self.name(entry)).ok()?;
-        Some(Symbol { name, addr: entry.addr, size: entry.size })
+        Some(Symbol { name, addr: entry.addr, size: entry.size, letter: char::from(entry.letter) })
+    }
+}
+
+/// What `nm` would print, as far as `st_info` tells.
+fn letter(info: u8) -> u8 {
+    const STB_LOCAL: u8 = 0;
+    const STB_WEAK: u8 = 2;
+    let local = match info & 0xf {
+        STT_OBJECT => b'd',
+        STT_FUNC => b't',
+        _ => b'?',
+    };
+    match info >> 4 {
+        STB_LOCAL => local,
+        STB_WEAK => b'W',
+        _ => local.to_ascii_uppercase(),
     }
 }
 

@@ -11,6 +11,7 @@ use super::memory::{self, Space};
 use super::selection::Selection;
 use super::target::{Target, errno};
 use super::threads::{self, Choice};
+use super::{bulk, osdata};
 use crate::command::Focus;
 use crate::kernel::{CpuId, Machine};
 use crate::rsp::{self, Event};
@@ -58,6 +59,8 @@ pub struct Front {
     last_packet: Vec<u8>,
     physical: bool,
     files: OpenFiles,
+    /// What `info os` was last asked for, and the document.
+    table: (Vec<u8>, String),
 }
 
 /// The packets to send for one request: rarely more than one.
@@ -112,6 +115,7 @@ impl Front {
             last_packet: Vec::new(),
             physical: false,
             files: OpenFiles::new(files),
+            table: Default::default(),
         }
     }
 
@@ -204,6 +208,8 @@ impl Front {
             _ if is_goodbye(body) => b"OK"[..].into(),
             _ if body.starts_with(b"qRcmd,") => self.monitor(body),
             _ if body.starts_with(b"qXfer:threads:read:") => self.thread_list(body).into(),
+            _ if body.starts_with(b"qXfer:osdata:read:") => self.osdata(body).into(),
+            _ if body.starts_with(b"qkstub.") => self.bulk(body).into(),
             _ => {
                 let ours = self.files.answer(body).or_else(|| self.qemu(body));
                 ours.unwrap_or_else(|| self.ask(body)).into()
@@ -237,7 +243,8 @@ impl Front {
             gdb: features.contains(&&b"QThreadEvents+"[..]),
             selects_for_commands: features.contains(&&b"error-message+"[..]),
         };
-        let mut reply = format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+").into_bytes();
+        let mut reply =
+            format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+;qXfer:osdata:read+").into_bytes();
         reply.extend_from_slice(self.files.files.features().as_bytes());
         if client.gdb {
             reply.extend_from_slice(b";binary-upload+");
@@ -270,9 +277,12 @@ impl Front {
         }
     }
 
+    fn space(&self) -> Space {
+        if self.physical { Space::Physical } else { Space::Virtual(self.engine.target.selected) }
+    }
+
     fn read(&self, request: &[u8]) -> Result<Vec<u8>, u8> {
-        let space = if self.physical { Space::Physical } else { Space::Virtual(self.engine.target.selected) };
-        memory::read(&self.machine, space, request, MAX_PAYLOAD)
+        memory::read(&self.machine, self.space(), request, MAX_PAYLOAD)
     }
 
     fn read_hex(&self, request: &[u8]) -> Vec<u8> {
@@ -360,6 +370,30 @@ impl Front {
     fn thread_list(&self, request: &[u8]) -> Vec<u8> {
         let xml = threads::list(&self.machine, self.client.multiprocess);
         window(xml.as_bytes(), request)
+    }
+
+    /// `qXfer:osdata:read:TYPE:OFFSET,LENGTH`. gdb reads a long table in pieces: the command runs for the first.
+    fn osdata(&mut self, request: &[u8]) -> Vec<u8> {
+        let annex = request.strip_prefix(b"qXfer:osdata:read:").unwrap_or_default();
+        let end = annex.iter().rposition(|&byte| byte == b':').unwrap_or(annex.len());
+        let (annex, window_wanted) = annex.split_at(end);
+        if window_wanted.starts_with(b":0,") || self.table.0 != annex {
+            let context = self.engine.target.context(self.engine.target.selected);
+            let xml = osdata::document(&context, &String::from_utf8_lossy(annex));
+            self.table = (annex.to_vec(), xml);
+        }
+        window(self.table.1.as_bytes(), request)
+    }
+
+    /// kstub's own packets.
+    fn bulk(&self, body: &[u8]) -> Vec<u8> {
+        let context = self.engine.target.context(self.engine.target.selected);
+        match bulk::answer(&context, self.space(), body) {
+            Some(Ok(reply)) => reply,
+            Some(Err(errno)) => error(errno),
+            // Empty means "not supported".
+            None => Vec::new(),
+        }
     }
 
     /// QEMU's own packets, by which tools made for QEMU know it and read physical memory.

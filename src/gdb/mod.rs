@@ -4,12 +4,14 @@
 //! wrong for a target that cannot run, and asks gdbstub for the rest. Knows no socket and no async runtime;
 //! it is the only layer that names gdbstub. Source: GDB manual, "Remote Serial Protocol".
 
+mod bulk;
 mod description;
 mod engine;
 mod files;
 mod front;
 pub mod index;
 mod memory;
+mod osdata;
 mod registers;
 mod selection;
 mod target;

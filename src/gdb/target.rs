@@ -50,6 +50,13 @@ pub(super) struct Target {
     pub(super) focus: Focus,
 }
 
+impl Target {
+    /// What a command for `cpu` is run with.
+    pub(super) fn context(&self, cpu: CpuId) -> Context<'_> {
+        Context { machine: &self.machine, cpu, focus: &self.focus }
+    }
+}
+
 impl target::Target for Target {
     type Arch = X86_64;
     type Error = Infallible;
@@ -189,7 +196,7 @@ impl SectionOffsets for Target {
 
 impl MonitorCmd for Target {
     fn handle_monitor_cmd(&mut self, line: &[u8], _out: ConsoleOutput<'_>) -> Result<(), Infallible> {
-        let context = Context { machine: &self.machine, cpu: self.command_cpu, focus: &self.focus };
+        let context = self.context(self.command_cpu);
         let line = String::from_utf8_lossy(line);
         // A command that fails has still answered; its answer says why.
         let text =

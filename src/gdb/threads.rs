@@ -89,7 +89,7 @@ pub(super) fn list(machine: &Machine, multiprocess: bool) -> String {
     xml
 }
 
-fn xml_escape(text: &str) -> String {
+pub(super) fn xml_escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

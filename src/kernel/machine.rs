@@ -116,7 +116,11 @@ impl Machine {
                 );
                 problems.append(&mut found.problems);
                 let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?;
-                Ok(Kernel::new(backend.clone(), found, debug_info))
+                let kernel = Kernel::new(backend.clone(), found, debug_info);
+                if let Err(why) = kernel.symbols() {
+                    problems.push(format!("{why}: no symbols; pass --vmlinux FILE that has a symbol table"));
+                }
+                Ok(kernel)
             }
             Err(error) => {
                 tracing::info!("{error}");
@@ -308,7 +312,7 @@ fn choose_debug_info(
         found.kaslr_offset = fits(info).unwrap_or(found.kaslr_offset);
         if !info.has_symbols() {
             problems.push(format!(
-                "'{}' has no symbol table (stripped?): no task names; use the unstripped vmlinux",
+                "'{}' has no symbol table (stripped?): gdb finds no names in it; use the unstripped vmlinux",
                 info.path().display()
             ));
         }
@@ -328,7 +332,7 @@ fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String
         None => ("", String::new()),
     };
     problems.push(format!(
-        "no vmlinux with debug info for {release}: no symbols and no task names; install the kernel's debug package \
+        "no vmlinux with debug info for {release}: no types, source lines or locals in gdb; install the kernel's debug package \
          (Debian: linux-image-{release}-dbg), pass --vmlinux FILE or --debug-dir DIR{servers} (searched{by}: {})",
         search.searched.join(", ")
     ));
@@ -426,7 +430,7 @@ fn note_mode(cpu: &mut Cpu) {
 fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String>) -> Vec<Cpu> {
     let saved = backend.saved_cpus();
     let Some(attributed) = kernel.attribute(saved) else {
-        if kernel.debug_info().is_some() {
+        if kernel.symbols().is_ok() {
             problems.push(
                 "which CPUs the kernel has cannot be read: registers are numbered by order only".to_owned(),
             );

@@ -15,6 +15,7 @@ pub mod printk;
 pub mod slab;
 mod task;
 pub mod vmalloc;
+pub mod xarray;
 pub mod zone;
 
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
@@ -24,8 +25,8 @@ pub use task::{Task, Tasks};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
-use crate::debuginfo::{Btf, DebugInfo, Member, TypeTable};
-use discover::{Found, START_KERNEL_MAP};
+use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
+use discover::{Found, NoKallsyms, START_KERNEL_MAP};
 use std::sync::{Arc, OnceLock};
 
 /// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
@@ -38,6 +39,7 @@ pub struct Kernel {
     debug_info: Option<DebugInfo>,
     /// From BTF in memory; `None` where there is none.
     own_types: OnceLock<Option<TypeTable>>,
+    kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
     /// Where the `struct page`s are, or why that is not known.
     page_map: OnceLock<Result<page::PageMap, ObjectError>>,
 }
@@ -45,7 +47,14 @@ pub struct Kernel {
 impl Kernel {
     /// The kernel at `found` in `backend`'s memory, with the debug info that was checked to be its own.
     pub fn new(backend: Arc<dyn Backend>, found: Found, debug_info: Option<DebugInfo>) -> Self {
-        Self { backend, found, debug_info, own_types: OnceLock::new(), page_map: OnceLock::new() }
+        Self {
+            backend,
+            found,
+            debug_info,
+            own_types: OnceLock::new(),
+            kallsyms: OnceLock::new(),
+            page_map: OnceLock::new(),
+        }
     }
 
     /// Where and how the kernel was found.
@@ -84,6 +93,15 @@ impl Kernel {
         self.read_array(at).map(u32::from_le_bytes)
     }
 
+    /// Symbols of the kernel image at link-time addresses: its vmlinux's or else those that the kernel carries in
+    /// memory. `Err` says why there are none.
+    pub fn symbols(&self) -> Result<&SymbolTable, &NoKallsyms> {
+        if let Some(info) = self.debug_info.as_ref().filter(|info| info.has_symbols()) {
+            return Ok(info.symbols());
+        }
+        self.kallsyms.get_or_init(|| discover::find_kallsyms(&*self.backend, &self.found)).as_ref()
+    }
+
     /// Run-time address of a symbol. Per-CPU symbols come back as they stand in their section: see
     /// [`Self::per_cpu`].
     pub fn symbol(&self, name: &str) -> Option<VirtAddr> {
@@ -92,7 +110,7 @@ impl Kernel {
 
     /// Run-time address and size in bytes of a symbol.
     pub fn symbol_and_size(&self, name: &str) -> Option<(VirtAddr, u64)> {
-        let symbol = self.debug_info.as_ref()?.symbol(name)?;
+        let symbol = self.symbols().ok()?.lookup(name)?;
         Some((self.slide(symbol.addr), symbol.size))
     }
 
@@ -103,7 +121,7 @@ impl Kernel {
         if self.symbol("_end").is_some_and(|end| at >= end) {
             return None;
         }
-        self.debug_info.as_ref()?.symbols().at(link).map(|(symbol, offset)| (symbol.name, offset))
+        self.symbols().ok()?.at(link).map(|(symbol, offset)| (symbol.name, offset))
     }
 
     /// The kernel's types: from BTF in its own memory, else from its vmlinux.

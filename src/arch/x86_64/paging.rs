@@ -39,6 +39,11 @@ impl Level {
         12 + 9 * (self as u32)
     }
 
+    /// Bytes that one entry of this level covers.
+    pub fn span(self) -> u64 {
+        1 << self.shift()
+    }
+
     /// The kernel's name. With four levels Linux calls the top level PGD; P4D is folded away.
     pub fn name(self, levels: u8) -> &'static str {
         match self {

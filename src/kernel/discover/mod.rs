@@ -8,6 +8,7 @@
 //!
 //! Source: `arch/x86/kernel/vmcore_info_64.c`, `arch/x86/include/asm/page_64_types.h` (`__START_KERNEL_map`).
 
+mod kallsyms;
 mod page_tables;
 mod scan;
 
@@ -18,6 +19,8 @@ use crate::bytes::printable;
 use crate::memory::Unreadable;
 use crate::vmcoreinfo::VmcoreInfo;
 use std::fmt;
+
+pub use kallsyms::{NoKallsyms, find as find_kallsyms};
 
 /// `__START_KERNEL_map`: virtual addresses of the kernel image are this plus physical minus `phys_base`.
 pub const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;

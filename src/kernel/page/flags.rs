@@ -146,13 +146,15 @@ impl FlagsLayout {
             3..=4 => 2,
             _ => 3,
         };
-        // node_data has MAX_NUMNODES pointers; without CONFIG_NUMA there is contig_page_data instead.
-        let nodes = kernel.symbol_and_size("node_data").map_or(0, |(_, size)| power(size / 8));
-        let candidates = [0, 19].map(|section: u32| {
+        // MAX_NUMNODES, by an array that has as many elements; where no type tells, every width is tried.
+        let slots = |member: &str| kernel.member("kmem_cache", member)?.size;
+        let by_types = slots("node").map(|size| size / 8).or_else(|| slots("per_node").map(|size| size / 16));
+        let widths = by_types.map(power).into_iter().chain(0..=10);
+        let candidates = widths.flat_map(|nodes| [(nodes, 0), (nodes, 19)]).map(|(nodes, section)| {
             let node = Field { shift: 64 - section - nodes, width: nodes };
             (Field { shift: node.shift - zones, width: zones }, node)
         });
-        let right = candidates.into_iter().find(|&(zone, node)| self.fits(kernel, map, zone, node));
+        let right = { candidates }.find(|&(zone, node)| self.fits(kernel, map, zone, node));
         let Some((zone, node)) = right else { return self };
         (self.zone, self.node) = (Some(zone), Some(node));
         let mut top = zone.shift;

@@ -95,47 +95,16 @@ pub fn of<'k>(kernel: &'k Kernel, raw: &RawPage, kind: Kind) -> Result<Mapping<'
 
 /// What the page cache `space` holds at `index`, seen from the page at `page` (of the compound page at `head`).
 pub fn held(space: Object<'_>, index: u64, page: VirtAddr, head: VirtAddr) -> Result<Held, ObjectError> {
-    let entry = load(space.member("i_pages")?, index)?;
-    Ok(match entry {
+    let root = space.member("i_pages")?.at;
+    let unreadable = |why| ObjectError::Unreadable { what: "xarray".into(), at: root, why };
+    let entry = space.kernel().xarray_load(root, index).map_err(unreadable)?;
+    Ok(match entry.unwrap_or(0) {
         0 => Held::Nothing,
         value if value & 1 == 1 => Held::Value(value >> 1),
         // Before multi-index entries each index had its own page.
         at if at == head.0 || at == page.0 => Held::This,
         other => Held::Other(VirtAddr(other)),
     })
-}
-
-/// The entry of an xarray at `index`, 0 if there is none.
-fn load(array: Object<'_>, index: u64) -> Result<u64, ObjectError> {
-    let kernel = array.kernel();
-    let is_node = |entry: u64| entry & 3 == 2 && entry > 4096;
-    let mut entry = array.get("xa_head")?;
-    if !is_node(entry) {
-        return Ok(if index == 0 { entry } else { 0 });
-    }
-    let mut above = 64;
-    while is_node(entry) {
-        let node = kernel.object("xa_node", VirtAddr(entry - 2))?;
-        let shift = node.get("shift")?;
-        if shift >= above {
-            return Err(broken(node.at, "its shift is not below its parent's"));
-        }
-        if above == 64 && index.checked_shr(shift as u32 + 6).unwrap_or(0) != 0 {
-            return Ok(0);
-        }
-        above = shift;
-        let slots = node.member("slots")?;
-        entry = slots.index(index >> shift & 0x3f)?.u64()?;
-        // An internal entry that is no node is a sibling: the slot that holds the entry.
-        if entry & 3 == 2 && entry < 256 {
-            entry = slots.index(entry >> 2)?.u64()?;
-        }
-    }
-    Ok(entry)
-}
-
-fn broken(at: VirtAddr, why: &str) -> ObjectError {
-    ObjectError::Unreadable { what: "xarray".into(), at, why: why.to_owned() }
 }
 
 /// Names the file whose page cache `space` is.

@@ -292,7 +292,7 @@ impl Offsets {
 /// Every section that has `struct page`s, ascending.
 fn sections(kernel: &Kernel) -> Result<Vec<Section>, ObjectError> {
     let no_symbol = || ObjectError::NoSymbol("mem_section".into());
-    let (table, size) = kernel.symbol_and_size("mem_section").ok_or_else(no_symbol)?;
+    let table = kernel.symbol("mem_section").ok_or_else(no_symbol)?;
     let one = kernel.object("mem_section", VirtAddr(0))?;
     let bytes = one.size()?.clamp(8, 4096);
     let offset = |names: &[&str]| one.either(names).map(|member| member.at.0 as usize).ok();
@@ -300,16 +300,18 @@ fn sections(kernel: &Kernel) -> Result<Vec<Section>, ObjectError> {
     let (usage_at, ext_at) = (offset(&["usage"]), offset(&["page_ext"]));
     let highest = kernel.symbol("__highest_present_section_nr").and_then(|at| kernel.read_u64(at));
     let end = highest.map_or(SECTIONS_MAX, |highest| highest.saturating_add(1).min(SECTIONS_MAX));
-    // With CONFIG_SPARSEMEM_EXTREME the variable is a pointer to pointers to pages of sections; else it is an array.
-    let per_root = if size <= 8 { PAGE_SIZE / bytes } else { end };
-    let roots = if size <= 8 {
-        let roots = kernel.read_u64(table).ok_or_else(|| ObjectError::Unreadable {
-            what: "mem_section".into(),
-            at: table,
-            why: "its pages are not in the dump".into(),
-        })?;
+    // With CONFIG_SPARSEMEM_EXTREME the variable is a pointer to pointers to pages of sections; else it is an array,
+    // whose first word has flags in its low bits.
+    let first = kernel.read_u64(table).ok_or_else(|| ObjectError::Unreadable {
+        what: "mem_section".into(),
+        at: table,
+        why: "the kernel's data is not in the dump".into(),
+    })?;
+    let extreme = first >> 63 == 1 && first & 3 == 0;
+    let per_root = if extreme { PAGE_SIZE / bytes } else { end };
+    let roots = if extreme {
         let mut words = vec![0; end.div_ceil(per_root).min(SECTIONS_MAX / per_root) as usize * 8];
-        let got = kernel.read(VirtAddr(roots), &mut words).filled;
+        let got = kernel.read(VirtAddr(first), &mut words).filled;
         words.truncate(got);
         words.chunks_exact(8).filter_map(|word| u64_at(word, 0)).map(VirtAddr).collect()
     } else {
