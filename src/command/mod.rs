@@ -5,8 +5,11 @@
 mod args;
 mod help;
 mod info;
+mod kmem;
 mod log;
+mod page;
 mod regs;
+mod vtop;
 mod why;
 
 pub use info::render as render_info;
@@ -87,7 +90,16 @@ pub struct Command {
 }
 
 /// Every command, in the order of `help`.
-pub const COMMANDS: &[Command] = &[help::COMMAND, info::COMMAND, log::COMMAND, regs::COMMAND, why::COMMAND];
+pub const COMMANDS: &[Command] = &[
+    help::COMMAND,
+    info::COMMAND,
+    kmem::COMMAND,
+    log::COMMAND,
+    page::COMMAND,
+    regs::COMMAND,
+    vtop::COMMAND,
+    why::COMMAND,
+];
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {

@@ -14,6 +14,7 @@ pub mod page;
 pub mod printk;
 pub mod slab;
 mod task;
+pub mod vma;
 pub mod vmalloc;
 pub mod xarray;
 pub mod zone;

@@ -1,5 +1,6 @@
 //! x86-64: registers and page tables.
 
+pub mod entry;
 pub mod paging;
 pub mod regs;
 

@@ -161,8 +161,10 @@ pub struct Marks {
     writeback: u64,
     reserved: u64,
     head: u64,
-    /// `HUGETLB_PAGE_DTOR`, where the first tail's word tells hugetlb pages.
-    hugetlb_dtor: bool,
+    /// `HUGETLB_PAGE_DTOR`, where the first tail tells hugetlb pages by their destructor.
+    hugetlb_dtor: Option<u8>,
+    /// `PG_hugetlb` in the first tail's flags; 0 in kernels without.
+    hugetlb: u64,
     device_zone: Option<u64>,
     /// Whether bit 1 of `mapping` alone means movable.
     movable_mapping: bool,
@@ -181,7 +183,8 @@ impl Marks {
             writeback: mask("writeback"),
             reserved: mask("reserved"),
             head: mask("head"),
-            hugetlb_dtor: kernel.has_member("page", "compound_dtor"),
+            hugetlb_dtor: constant("HUGETLB_PAGE_DTOR").and_then(|dtor| u8::try_from(dtor).ok()),
+            hugetlb: mask("hugetlb"),
             device_zone: constant("ZONE_DEVICE").map(|zone| zone as u64),
             movable_mapping: map.flags.bit("movable_ops").is_none(),
         }
@@ -219,9 +222,13 @@ impl Marks {
         if raw.flags & self.reserved != 0 {
             return Kind::Reserved;
         }
-        // compound_dtor is the byte after the word that marks tails: mapping's lowest.
-        if self.hugetlb_dtor && self.is_head(raw) && second().is_some_and(|second| second.mapping & 0xff == 2)
-        {
+        // The destructor until v6.5, then a flag until v6.8; since then it is a page type.
+        let is_hugetlb = |second: RawPage| {
+            self.hugetlb_dtor.is_some_and(|dtor| second.dtor == Some(dtor))
+                || second.flags & self.hugetlb != 0
+        };
+        let told_by_second = self.hugetlb_dtor.is_some() || self.hugetlb != 0;
+        if told_by_second && self.is_head(raw) && second().is_some_and(is_hugetlb) {
             return Kind::HugeTlb;
         }
         if raw.refcount == 0 {
@@ -233,6 +240,14 @@ impl Marks {
             1 => Kind::Anon,
             3 => Kind::Ksm,
             2 if self.movable_mapping => Kind::Movable,
+            // A page of tmpfs on its way to swap and back.
+            0 if raw.mapping == 0
+                && raw.flags & self.swapbacked != 0
+                && self.swapcache != 0
+                && raw.flags & self.swapcache != 0 =>
+            {
+                Kind::SwapCache
+            }
             0 if raw.mapping >> 63 == 1 => match raw.flags {
                 flags if flags & self.swapbacked != 0 => Kind::Shmem,
                 flags if flags & (self.dirty | self.writeback) != 0 => Kind::FileDirty,

@@ -4,6 +4,7 @@
 //! mappings, page tables) is in the files beside. Source: `include/linux/mm_types.h`, `page-flags.h`, `mmzone.h`
 //! (`struct mem_section`), `Documentation/arch/x86/x86_64/mm.rst`.
 
+pub mod about;
 pub mod census;
 pub mod flags;
 pub mod kind;
@@ -77,6 +78,7 @@ struct Offsets {
     refcount: u64,
     memcg: Option<u64>,
     slab_cache: Option<u64>,
+    dtor: Option<u64>,
 }
 
 /// The words of one `struct page`, each as it stands in memory: which of them mean anything depends on the page.
@@ -102,6 +104,8 @@ pub struct RawPage {
     pub memcg: u64,
     /// `slab_cache` of a slab.
     pub slab_cache: u64,
+    /// `compound_dtor` of a first tail page, in kernels that have it.
+    pub dtor: Option<u8>,
 }
 
 impl Kernel {
@@ -197,6 +201,7 @@ impl PageMap {
             refcount: u32_at(bytes, o.refcount as usize)? as i32,
             memcg: o.memcg.and_then(word).unwrap_or(0),
             slab_cache: o.slab_cache.and_then(word).unwrap_or(0),
+            dtor: o.dtor.and_then(|at| bytes.get(at as usize).copied()),
         })
     }
 
@@ -274,6 +279,13 @@ impl Offsets {
         // The slab's words have had a type of their own since Linux commit d122019bf061 ("mm: Split slab into its own
         // type") (in v5.17).
         let slab = kernel.object("slab", VirtAddr(0)).unwrap_or(page);
+        let size = page.size()?;
+        let second_page = |name: &str| {
+            kernel
+                .object("folio", VirtAddr(0).wrapping_add(size.wrapping_neg()))?
+                .member(name)
+                .map(|m| m.at.0)
+        };
         Ok(Self {
             flags: at(&["flags"])?,
             compound: at(&["compound_info", "compound_head"])?,
@@ -285,6 +297,7 @@ impl Offsets {
             refcount: at(&["_refcount"])?,
             memcg: at(&["memcg_data", "mem_cgroup"]).ok(),
             slab_cache: slab.member("slab_cache").map(|member| member.at.0).ok(),
+            dtor: at(&["compound_dtor"]).or(second_page("_folio_dtor")).ok(),
         })
     }
 }
