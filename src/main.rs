@@ -7,7 +7,7 @@ use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::Focus;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
-use kstub::gdb::{Files, Settings, Show, index};
+use kstub::gdb::{Files, Libraries, Settings, Show, index};
 use kstub::kernel::{CpuId, Machine, OpenError, Options};
 use kstub::{cli, command, debuginfo, server, vmcore};
 use std::ffi::OsStr;
@@ -58,13 +58,21 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             let program = gdb.clone();
             let asking = std::thread::spawn(move || index::CacheCommand::of(&program));
             let machine = Arc::new(open(&target)?);
-            let vmlinux = machine.vmlinux().map(Path::to_owned);
+            let libraries = Libraries::new(machine.clone(), places(&target));
+            let vmlinux = machine.vmlinux().map(Path::to_owned).or_else(|| libraries.image());
             report_problems(&machine);
             let index_cache = asking.join().unwrap_or_default();
             fill_gdb_index(&machine, &gdb, index_cache);
             server::gdb(
                 machine,
-                &server::Debugger { program: gdb, vmlinux, index_cache, show: show(threads), args },
+                &server::Debugger {
+                    program: gdb,
+                    libraries: Some(libraries),
+                    vmlinux,
+                    index_cache,
+                    show: show(threads),
+                    args,
+                },
             )
         }
         Command::Serve { target, listen, allow_remote, files, threads } => {
@@ -72,10 +80,13 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             let machine = Arc::new(open(&target)?);
             report_problems(&machine);
             let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
-            let files = match files {
-                ServeFiles::Local => Files::local(vmlinux),
-                ServeFiles::Serve => Files::serve(vmlinux)?,
-                ServeFiles::None => Files::none(),
+            let libraries = Libraries::new(machine.clone(), places(&target));
+            let made = || libraries.image().filter(|_| vmlinux.is_none());
+            let files = match (files, made()) {
+                (ServeFiles::None, _) => Files::none(),
+                (_, Some(made)) => Files::made(&made).with_libraries(libraries),
+                (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
+                (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
             };
             server::serve(machine, Settings { files, show: show(threads) }, listen, |address| {
                 eprintln!("kstub: in gdb: target remote {address}")
@@ -189,8 +200,6 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn open(target: &Target) -> anyhow::Result<Machine> {
     let dump = Dump::open_arguments(&target.dump)?;
-    let beside =
-        dump.path().parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     let caches = find::user_caches();
     let download = download_bar();
     let bar = download.clone();
@@ -200,10 +209,9 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
     };
     let servers = || Debuginfod::from_environment(caches.as_deref(), Box::new(progress));
     let places = Places {
-        beside: beside.map(Path::to_owned),
-        debug_dirs: target.debug_dir.clone(),
         debuginfod: if target.no_debuginfod { None } else { servers() },
         memory: caches.as_ref().map(|caches| caches.join("kstub/vmlinux")),
+        ..places(target)
     };
     let options = Options { vmlinux: target.vmlinux.clone(), places };
     let bar = scan_bar();
@@ -214,6 +222,14 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
     bar.finish_and_clear();
     download.finish_and_clear();
     Ok(machine?)
+}
+
+/// Where files of the kernel's may be, as the user told.
+fn places(target: &Target) -> Places {
+    let beside = target.dump.first().and_then(|dump| Path::new(dump).parent());
+    let beside = beside.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+    let beside = beside.map(Path::to_owned);
+    Places { beside, debug_dirs: target.debug_dir.clone(), ..Places::default() }
 }
 
 /// A bar for the scan of RAM.

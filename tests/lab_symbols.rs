@@ -238,3 +238,78 @@ fn modules_are_what_the_guest_says_they_are() {
         }
     });
 }
+
+/// What gdb says of a dump, started by `kstub gdb`; `cache` keeps the vmlinux's index between runs.
+fn gdb_says(
+    gdb: &std::path::Path,
+    dump: &std::path::Path,
+    cache: &std::path::Path,
+    commands: &[&str],
+) -> String {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kstub"));
+    command.arg("gdb").arg("--gdb").arg(gdb).arg(dump).args(["--", "-nx", "-batch", "-ex", "set width 0"]);
+    command.args(commands.iter().flat_map(|command| ["-ex", command]));
+    let output = command.env("XDG_CACHE_HOME", cache).env_remove("DEBUGINFOD_URLS").output().unwrap();
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
+/// The number in gdb's answer to `p/x`, whose value's number is `n`.
+fn value(said: &str, n: u32) -> Option<u64> {
+    let line = said.lines().find_map(|line| line.strip_prefix(&format!("${n} = 0x")))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+#[test]
+fn gdb_has_the_symbols_of_modules_with_their_files_and_without() {
+    let Some(sets) = lab::sets() else { return };
+    let at = |set: &Set, name: &str| {
+        let told = facts(set, "proc/kallsyms");
+        let line = told.lines().find(|line| line.split_whitespace().nth(2) == Some(name))?;
+        u64::from_str_radix(line.split_whitespace().next()?, 16).ok()
+    };
+    let newer = lab::root().join("tools/bin/gdb-new");
+    let gdbs = [PathBuf::from("gdb"), newer];
+    let cache = tempfile::tempdir().unwrap();
+    for set in sets.iter().filter(|set| set.name().starts_with("kdump-")) {
+        let dump = set.dumps()[0].path.clone();
+        // Away from its vmlinux and its modules a dump has nothing but itself.
+        let alone = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(&dump, alone.path().join("alone")).unwrap();
+        let wanted = ["xfs_fs_type", "xfs_fs_statfs", "__x64_sys_getpid"].map(|name| at(set, name).unwrap());
+        let commands = [
+            "p/x (unsigned long)&xfs_fs_type",
+            "p/x (unsigned long)&xfs_fs_statfs",
+            "p/x (unsigned long)&__x64_sys_getpid",
+            &format!("info symbol {:#x}", wanted[1] + 5),
+            &format!("info line *{:#x}", wanted[1]),
+            "info sharedlibrary",
+            &format!("info symbol {:#x}", wanted[0] + 1),
+        ];
+        for gdb in gdbs.iter().filter(|gdb| std::process::Command::new(gdb).arg("-v").output().is_ok()) {
+            for (dump, files) in [(dump.clone(), true), (alone.path().join("alone"), false)] {
+                let what = format!(
+                    "{}: {} {}",
+                    gdb.display(),
+                    set.name(),
+                    if files { "with files" } else { "alone" }
+                );
+                let said = gdb_says(gdb, &dump, cache.path(), &commands);
+                let ours = [1, 2, 3].map(|n| value(&said, n));
+                assert_eq!(ours, wanted.map(Some), "{what}: {said}");
+                assert_ne!(ours[0], Some(wanted[1]), "{what}");
+                assert!(said.contains("xfs_fs_statfs + 5 in section "), "{what}: {said}");
+                assert!(said.contains("xfs_fs_type + 1 in section "), "{what}: {said}");
+                let (line, file) = ("of \"fs/xfs/xfs_super.c\" starts at address", "xfs.ko.debug");
+                assert_eq!((said.contains(line), said.contains(file)), (files, files), "{what}: {said}");
+                for complaint in
+                    ["wrong number of ALLOC sections", "Could not load", ".gdb_index", "file transfer"]
+                {
+                    assert!(!said.contains(complaint), "{what}: {complaint} in {said}");
+                }
+            }
+        }
+        // Indexes of modules must not be kept: they hold the addresses of one dump.
+        let kept = std::fs::read_dir(cache.path().join("gdb")).unwrap().count();
+        assert!(kept <= sets.len(), "{}: {kept} indexes are kept", set.name());
+    }
+}

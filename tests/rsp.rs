@@ -246,6 +246,7 @@ fn the_debugger_is_started_with_our_socket() {
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
     let debugger = Debugger {
         program: script.clone(),
+        libraries: None,
         vmlinux: None,
         index_cache: CacheCommand::default(),
         show: Show::default(),
@@ -256,6 +257,7 @@ fn the_debugger_is_started_with_our_socket() {
     assert!(!Path::new(socket.trim()).exists() && !Path::new(socket.trim()).parent().unwrap().exists());
     let missing = Debugger {
         program: dir.path().join("none"),
+        libraries: None,
         vmlinux: None,
         index_cache: CacheCommand::default(),
         show: Show::default(),

@@ -47,7 +47,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     for task in chosen {
         let focus = Focus::default();
         focus.task.set(Some(task.at));
-        let answer = (find(command)?.run)(&Context { focus: &focus, ..*context }, rest);
+        let about = Context { task: Some(task.at), focus: &focus, ..*context };
+        let answer = (find(command)?.run)(&about, rest);
         let (key, value) = match answer {
             Ok(answer) => {
                 text += &answer.text;

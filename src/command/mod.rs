@@ -6,16 +6,22 @@ mod args;
 mod declare;
 mod dis;
 mod expression;
+mod files;
 mod foreach;
 mod help;
 mod info;
+mod kmem;
 mod list;
 mod log;
+mod module;
+mod mount;
 mod p;
+mod page;
 mod percpu;
 mod ps;
 mod rd;
 mod regs;
+mod runq;
 mod set;
 mod structure;
 mod sym;
@@ -23,6 +29,8 @@ mod sys;
 mod table;
 mod task;
 mod value;
+mod vm;
+mod vtop;
 mod whatis;
 mod why;
 
@@ -108,22 +116,30 @@ pub struct Command {
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
     dis::COMMAND,
+    files::COMMAND,
     foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
+    kmem::COMMAND,
     list::COMMAND,
     log::COMMAND,
+    module::COMMAND,
+    mount::COMMAND,
     p::COMMAND,
+    page::COMMAND,
     percpu::COMMAND,
     ps::COMMAND,
     rd::COMMAND,
     regs::COMMAND,
+    runq::COMMAND,
     set::COMMAND,
     structure::STRUCT,
     sym::COMMAND,
     sys::COMMAND,
     task::COMMAND,
     structure::UNION,
+    vm::COMMAND,
+    vtop::COMMAND,
     whatis::COMMAND,
     why::COMMAND,
 ];

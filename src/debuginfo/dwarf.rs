@@ -193,7 +193,10 @@ impl<'a> Decoder<'a, '_> {
         let size = number(gimli::DW_AT_byte_size).unwrap_or(0);
         let declared = matches!(entry.attr_value(gimli::DW_AT_declaration), Some(AttributeValue::Flag(true)));
         let name = self.name(entry);
+        let signature = self.reference(entry.attr_value(gimli::DW_AT_signature));
         let shape = match entry.tag() {
+            // Stands in for a type in a unit of its own.
+            _ if signature != TypeId::VOID => Shape::Qualified("", signature),
             gimli::DW_TAG_base_type => self.base(entry, size),
             gimli::DW_TAG_pointer_type
             | gimli::DW_TAG_reference_type
@@ -316,14 +319,16 @@ impl<'a> Decoder<'a, '_> {
                 Some((self.name(child), constant(&child.attr_value(gimli::DW_AT_const_value)?)?))
             })
             .collect();
-        let signed = values.iter().any(|(_, value)| *value < 0) && size < 8
+        // Only what is written with its sign is negative: a large value of 8 bytes only looks so.
+        let negative = |child: &Entry<'a>| matches!(child.attr_value(gimli::DW_AT_const_value), Some(AttributeValue::Sdata(value)) if value < 0);
+        let signed = children.iter().any(negative)
             || match (entry.attr_value(gimli::DW_AT_encoding), entry.attr_value(gimli::DW_AT_type)) {
                 (Some(AttributeValue::Encoding(encoding)), _) => encoding == gimli::DW_ATE_signed,
                 (_, Some(AttributeValue::UnitRef(at))) => {
                     let base = self.unit.entry(at)?;
                     matches!(self.base(&base, size), Shape::Int { signed: true, .. })
                 }
-                _ => values.iter().any(|(_, value)| *value < 0),
+                _ => false,
             };
         Ok(Shape::Enum { size: u32::try_from(size).unwrap_or(0), signed, values })
     }
@@ -364,5 +369,159 @@ fn plus_constant(
     match expression.operations(encoding).next()? {
         Some(gimli::Operation::PlusConstant { value }) => Ok(Some(value)),
         _ => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::sections::SectionReader;
+    use super::*;
+    use crate::debuginfo::types::TypeTable;
+    use std::sync::Arc;
+
+    /// Abbreviations: number, tag, has children, attributes with forms.
+    fn abbreviations() -> Vec<u8> {
+        let (name, size, ty) = ([0x03, 0x08], [0x0b, 0x0b], [0x49, 0x13]);
+        let table: [(u8, &[[u8; 2]]); 9] = [
+            (0x11, &[]),                                                   // 1: compile_unit
+            (0x24, &[name, size, [0x3e, 0x0b]]),                           // 2: base_type
+            (0x13, &[name, size]),                                         // 3: structure_type
+            (0x0d, &[name, ty, [0x38, 0x0b], [0x0d, 0x0b], [0x0c, 0x0b]]), // 4: member, bit-field of version 3
+            (0x0d, &[name, ty, [0x0d, 0x0b], [0x6b, 0x0b]]), // 5: member, bit-field of version 4
+            (0x0d, &[name, [0x49, 0x10], [0x38, 0x0a]]),     // 6: member, ref_addr, block1
+            (0x01, &[ty]),                                   // 7: array_type
+            (0x21, &[[0x2f, 0x0b]]),                         // 8: subrange_type, upper bound
+            (0x34, &[name, ty]),                             // 9: variable
+        ];
+        let mut out = Vec::new();
+        for (i, (tag, attributes)) in table.iter().enumerate() {
+            let children = u8::from(matches!(i + 1, 1 | 3 | 7));
+            out.extend([i as u8 + 1, *tag, children]);
+            out.extend(attributes.concat());
+            out.extend([0, 0]);
+        }
+        out.push(0);
+        out
+    }
+
+    /// A unit of version 4 around `entries`.
+    fn unit(entries: &[u8]) -> Vec<u8> {
+        let mut unit = (entries.len() as u32 + 9).to_le_bytes().to_vec();
+        unit.extend([4, 0, 0, 0, 0, 0, 8, 1]);
+        unit.extend(entries);
+        unit.push(0);
+        unit
+    }
+
+    fn open(info: Vec<u8>) -> Dwarf {
+        let load = |name: &'static str| if name == ".debug_abbrev" { abbreviations() } else { Vec::new() };
+        let reader = |bytes| SectionReader::held(bytes, "test");
+        let units = Units::new(reader(info), reader(Vec::new()), Box::new(load)).unwrap();
+        Dwarf::new(units, 3, None, None)
+    }
+
+    /// Two units: `int` and `int grid[2][3]` in one; in the other `struct s` with bit-fields of both kinds and an `int`
+    /// of the first unit 8 bytes on.
+    fn sample() -> Vec<u8> {
+        let first = unit(
+            &[
+                &b"\x02int\0\x04\x05"[..],           // at 12
+                b"\x07\x0c\0\0\0\x08\x01\x08\x02\0", // at 19: int [2][3]
+                b"\x09grid\0\x13\0\0\0",
+            ]
+            .concat(),
+        );
+        let second = unit(
+            &[
+                &b"\x02unsigned int\0\x04\x07"[..], // at 12
+                b"\x03s\0\x10",                     // at 28
+                // 3 bits from the top of 4 bytes at 4: bits 27 to 31 are above.
+                b"\x04old\0\x0c\0\0\0\x04\x03\x05",
+                b"\x05new\0\x0c\0\0\0\x02\x3d",
+                b"\x06far\0\x0c\0\0\0\x02\x23\x08",
+                b"\0",
+            ]
+            .concat(),
+        );
+        [first, second].concat()
+    }
+
+    #[test]
+    fn bit_fields_arrays_and_other_units() {
+        let table = TypeTable::new(Arc::new(open(sample())));
+        assert_eq!(table.format(), "DWARF");
+        // The ids of source 3 are asked of the third module.
+        table.set_modules((0..3).map(|_| Arc::new(open(sample())) as Arc<dyn TypeSource>).collect());
+        let s = table.composite("s").unwrap();
+        let member = |name| table.member(s, name).map(|m| (m.offset, m.size, m.bits));
+        assert_eq!(member("old"), Some((4, Some(4), Some((24, 3)))));
+        assert_eq!(member("new"), Some((4, Some(4), Some((29, 2)))));
+        assert_eq!(member("far"), Some((8, Some(4), None)));
+        assert_eq!(table.spell(table.member(s, "far").unwrap().ty), "int");
+        let grid = table.find(Class::Variable, "grid").unwrap();
+        assert_eq!((table.spell(grid), table.size(grid)), ("int [2][3]".into(), Some(24)));
+        let parsed = table.parse("int [2][3]").unwrap();
+        assert_eq!((table.spell(parsed), table.size(parsed)), ("int [2][3]".into(), Some(24)));
+        let parsed = table.parse("const struct s *const *[4]").unwrap();
+        assert_eq!((table.spell(parsed).as_str(), table.size(parsed)), ("struct s **[4]", Some(32)));
+        assert_eq!(table.parse("struct s *[4]x"), None);
+        assert_eq!(table.parse("struct s *x"), None);
+        assert_eq!(table.names(Class::Base), ["int", "unsigned int"]);
+    }
+
+    #[test]
+    fn a_misleading_index_is_an_error() {
+        let dwarf = open(sample());
+        let needle = b"\x03s\0\x10";
+        let place = sample().windows(needle.len()).position(|w| w == needle).unwrap() as u32;
+        assert_eq!(dwarf.index().unwrap().find(Class::Struct, "s"), Some(place));
+        // An index that says of one place what is at another.
+        let other = open([unit(b"\x02int\0\x04\x05"), unit(b"\x03s\0\x10\0")].concat());
+        let wrong =
+            Dwarf { index: OnceLock::from(Ok(Index::build(&other.units).unwrap())), ..open(sample()) };
+        let said = wrong.find(Class::Struct, "s").unwrap_err().to_string();
+        assert!(said.contains("'s' is not here") || said.contains("DWARF at"), "{said}");
+    }
+
+    /// Asks for everything; nothing may panic or take long.
+    fn ask(dwarf: Dwarf) {
+        let source: Arc<dyn TypeSource> = Arc::new(dwarf);
+        let table = TypeTable::new(Arc::clone(&source));
+        for class in [Class::Struct, Class::Base, Class::Variable, Class::Typedef, Class::Enum] {
+            for name in source.names(class) {
+                if let Ok(Some(id)) = source.find(class, &name) {
+                    let _ = source.get(id);
+                    let id = TypeId { source: 0, ..id };
+                    let _ = (table.size(id), table.spell(id), table.member(id, "far.x"));
+                }
+            }
+        }
+        let _ = source.enumerator("x");
+    }
+
+    #[test]
+    fn damage_is_survived() {
+        let good = sample();
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << bit;
+                ask(open(bad));
+            }
+            ask(open(good[..at].to_vec()));
+        }
+        let index = open(good.clone());
+        let bytes = index.index().unwrap().bytes().to_vec();
+        for at in 24..bytes.len() {
+            for bit in 0..8 {
+                let mut bad = bytes.clone();
+                bad[at] ^= 1 << bit;
+                if let Some(index) = Index::sealed(bad, good.len() as u64) {
+                    let _ = (index.units_at(1), index.signature(1), index.enumerator("x"));
+                    ask(Dwarf { index: OnceLock::from(Ok(index)), ..open(good.clone()) });
+                }
+            }
+        }
     }
 }

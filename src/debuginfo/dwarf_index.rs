@@ -109,6 +109,19 @@ impl Index {
         (end == bytes.len()).then_some(Self { strings: at..end, tables, bytes })
     }
 
+    #[cfg(test)]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// An index of `bytes` whatever their checksum was.
+    #[cfg(test)]
+    pub fn sealed(mut bytes: Vec<u8>, info_len: u64) -> Option<Self> {
+        let sum = libdeflater::crc32(bytes.get(16..)?);
+        bytes.get_mut(12..16)?.copy_from_slice(&sum.to_le_bytes());
+        Self::parse(bytes, info_len)
+    }
+
     fn len(&self, table: usize) -> usize {
         let (Some(range), Some(record)) = (self.tables.get(table), RECORDS.get(table)) else { return 0 };
         range.len() / record

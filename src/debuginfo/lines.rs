@@ -75,7 +75,7 @@ pub(super) fn locate(dwarf: &Dwarf, addr: u64) -> Result<Option<Vec<Location>>, 
             let line = number(gimli::DW_AT_call_line);
             let file = match entry.attr_value(gimli::DW_AT_call_file) {
                 Some(AttributeValue::FileIndex(file)) => file,
-                _ => 0,
+                _ => u64::MAX,
             };
             let call = view.location(file, line, number(gimli::DW_AT_call_column));
             chain.push(std::mem::replace(&mut here, call));
@@ -169,7 +169,7 @@ impl<'a> View<'a, '_> {
     fn location(&self, file: u64, line: u32, column: u32) -> Location {
         let known = |number: u32| (number != 0).then_some(number);
         let file = usize::try_from(file).ok().and_then(|file| self.lines.files.get(file));
-        let file = file.filter(|name| !name.is_empty() && line != 0).cloned();
+        let file = file.filter(|name| !name.is_empty()).cloned();
         Location { function: None, file, line: known(line), column: known(column) }
     }
 

@@ -15,6 +15,7 @@ mod lines;
 mod sections;
 mod strip;
 mod symbols;
+pub mod synth;
 pub mod types;
 mod vmlinux;
 

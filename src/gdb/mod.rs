@@ -10,6 +10,7 @@ mod engine;
 mod files;
 mod front;
 pub mod index;
+mod libraries;
 mod memory;
 mod osdata;
 mod registers;
@@ -19,6 +20,7 @@ mod threads;
 
 pub use files::Files;
 pub use front::{Flow, Front, MAX_REQUEST};
+pub use libraries::Libraries;
 pub use threads::Show;
 
 /// What a server offers its clients.

@@ -351,18 +351,21 @@ impl Kernel {
     }
 
     /// The bytes of `module`'s BTF, which counts on from the kernel's; `None` where it has none or they cannot be read.
-    /// Since about v5.11.
+    ///
+    /// `struct module` forgets its own once the module is loaded; the copy in `btf_modules` (`kernel/bpf/btf.c`) stays, and
+    /// is the one whose ids the kernel has translated for modules that were built outside its tree. Since v5.11.
     pub fn module_btf(&self, module: &Module) -> Option<Vec<u8>> {
-        // BTF of a module built outside the kernel's tree may count on from a base of its own (in v6.11), which the
-        // kernel translates in a copy; what is here would name wrong types.
-        let own_base = self.module_member(module.at, "btf_base_data_size").and_then(|at| self.read_u32(at));
-        if own_base.is_some_and(|size| size != 0) {
-            return None;
-        }
-        let at = self.read_u64(self.module_member(module.at, "btf_data")?).filter(|&at| at != 0)?;
-        let len = self.read_u32(self.module_member(module.at, "btf_data_size")?)?;
+        let entries = self.list(self.symbol("btf_modules")?).nodes;
+        let of_module = entries.into_iter().find_map(|node| {
+            let node = self.object("btf_module", node).ok()?;
+            let entry = node.container_of("btf_module", "list").ok()?;
+            (entry.member("module").ok()?.pointer().ok()? == module.at).then_some(entry)
+        })?;
+        let btf = of_module.at("btf").ok()??;
+        let len = btf.get("data_size").ok()?;
         let mut bytes = vec![0; usize::try_from(len).ok().filter(|len| (1..=BTF_MAX).contains(len))?];
-        self.read(VirtAddr(at), &mut bytes).stopped.is_none().then_some(bytes)
+        let at = btf.member("data").and_then(|data| data.pointer()).ok()?;
+        self.read(at, &mut bytes).stopped.is_none().then_some(bytes)
     }
 }
 

@@ -46,10 +46,14 @@ pub struct Taint {
 impl Kernel {
     /// The taints of the kernel; `None` where they are not known.
     pub fn taints(&self) -> Option<Vec<Taint>> {
-        let mask = self.read_u64(self.symbol("tainted_mask")?)?;
+        Some(self.taints_in(self.read_u64(self.symbol("tainted_mask")?)?))
+    }
+
+    /// The taints whose bits are set in `mask`.
+    pub fn taints_in(&self, mask: u64) -> Vec<Taint> {
         let table = self.symbol("taint_flags").and_then(|at| self.value("struct taint_flag [64]", at).ok());
         let set = (0..TAINTS_MAX).filter(|bit| mask >> bit & 1 == 1);
-        Some(set.map(|bit| Taint { bit, letter: letter(table, bit), words: words(bit) }).collect())
+        set.map(|bit| Taint { bit, letter: letter(table, bit), words: words(bit) }).collect()
     }
 }
 

@@ -4,7 +4,7 @@
 
 use super::listen::{Listen, Listener};
 use crate::gdb::index::CacheCommand;
-use crate::gdb::{Files, Settings, Show};
+use crate::gdb::{Files, Libraries, Settings, Show};
 use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
@@ -20,10 +20,12 @@ use tokio::signal::unix::{SignalKind, signal};
 const SCRIPT: &str = include_str!("../../scripts/kstub.py");
 
 /// A gdb to be started.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Debugger {
     /// `gdb`, or the path of one.
     pub program: PathBuf,
+    /// The kernel's modules as files, if gdb is to have them.
+    pub libraries: Option<Libraries>,
     /// What gdb loads symbols from, if there is anything.
     pub vmlinux: Option<PathBuf>,
     /// How its index cache is turned on.
@@ -55,6 +57,10 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
     let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
     // gdb has the vmlinux on its command line; without one it would ask for it.
     let files = if debugger.vmlinux.is_some() { Files::none() } else { Files::local(None) };
+    let files = match &debugger.libraries {
+        Some(libraries) => files.with_libraries(libraries.clone()),
+        None => files,
+    };
     let settings = Settings { files, show: debugger.show };
     let mut child =
         command(debugger, &socket, &script).spawn().map_err(|error| cannot_start(debugger, error))?;
@@ -74,9 +80,13 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
 
 fn command(debugger: &Debugger, socket: &Path, script: &Path) -> Command {
     let mut command = Command::new(&debugger.program);
-    command.arg("-q");
+    // Files are here: gdb would ask us first.
+    command.args(["-q", "-iex", "set sysroot /"]);
     command.args(debugger.index_cache.on().into_iter().flat_map(|on| ["-iex".to_owned(), on]));
     command.args(&debugger.vmlinux);
+    // Only the vmlinux's index may come from the cache: gdb keeps a module's by build-id too, but with the addresses
+    // it was loaded at, which are others in the next dump.
+    command.args(debugger.index_cache.off().into_iter().flat_map(|off| ["-ex".to_owned(), off]));
     let mut connect = OsString::from("target remote ");
     connect.push(socket);
     let mut source = OsString::from("source ");
