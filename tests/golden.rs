@@ -125,6 +125,8 @@ const MONITOR: &[(&str, &str)] = &[
     ("sym-nothing", "sym 0"),
     ("list", "list task_struct.tasks -s task_struct.pid,comm -h init_task"),
     ("list-unreadable", "list 0"),
+    ("tree", "tree -t xarray init_pid_ns.idr -s pid.count"),
+    ("tree-type", "tree -t oak 0"),
     ("dis", "dis schedule 6"),
     ("dis-to", "dis -r schedule+0x10"),
     ("dis-intel", "dis -i schedule 4"),
