@@ -28,6 +28,7 @@ mod sym;
 mod sys;
 mod table;
 mod task;
+mod tree;
 mod value;
 mod vm;
 mod vtop;
@@ -137,6 +138,7 @@ pub const COMMANDS: &[Command] = &[
     sym::COMMAND,
     sys::COMMAND,
     task::COMMAND,
+    tree::COMMAND,
     structure::UNION,
     vm::COMMAND,
     vtop::COMMAND,
