@@ -151,7 +151,7 @@ impl Layout {
         let bits = self.chunk.trailing_zeros();
         let fits = match below {
             Some(parent) => Some(shift) == parent.checked_sub(bits),
-            None => shift < 64 && shift % bits == 0,
+            None => shift < 64 && shift.is_multiple_of(bits),
         };
         if !fits {
             return Err(format!("xarray node at {at} has shift {shift}, which is not that of its level"));
