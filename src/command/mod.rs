@@ -10,11 +10,13 @@ mod files;
 mod foreach;
 mod help;
 mod info;
+mod kmem;
 mod list;
 mod log;
 mod module;
 mod mount;
 mod p;
+mod page;
 mod percpu;
 mod ps;
 mod rd;
@@ -26,8 +28,10 @@ mod sym;
 mod sys;
 mod table;
 mod task;
+mod tree;
 mod value;
 mod vm;
+mod vtop;
 mod whatis;
 mod why;
 
@@ -117,11 +121,13 @@ pub const COMMANDS: &[Command] = &[
     foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
+    kmem::COMMAND,
     list::COMMAND,
     log::COMMAND,
     module::COMMAND,
     mount::COMMAND,
     p::COMMAND,
+    page::COMMAND,
     percpu::COMMAND,
     ps::COMMAND,
     rd::COMMAND,
@@ -132,8 +138,10 @@ pub const COMMANDS: &[Command] = &[
     sym::COMMAND,
     sys::COMMAND,
     task::COMMAND,
+    tree::COMMAND,
     structure::UNION,
     vm::COMMAND,
+    vtop::COMMAND,
     whatis::COMMAND,
     why::COMMAND,
 ];

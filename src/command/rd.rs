@@ -2,14 +2,16 @@
 
 use super::args::{Address, Options, address as plain_address, count, hexadecimal};
 use super::expression::address;
-use super::{Command, CommandError, Context, Output};
+use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::{PhysAddr, VirtAddr};
+use crate::kernel::Kernel;
+use crate::kernel::page::about::About;
 use serde_json::json;
 use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "rd",
-    arguments: "[-8|-16|-32|-64] [-p|-u] [-s|-a|-d|-D] [-x] [-o OFFSET] [-e END] ADDR [COUNT]",
+    arguments: "[-8|-16|-32|-64] [-p|-u] [-s|-S|-a|-d|-D] [-x] [-o OFFSET] [-e END] ADDR [COUNT]",
     summary: "read memory: numbers, text or symbols",
     help: "COUNT units (1 without it) from ADDR: an address, symbol or expression; phys:ADDR is physical. Text stands \
            behind them. What cannot be read is said, and ends the answer.\n\n\
@@ -17,6 +19,7 @@ pub const COMMAND: Command = Command {
            -p               ADDR is physical\n\
            -u               ADDR is in the user memory of the task on the selected CPU, or of the one chosen with set\n\
            -s               symbols in place of numbers that are their addresses\n\
+           -S               as -s, and the slab cache of those that point at an object\n\
            -d, -D           signed or unsigned decimal numbers\n\
            -a               text, to the first byte that is none\n\
            -x               no text behind the numbers\n\
@@ -32,7 +35,7 @@ const BYTES_MAX: u64 = 4 << 20;
 const TEXT_IN_LINE: usize = 60;
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    const KNOWN: [&str; 13] = ["8", "16", "32", "64", "p", "u", "s", "d", "D", "a", "x", "o:", "e:"];
+    const KNOWN: [&str; 14] = ["8", "16", "32", "64", "p", "u", "s", "S", "d", "D", "a", "x", "o:", "e:"];
     let options = Options::read("rd", &KNOWN, true, arguments)?;
     let width = ["8", "16", "32", "64"].into_iter().find(|width| options.has(width));
     let width = width.and_then(|bits| bits.parse::<u64>().ok()).map_or(8, |bits| bits / 8);
@@ -145,7 +148,7 @@ struct Numbers<'a, 'k> {
 impl Numbers<'_, '_> {
     fn output(&self, bytes: &[u8], why: Option<String>) -> Output {
         let decimal = self.options.has("d") || self.options.has("D");
-        let symbols = self.options.has("s");
+        let symbols = self.options.has("s") || self.options.has("S");
         let in_line = if self.width == 8 || decimal && self.width < 8 { 16 } else { 16.max(self.width) };
         let mut text = String::new();
         let (mut values, mut names) = (Vec::new(), Vec::new());
@@ -155,7 +158,12 @@ impl Numbers<'_, '_> {
             for unit in line.chunks(self.width as usize) {
                 let value = unit.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
                 let kernel = self.context.machine.kernel().filter(|_| symbols && self.width == 8);
-                let name = kernel.and_then(|kernel| kernel.describe_address(VirtAddr(value)));
+                let slab = |kernel: &Kernel| match self.options.has("S") {
+                    true => slab_cache(kernel, VirtAddr(value)).map(|name| format!("[{name}]")),
+                    false => None,
+                };
+                let name = kernel
+                    .and_then(|kernel| kernel.describe_address(VirtAddr(value)).or_else(|| slab(kernel)));
                 let shown = match &name {
                     Some(name) => name.clone(),
                     None => self.number(value),
@@ -203,6 +211,13 @@ impl Numbers<'_, '_> {
             format!("{value:0w$x}", w = self.width as usize * 2)
         }
     }
+}
+
+/// The name of the cache that the object at `at` is of, escaped.
+fn slab_cache(kernel: &Kernel, at: VirtAddr) -> Option<String> {
+    let map = kernel.page_map().ok()?;
+    let page = About::new(kernel, map, map.direct_to_phys(at)?.pfn()).ok()?;
+    page.slab.map(|(cache, _)| printable(&cache.name))
 }
 
 fn ascii(bytes: &[u8]) -> String {

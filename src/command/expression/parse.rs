@@ -434,7 +434,7 @@ impl Parser<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
 
     fn is_type(name: &str) -> bool {
@@ -558,6 +558,41 @@ mod tests {
                 Ok(parsed) => assert!(matches!(parsed.expr, Expr::Name(_)), "{text}"),
             }
         }
+    }
+
+    /// Whatever stands in a row is a tree or an error, and a tree has names.
+    #[test]
+    fn tokens_in_any_order_are_a_tree_or_an_error() {
+        let pieces: Vec<&str> = SYMBOLS
+            .into_iter()
+            .chain([
+                "x", "u64", "struct", "page", "sizeof", "$rip", "0x10", "7", "1ul", "08", "a", "é", "\"",
+                " ", ";",
+            ])
+            .collect();
+        // xorshift: the same on every run.
+        let mut state = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below as u64) as usize
+        };
+        let mut trees = 0;
+        for _ in 0..200_000 {
+            let text: String = (0..random(12)).map(|_| pieces[random(pieces.len())]).collect();
+            if let Ok(parsed) = parse(&text, &is_type) {
+                trees += 1;
+                assert!(!parsed.label(3).is_empty(), "{text}");
+                parsed.any_name(&|name| !name.is_empty());
+                // What is shown of a tree is the same tree again.
+                let shown =
+                    show(&parsed.expr).replace("({", "((").replace("sizeof{", "sizeof(").replace('}', ")");
+                let again = parse(&shown, &is_type).unwrap_or_else(|e| panic!("{text}: {shown}: {e}"));
+                assert_eq!(again.expr, parsed.expr, "{text}: {shown}");
+            }
+        }
+        assert!(trees > 1000, "{trees}");
     }
 
     #[test]
