@@ -481,17 +481,18 @@ fn user_memory_is_where_drgn_says() {
         let (mut ours, mut theirs) = (Rows::new(), Rows::new());
         let truth = case.set.truth();
         // drgn does not follow PROT_NONE pages, whose present bit is clear; the program has said where it is.
-        let memory = case.set.planted("memory.txt").unwrap();
-        let unprotected = |pid: &Value, at: u64| {
-            let ours = memory["pid"] == pid.to_string() && hex(&memory["prot_none"]) == at;
-            ours.then(|| memory["prot_none.physical"].clone())
+        let memory = std::fs::read_to_string(case.set.dir.join("facts/planted/memory.txt")).unwrap();
+        let unprotected = |at: u64| {
+            let page = memory.lines().find_map(|line| line.strip_prefix("page name=protnone virtual="))?;
+            let (start, physical) = page.split_once(" physical=").unwrap();
+            (hex(start) == at).then(|| physical.to_owned())
         };
         let task_of: BTreeMap<u64, u64> = rows(&case.drgn["tasks"])
             .map(|task| (task["pid"].as_u64().unwrap(), hex(text(&task["task"]))))
             .collect();
         for one in rows(&case.drgn["translations"]).filter(|one| !one["pid"].is_null()) {
             let name = format!("{} {}", one["pid"], text(&one["virtual"]));
-            let planted = unprotected(&one["pid"], hex(text(&one["virtual"])));
+            let planted = unprotected(hex(text(&one["virtual"])));
             let said = match planted.as_deref().or(one["physical"].as_str()).map(hex) {
                 Some(physical) if truth.contains(physical) => {
                     let mut bytes = [0; LENGTH];
