@@ -55,6 +55,10 @@ fn list_of_tables(asked: &str) -> String {
         for table in TABLES {
             item(&mut xml, [("Type", table.name), ("Description", table.title), ("Title", table.title)]);
         }
+    } else {
+        let known: Vec<&str> = TABLES.iter().map(|table| table.name).collect();
+        let problem = format!("there is no table '{}'; there are: {}", printable(asked), known.join(", "));
+        item(&mut xml, [("problem", problem.as_str())]);
     }
     xml + "</osdata>\n"
 }
