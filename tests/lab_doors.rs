@@ -63,7 +63,15 @@ fn for_each(check: &mut dyn FnMut(&Set, &Path, &Path, &str)) {
 fn python_file(gdb: &Path, dump: &Path, options: &[&str], program: &Path) -> String {
     let mut kstub = Command::new(KSTUB);
     kstub.env_remove("DEBUGINFOD_URLS").arg("gdb").arg(dump).arg("--gdb").arg(gdb).args(options);
-    kstub.args(["--", "-nx", "-batch", "-ex", "echo @@@@\\n", "-ex", &format!("source {}", program.display())]);
+    kstub.args([
+        "--",
+        "-nx",
+        "-batch",
+        "-ex",
+        "echo @@@@\\n",
+        "-ex",
+        &format!("source {}", program.display()),
+    ]);
     let output = kstub.output().unwrap();
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -140,8 +148,10 @@ fn differs(what: &str, got: &[u64], want: &BTreeMap<usize, u64>) -> Result<(), S
 fn gather(set: &Set, gdb: &Path, dump: &Path) -> Value {
     let pids: Vec<u32> = [1, 2].into_iter().chain(planted_tasks(set).iter().map(|task| task.0)).collect();
     let pid = set.planted("threads.txt").unwrap()["pid"].clone();
-    let os = ["", "tasks", "cpus", "modules", "log", "mounts", &format!("files {pid}"), "files 4000000", "nosuch"];
-    let head = format!("TYPED, PIDS, OS = {}, {}, {}\n", Value::from(TYPED), Value::from(pids), Value::from(os));
+    let os =
+        ["", "tasks", "cpus", "modules", "log", "mounts", &format!("files {pid}"), "files 4000000", "nosuch"];
+    let head =
+        format!("TYPED, PIDS, OS = {}, {}, {}\n", Value::from(TYPED), Value::from(pids), Value::from(os));
     let printed = python(gdb, dump, &[], &(head + GATHER));
     let line = printed.lines().find_map(|line| line.strip_prefix("@@@"));
     serde_json::from_str(line.unwrap_or_else(|| panic!("{}: {printed}", set.name()))).unwrap()
@@ -187,7 +197,11 @@ fn threads_and_cpus(set: &Set, got: &Value, what: &str) {
     for (cpu, one) in each.iter().rev() {
         let (rsp, text) = (one["rsp"].as_str().unwrap(), one["text"].as_str().unwrap());
         if let Some(truth) = &truth {
-            assert_eq!(rsp, format!("{:#x}", truth[cpu.parse::<usize>().unwrap()]["rsp"]), "{what}: CPU {cpu}");
+            assert_eq!(
+                rsp,
+                format!("{:#x}", truth[cpu.parse::<usize>().unwrap()]["rsp"]),
+                "{what}: CPU {cpu}"
+            );
         }
         assert!(text.contains(rsp), "{what}: CPU {cpu}: {rsp}: {text}");
         places.push((rsp, apply.find(text.trim()).unwrap_or_else(|| panic!("{what}: CPU {cpu}: {apply}"))));
@@ -243,7 +257,8 @@ fn hex_text(bytes: &[u8]) -> String {
 }
 
 fn os_tables(set: &Set, got: &Value, what: &str) {
-    let table = |name: &str| got["os"][name].as_str().unwrap_or_else(|| panic!("{what}: {}", got["os"])).to_owned();
+    let table =
+        |name: &str| got["os"][name].as_str().unwrap_or_else(|| panic!("{what}: {}", got["os"])).to_owned();
     let has_row = |table: &str, cells: &[&str]| {
         table.lines().any(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
@@ -340,7 +355,8 @@ fn tasks_as_threads_sleep_where_the_guest_said() {
                 assert!(details.contains("stack released"), "{what}: {tid} {comm}: {details}");
                 continue;
             }
-            let top = frames.iter().take(2).any(|name| ["__schedule", "context_switch"].contains(&name.as_str()));
+            let top =
+                frames.iter().take(2).any(|name| ["__schedule", "context_switch"].contains(&name.as_str()));
             assert!(top, "{what}: {tid} {comm}: {details}: {frames:?}");
             assert!(!details.contains("released"), "{what}: {tid} {comm}: {details}");
             asleep += 1;
@@ -360,7 +376,8 @@ fn tasks_as_threads_sleep_where_the_guest_said() {
             compared += usize::from(comm.starts_with("kstub-thr"));
         }
         assert!(compared >= 8, "{what}: {compared} of the planted threads compared");
-        let (other, (tid, ..)) = (&stacks.iter().find(|stack| stack.1.2 == "kstub-thr-3").unwrap().0, &stacks[0].1);
+        let (other, (tid, ..)) =
+            (&stacks.iter().find(|stack| stack.1.2 == "kstub-thr-3").unwrap().0, &stacks[0].1);
         assert!(!has_in_order(&found[&(FIRST_TASK + tid)].2, other), "another task's stack must differ");
     });
 }
@@ -380,5 +397,131 @@ fn running_tasks_are_threads_in_place_of_their_cpus() {
         for (tid, _, comm) in planted_tasks(set) {
             assert_eq!(found[&(FIRST_TASK + tid)].0, comm, "{what}: {tid}");
         }
+    });
+}
+
+fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/examples").join(name)
+}
+
+/// What an example for the shell prints, line by line, as columns.
+fn shell_example(name: &str, arguments: &[&str]) -> Vec<Vec<String>> {
+    let output = Command::new(example(name))
+        .args(arguments)
+        .env("KSTUB", KSTUB)
+        .env_remove("DEBUGINFOD_URLS")
+        .output()
+        .unwrap_or_else(|e| panic!("{name}: {e}"));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{name}");
+    let columns = |line: &str| line.split('\t').map(str::to_owned).collect();
+    String::from_utf8(output.stdout).unwrap().lines().map(columns).collect()
+}
+
+#[test]
+fn examples_for_the_shell() {
+    if Command::new("jq").arg("--version").output().is_err() {
+        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "no jq: install it");
+        eprintln!("skipped: no jq");
+        return;
+    }
+    for set in sets() {
+        let what = set.name();
+        let path = dump_of(&set);
+        let dump = path.to_str().unwrap();
+        let modules = facts(&set, "proc/modules");
+        let mut sizes: Vec<(u64, &str)> = modules
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+            .map(|words| (words[1].parse().unwrap(), words[0]))
+            .collect();
+        sizes.sort_by(|a, b| b.cmp(a));
+        let got = shell_example("biggest-modules", &[dump, "1000"]);
+        let mut rows: Vec<(u64, &str)> =
+            got.iter().map(|row| (row[0].parse().unwrap(), row[1].as_str())).collect();
+        assert!(rows.windows(2).all(|pair| pair[0].0 >= pair[1].0), "{what}: {rows:?}");
+        rows.sort_by(|a, b| b.cmp(a));
+        assert_eq!(rows, sizes, "{what}");
+
+        // The planting programs sleep from before the facts to the dump; others come, go and grow.
+        let resident = shell_example("biggest-processes", &[dump, "1000"]);
+        let mut compared = 0;
+        for (tid, ..) in planted_tasks(&set) {
+            let Some(status) = std::fs::read_to_string(set.dir.join(format!("facts/proc/{tid}/status"))).ok()
+            else {
+                continue;
+            };
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+                line.split_whitespace().next()?.parse::<u64>().ok()
+            };
+            let (Some(kib), Some("S")) =
+                (field("VmRSS:"), status.lines().find_map(|l| l.strip_prefix("State:\t")).map(|s| &s[..1]))
+            else {
+                continue;
+            };
+            let row = resident.iter().find(|row| row[1] == tid.to_string());
+            let row = row.unwrap_or_else(|| panic!("{what}: no {tid} in {resident:?}"));
+            assert_eq!(row[0].parse::<u64>().unwrap(), kib, "{what}: {tid}: {row:?}");
+            compared += 1;
+        }
+        assert!(compared >= 4, "{what}: {compared}");
+
+        let pid = &set.planted("threads.txt").unwrap()["pid"];
+        let holders = shell_example("who-has-open", &[dump, "/run/facts/planted/threads.txt"]);
+        assert_eq!(holders, [[pid.as_str(), "1", "kstub-threads"]], "{what}");
+        assert_eq!(shell_example("who-has-open", &[dump, "/no/such/file"]).len(), 0, "{what}");
+    }
+}
+
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}
+
+#[test]
+fn examples_for_gdb() {
+    for_each(&mut |set, dump, gdb, what| {
+        let blocked = python_file(gdb, dump, &[], &example("blocked.py"));
+        let rows: Vec<Vec<&str>> =
+            blocked.lines().map(words).filter(|row| row.len() == 5 && row[1] == "s").collect();
+        let pids: Vec<u32> = rows.iter().map(|row| row[2].parse().unwrap()).collect();
+        for (tid, state, comm) in planted_tasks(set) {
+            assert_eq!(pids.contains(&tid), state == 'D', "{what}: {tid} {comm} {state}: {blocked}");
+        }
+        let seconds: Vec<f64> = rows.iter().map(|row| row[0].parse().unwrap()).collect();
+        assert!(seconds.windows(2).all(|pair| pair[0] >= pair[1]), "{what}: {blocked}");
+        // They have slept since before the facts, and not since before the boot.
+        let output = kstub(&["run", dump.to_str().unwrap(), "--json", "log"]);
+        let log: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let last = |records: &Value| records.as_array()?.last()?["ts_nsec"].as_u64();
+        let end = last(&log["result"]).or_else(|| last(&log["result"]["records"])).unwrap() as f64 / 1e9;
+        assert!(seconds.iter().all(|&since| since > 0.0 && since < end + 600.0), "{what}: {end}: {blocked}");
+
+        let queues = python_file(gdb, dump, &[], &example("runqueues.py"));
+        let rows: Vec<Vec<&str>> = queues.lines().skip(1).map(words).filter(|row| row.len() == 6).collect();
+        let pids: Vec<u64> = rows.iter().map(|row| row[2].parse().unwrap()).collect();
+        assert_eq!(pids.len() as u64, set.json["smp"].as_u64().unwrap(), "{what}: {queues}");
+        differs(what, &pids, &running(set)).unwrap();
+        for row in &rows {
+            assert!(row[2] != "0" || row[3] == format!("swapper/{}", row[0]), "{what}: {queues}");
+        }
+
+        let channels = python_file(gdb, dump, &["--threads", "all"], &example("wait-channels.py"));
+        let count = |function: &str| {
+            let row = channels.lines().map(words).find(|row| row.get(1) == Some(&function));
+            row.and_then(|row| row[0].parse().ok()).unwrap_or(0)
+        };
+        // Functions that only the planted threads sleep in, by their own stacks.
+        let mut checked = 0;
+        for (tid, _, comm) in planted_tasks(set).into_iter().filter(|task| task.2.starts_with("kstub-thr-")) {
+            let stack = guest_stack(set, tid).unwrap();
+            if ["pipe_read", "__do_sys_pause", "futex_wait_queue", "__skb_wait_for_more_packets"]
+                .contains(&stack[0].as_str())
+            {
+                assert!(count(&stack[0]) >= 1, "{what}: {comm}: {stack:?}: {channels}");
+                checked += 1;
+            }
+        }
+        assert!(checked >= 2, "{what}: {checked}: {channels}");
+        assert_eq!(count("no_such_function"), 0, "{what}");
     });
 }
