@@ -10,11 +10,13 @@ mod files;
 mod foreach;
 mod help;
 mod info;
+mod kmem;
 mod list;
 mod log;
 mod module;
 mod mount;
 mod p;
+mod page;
 mod percpu;
 mod ps;
 mod rd;
@@ -28,6 +30,7 @@ mod table;
 mod task;
 mod value;
 mod vm;
+mod vtop;
 mod whatis;
 mod why;
 
@@ -117,11 +120,13 @@ pub const COMMANDS: &[Command] = &[
     foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
+    kmem::COMMAND,
     list::COMMAND,
     log::COMMAND,
     module::COMMAND,
     mount::COMMAND,
     p::COMMAND,
+    page::COMMAND,
     percpu::COMMAND,
     ps::COMMAND,
     rd::COMMAND,
@@ -134,6 +139,7 @@ pub const COMMANDS: &[Command] = &[
     task::COMMAND,
     structure::UNION,
     vm::COMMAND,
+    vtop::COMMAND,
     whatis::COMMAND,
     why::COMMAND,
 ];

@@ -90,7 +90,7 @@ fn decode(kernel: &Kernel, flags: &str) -> Result<Output, CommandError> {
     Ok(Output { text: format!("{flags:x}: {}\n", names.join(" ")), json: json!({ "flags": names }) })
 }
 
-fn what(vma: &Vma) -> String {
+pub fn what(vma: &Vma) -> String {
     match (&vma.file, &vma.name) {
         (Some((_, file)), _) => file.shown(),
         (None, Some(name)) => name.clone(),

@@ -461,9 +461,9 @@ mod tests {
         assert_eq!(table.spell(table.member(s, "far").unwrap().ty), "int");
         let grid = table.find(Class::Variable, "grid").unwrap();
         assert_eq!((table.spell(grid), table.size(grid)), ("int [2][3]".into(), Some(24)));
-        let (parsed, stars) = table.parse("int [2][3]").unwrap();
-        assert_eq!((table.spell(parsed), table.size(parsed), stars), ("int [2][3]".into(), Some(24), 0));
-        let (parsed, _) = table.parse("const struct s *const *[4]").unwrap();
+        let parsed = table.parse("int [2][3]").unwrap();
+        assert_eq!((table.spell(parsed), table.size(parsed)), ("int [2][3]".into(), Some(24)));
+        let parsed = table.parse("const struct s *const *[4]").unwrap();
         assert_eq!((table.spell(parsed).as_str(), table.size(parsed)), ("struct s **[4]", Some(32)));
         assert_eq!(table.parse("struct s *[4]x"), None);
         assert_eq!(table.parse("struct s *x"), None);

@@ -12,6 +12,9 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
 const MEMBERS_MAX: u32 = 4096;
+/// Words that change nothing about where a value lies.
+const QUALIFIERS: [&str; 4] = ["const", "volatile", "restrict", "_Atomic"];
+
 /// Types that users' casts make; more than anyone types.
 const DERIVED_MAX: usize = 1 << 16;
 
@@ -288,8 +291,7 @@ impl TypeTable {
     pub fn parse(&self, text: &str) -> Option<TypeId> {
         let end = text.find(['*', '[']).unwrap_or(text.len());
         let (base, mut rest) = text.split_at_checked(end)?;
-        let words: Vec<&str> =
-            base.split_whitespace().filter(|w| !matches!(*w, "const" | "volatile")).collect();
+        let words: Vec<&str> = base.split_whitespace().filter(|w| !QUALIFIERS.contains(w)).collect();
         let mut id = match words.as_slice() {
             ["void"] => TypeId::VOID,
             ["struct", name] => self.find(Class::Struct, name)?,
@@ -304,9 +306,16 @@ impl TypeTable {
             }
             _ => self.find(Class::Base, base_type(&words)?)?,
         };
-        while let Some(after) = rest.trim_start().strip_prefix('*') {
-            id = self.pointer_to(id)?;
-            rest = after;
+        loop {
+            rest = rest.trim_start();
+            if let Some(after) = rest.strip_prefix('*') {
+                id = self.pointer_to(id)?;
+                rest = after;
+            } else if let Some(word) = QUALIFIERS.iter().find(|word| rest.starts_with(**word)) {
+                rest = rest.get(word.len()..)?;
+            } else {
+                break;
+            }
         }
         // The dimension next to the name is the outermost.
         let mut dimensions = Vec::new();

@@ -9,14 +9,24 @@ use std::collections::HashSet;
 /// No kernel list is longer: PID_MAX_LIMIT, the most there can be of what has one entry a task.
 pub const ENTRIES_MAX: usize = 4 << 20;
 
-/// Fills the buffer from memory at the address, or says that it could not. Walks take one so that they can be tested
+/// Fills the buffer from memory at the address, or says why it could not. Walks take one so that they can be tested
 /// on memory without a kernel around it.
-pub(super) type Reader<'r> = &'r dyn Fn(VirtAddr, &mut [u8]) -> bool;
+pub(super) type Reader<'r> = &'r dyn Fn(VirtAddr, &mut [u8]) -> Result<(), String>;
 
 /// The word at `at`.
-pub(super) fn word(read: Reader<'_>, at: VirtAddr) -> Option<u64> {
+pub(super) fn word(read: Reader<'_>, at: VirtAddr) -> Result<u64, String> {
     let mut bytes = [0; 8];
-    read(at, &mut bytes).then(|| u64::from_le_bytes(bytes))
+    read(at, &mut bytes).map(|()| u64::from_le_bytes(bytes))
+}
+
+impl Kernel {
+    /// Fills the buffer from kernel memory: a [`Reader`].
+    pub(super) fn fill(&self, at: VirtAddr, buf: &mut [u8]) -> Result<(), String> {
+        match self.read(at, buf).stopped {
+            None => Ok(()),
+            Some(why) => Err(why.to_string()),
+        }
+    }
 }
 
 /// What a walk found, and why it ended early if it did.

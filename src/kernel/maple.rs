@@ -42,7 +42,7 @@ impl Kernel {
     /// All entries of the `struct maple_tree` at `root`.
     pub fn maple_tree(&self, root: VirtAddr) -> MapleWalk {
         match Layout::of(self) {
-            Ok(layout) => layout.walk(&|at, buf| self.read(at, buf).stopped.is_none(), root),
+            Ok(layout) => layout.walk(&|at, buf| self.fill(at, buf), root),
             Err(error) => MapleWalk { entries: Vec::new(), problem: Some(error.to_string()) },
         }
     }
@@ -99,9 +99,12 @@ impl Layout {
     fn walk(&self, read: Reader<'_>, tree: VirtAddr) -> MapleWalk {
         let mut walk = MapleWalk::default();
         let at = tree.wrapping_add(self.root);
-        let Some(root) = word(read, at) else {
-            walk.problem = Some(format!("maple tree at {tree}: 'ma_root' at {at} cannot be read"));
-            return walk;
+        let root = match word(read, at) {
+            Ok(root) => root,
+            Err(why) => {
+                walk.problem = Some(format!("maple tree at {tree}: 'ma_root' cannot be read: {why}"));
+                return walk;
+            }
         };
         // As in an XArray, an internal entry above 4096 is a node (xa_is_node).
         if root & 3 != 2 || root <= 4096 {
@@ -142,9 +145,7 @@ impl Layout {
         let (shape, leaf) =
             self.shape(node).ok_or_else(|| format!("maple node {node:#x} is of no known type"))?;
         let mut bytes = [0; NODE_LEN];
-        if !read(at, &mut bytes) {
-            return Err(format!("maple node at {at} cannot be read"));
-        }
+        read(at, &mut bytes).map_err(|why| format!("maple node at {at} cannot be read: {why}"))?;
         let stored = |(offset, count): (u64, u64), i: u64| {
             (i < count).then(|| u64_at(&bytes, (offset + i * 8) as usize)).flatten()
         };
@@ -212,7 +213,13 @@ mod tests {
                 image.write_u64(PhysAddr(at + slots_at + i * 8), *slot);
             }
         }
-        LAYOUT.walk(&|at, buf| image.read_phys(PhysAddr(at.0), buf).stopped.is_none(), VirtAddr(TREE))
+        LAYOUT.walk(
+            &|at, buf| match image.read_phys(PhysAddr(at.0), buf).stopped {
+                None => Ok(()),
+                Some(why) => Err(why.to_string()),
+            },
+            VirtAddr(TREE),
+        )
     }
 
     fn entry(first: u64, last: u64, entry: u64) -> Entry {

@@ -8,6 +8,7 @@ use super::{Kernel, ObjectError};
 use crate::addr::{PAGE_SIZE, VirtAddr};
 use crate::arch::x86_64::VirtOutcome;
 use crate::bytes::array_at;
+use std::collections::HashMap;
 
 /// Kinds of resident pages; swapped-out ones are counted beside them and not resident.
 const RESIDENT: [(&str, u64); 3] = [("MM_FILEPAGES", 0), ("MM_ANONPAGES", 1), ("MM_SHMEMPAGES", 3)];
@@ -31,6 +32,8 @@ pub struct MmReader<'k> {
     kinds: [u64; 3],
     counter: Counter,
     per_cpu: Vec<u64>,
+    /// Pages that threads have counted and not yet handed in, by `mm`.
+    by_thread: HashMap<VirtAddr, i64>,
 }
 
 /// How `mm_struct.rss_stat` counts pages.
@@ -67,7 +70,26 @@ impl Kernel {
         };
         let cpus = self.cpu_mask(&POSSIBLE).unwrap_or_default();
         let per_cpu = cpus.into_iter().filter_map(|cpu| self.per_cpu_offset(cpu)).collect();
-        Ok(MmReader { kernel: self, fields, kinds, counter, per_cpu })
+        let by_thread = self.counted_by_threads(&kinds).unwrap_or_default();
+        Ok(MmReader { kernel: self, fields, kinds, counter, per_cpu, by_thread })
+    }
+
+    /// With SPLIT_RSS_COUNTING, until the counters became per-CPU ones in v6.2, each thread kept up to 64 changes to
+    /// itself, which `/proc` does not show.
+    fn counted_by_threads(&self, kinds: &[u64; 3]) -> Option<HashMap<VirtAddr, i64>> {
+        let fields = Fields::new(self, "task_struct", &[&["mm"], &["rss_stat.count"]]).ok()?;
+        let mut pages = HashMap::new();
+        if !fields.has(1) {
+            return Some(pages);
+        }
+        for task in self.tasks().ok()?.tasks {
+            let row = fields.read(task.at);
+            let (Some(mm), Some(counts)) = (row.pointer(0), row.bytes(1)) else { continue };
+            let count = |kind: &u64| array_at(&counts, usize::try_from(kind * 4).ok()?);
+            let sum: i64 = kinds.iter().filter_map(count).map(|n| i64::from(i32::from_le_bytes(n))).sum();
+            *pages.entry(mm).or_insert(0) += sum;
+        }
+        Some(pages)
     }
 
     /// Reads user memory of the process with this `mm`.
@@ -90,23 +112,24 @@ impl MmReader<'_> {
         let row = self.fields.read(mm);
         let bytes = |pages: u64| pages.checked_mul(PAGE_SIZE);
         let pages = row.bytes(RSS).and_then(|rss| self.resident(&rss));
+        let pages = pages.map(|pages| pages.wrapping_add(self.by_thread.get(&mm).copied().unwrap_or(0)));
+        // The sum of the parts may be a little below zero while a page moves from one to another.
+        let pages = pages.map(|pages| pages.max(0) as u64);
         MmSize { virtual_size: row.u64(TOTAL_VM).and_then(bytes), resident: pages.and_then(bytes) }
     }
 
-    fn resident(&self, rss: &[u8]) -> Option<u64> {
+    fn resident(&self, rss: &[u8]) -> Option<i64> {
         let word = |at: u64| array_at(rss, usize::try_from(at).ok()?).map(i64::from_le_bytes);
-        let sum = match self.counter {
-            Counter::Unknown => return None,
-            Counter::Plain => self.kinds.iter().map(|kind| word(kind * 8)).sum::<Option<i64>>()?,
+        match self.counter {
+            Counter::Unknown => None,
+            Counter::Plain => self.kinds.iter().map(|kind| word(kind * 8)).sum(),
             Counter::PerCpu { size, count, counters } => {
                 let sum = self.kinds.iter().map(|kind| word(kind * size + count)).sum::<Option<i64>>()?;
-                let Some(counters) = counters else { return Some(sum.max(0) as u64) };
+                let Some(counters) = counters else { return Some(sum) };
                 let each = self.kinds.map(|kind| word(kind * size + counters).map(|at| at as u64));
-                sum.wrapping_add(self.on_cpus(&each.into_iter().collect::<Option<Vec<_>>>()?)?)
+                Some(sum.wrapping_add(self.on_cpus(&each.into_iter().collect::<Option<Vec<_>>>()?)?))
             }
-        };
-        // The sum of the CPUs' parts may be a little below zero while a page moves from one to another.
-        Some(sum.max(0) as u64)
+        }
     }
 
     /// The sum of the `s32` at each of these per-CPU addresses on each CPU.

@@ -10,21 +10,27 @@ mod globals;
 pub mod list;
 mod machine;
 pub mod maple;
+pub mod memcg;
+pub mod meminfo;
 pub mod mm;
 pub mod module;
 pub mod object;
+pub mod page;
 pub mod percpu;
 pub mod printk;
 pub mod rbtree;
 pub mod runqueue;
 pub mod sched;
+pub mod slab;
 mod switched_out;
 pub mod taint;
 mod task;
 pub mod time;
 pub mod vfs;
 pub mod vma;
+pub mod vmalloc;
 pub mod xarray;
+pub mod zone;
 
 pub use fields::{Fields, Row};
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
@@ -55,6 +61,8 @@ pub struct Kernel {
     /// Where per-CPU memory lies; `None` without SMP or symbols.
     per_cpu: OnceLock<Option<percpu::Areas>>,
     modules: OnceLock<module::Modules>,
+    /// Where the `struct page`s are, or why that is not known.
+    page_map: OnceLock<Result<page::PageMap, ObjectError>>,
 }
 
 /// A symbol that covers an address.
@@ -87,12 +95,18 @@ impl Kernel {
             kallsyms: OnceLock::new(),
             per_cpu: OnceLock::new(),
             modules: OnceLock::new(),
+            page_map: OnceLock::new(),
         }
     }
 
     /// Where and how the kernel was found.
     pub fn found(&self) -> &Found {
         &self.found
+    }
+
+    /// The memory underneath.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
     }
 
     /// Its vmlinux, where there is one.

@@ -16,15 +16,18 @@ const NODE_LEN: usize = 24;
 impl Kernel {
     /// The nodes of the `struct rb_root` (or `struct rb_root_cached`) at `root`, smallest first.
     pub fn rb_tree(&self, root: VirtAddr) -> Walk {
-        walk(&|at, buf| self.read(at, buf).stopped.is_none(), root)
+        walk(&|at, buf| self.fill(at, buf), root)
     }
 }
 
 fn walk(read: Reader<'_>, root: VirtAddr) -> Walk {
     let mut walk = Walk::default();
-    let Some(mut here) = word(read, root) else {
-        walk.problem = Some(format!("rb tree at {root}: its root cannot be read"));
-        return walk;
+    let mut here = match word(read, root) {
+        Ok(first) => first,
+        Err(why) => {
+            walk.problem = Some(format!("rb tree at {root}: its root cannot be read: {why}"));
+            return walk;
+        }
     };
     let mut seen = HashSet::new();
     // Nodes whose left subtree is done, with their right child.
@@ -41,8 +44,9 @@ fn walk(read: Reader<'_>, root: VirtAddr) -> Walk {
                 walk.problem.get_or_insert(format!("rb tree at {root}: more than {ENTRIES_MAX} nodes"));
                 return walk;
             }
-            if !read(at, &mut node) {
-                walk.problem.get_or_insert(format!("rb tree at {root}: the node at {at} cannot be read"));
+            if let Err(why) = read(at, &mut node) {
+                walk.problem
+                    .get_or_insert(format!("rb tree at {root}: the node at {at} cannot be read: {why}"));
                 break;
             }
             under_way.push((at, u64_at(&node, RIGHT).unwrap_or(0)));
@@ -71,7 +75,13 @@ mod tests {
             image.write_u64(PhysAddr(at + 8), right);
             image.write_u64(PhysAddr(at + 16), left);
         }
-        walk(&|at, buf| image.read_phys(PhysAddr(at.0), buf).stopped.is_none(), VirtAddr(ROOT))
+        walk(
+            &|at, buf| match image.read_phys(PhysAddr(at.0), buf).stopped {
+                None => Ok(()),
+                Some(why) => Err(why.to_string()),
+            },
+            VirtAddr(ROOT),
+        )
     }
 
     fn nodes(walk: &Walk) -> Vec<u64> {

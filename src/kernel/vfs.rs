@@ -190,20 +190,10 @@ fn read_mount(mount: Object<'_>) -> Result<Option<Mount>, ObjectError> {
         return Ok(None);
     }
     let Some(sb) = mount.at("mnt.mnt_sb")? else { return Ok(None) };
-    let kind = match sb.at("s_type")? {
-        Some(kind) => kind.member("name")?.text()?,
-        None => "?".to_owned(),
-    };
-    let subtype = sb.member("s_subtype").and_then(|subtype| match subtype.pointer()?.0 {
-        0 => Ok(None),
-        _ => subtype.text().map(Some),
-    });
-    let kind = match subtype {
-        Ok(Some(subtype)) if !subtype.is_empty() => format!("{kind}.{subtype}"),
-        _ => kind,
-    };
     let source = mount.member("mnt_devname")?;
-    let source = if source.pointer()?.0 == 0 { "none".to_owned() } else { source.text()? };
+    let source = if source.pointer()?.0 == 0 { Ok("none".to_owned()) } else { source.text() };
+    let said = |name: Result<String, ObjectError>| name.unwrap_or_else(|error| format!("({error})"));
+    let (kind, source) = (said(kind_of(sb)), said(source));
     let root = mount.at("mnt.mnt_root")?;
     let path = match root {
         Some(root) => tree_path(Some(mount), root),
@@ -212,7 +202,7 @@ fn read_mount(mount: Object<'_>) -> Result<Option<Mount>, ObjectError> {
     let root = root.map_or(Ok("?".to_owned()), |root| tree_path(None, root));
     let parent = mount.at("mnt_parent")?;
     // MNT_READONLY and SB_RDONLY.
-    let read_only = flags & 0x40 != 0 || sb.get("s_flags")? & 1 != 0;
+    let read_only = flags & 0x40 != 0 || sb.get("s_flags").is_ok_and(|flags| flags & 1 != 0);
     Ok(Some(Mount {
         at: mount.at,
         super_block: sb.at,
@@ -225,6 +215,19 @@ fn read_mount(mount: Object<'_>) -> Result<Option<Mount>, ObjectError> {
         root: root.map_err(|error| error.to_string()),
         read_only,
     }))
+}
+
+/// The type of filesystem, with the subtype of FUSE.
+fn kind_of(sb: Object<'_>) -> Result<String, ObjectError> {
+    let kind = match sb.at("s_type")? {
+        Some(kind) => kind.member("name")?.text()?,
+        None => "?".to_owned(),
+    };
+    let subtype = sb.member("s_subtype").ok().filter(|subtype| subtype.u64().is_ok_and(|at| at != 0));
+    Ok(match subtype.map(|subtype| subtype.text()).transpose()? {
+        Some(subtype) if !subtype.is_empty() => format!("{kind}.{subtype}"),
+        _ => kind,
+    })
 }
 
 /// The path from `dentry` up, over the mounts around it; without a mount, up to its filesystem's root.

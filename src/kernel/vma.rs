@@ -109,6 +109,11 @@ const NEXT: usize = 7;
 const ANON_NAME: usize = 8;
 
 impl Kernel {
+    /// The area of the `struct mm_struct` at `mm` that `at` lies in.
+    pub fn vma_at(&self, mm: VirtAddr, at: VirtAddr) -> Result<Option<Vma>, ObjectError> {
+        Ok(self.vmas(mm)?.areas.into_iter().find(|vma| (vma.start..vma.end).contains(&at.0)))
+    }
+
     /// The areas of the `struct mm_struct` at `mm`.
     pub fn vmas(&self, mm: VirtAddr) -> Result<Vmas, ObjectError> {
         let space = self.object("mm_struct", mm)?;

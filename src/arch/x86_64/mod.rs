@@ -1,6 +1,7 @@
 //! x86-64: registers, page tables and machine code.
 
 pub mod disasm;
+pub mod entry;
 pub mod paging;
 pub mod regs;
 
