@@ -95,6 +95,10 @@ fn cell(value: &Value) -> String {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),
         Value::Array(values) => values.iter().map(cell).collect::<Vec<_>>().join(", "),
+        Value::Object(fields) => {
+            let one = |(key, value): (&String, &Value)| format!("{key}={}", cell(value));
+            fields.iter().map(one).collect::<Vec<_>>().join(" ")
+        }
         other => other.to_string(),
     }
 }

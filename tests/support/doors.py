@@ -75,6 +75,11 @@ gdb.selected_inferior().threads()[0].switch()
 gdb.execute("maintenance flush dcache", to_string=True)
 answer["tasks"], answer["tasks_after_switch"] = before, rows(values)
 first.switch()
+answer["pages"] = [
+    [number("$page(&init_task)"), number("$page($page(&init_task))"), number("$page(init_task)")],
+    [address for address, _ in kstub.pages([number("(unsigned long) &init_task"), number("$page(&init_task)")])],
+]
+answer["typed_page"] = typed("page &init_task")
 answer["modules"] = [value["name"].string() for _, value in kstub.modules()]
 answer["os"] = {name: typed(("info os " + name).strip()) for name in OS}
 print("@@@" + json.dumps(answer))
