@@ -30,14 +30,14 @@ fn dump_of(set: &Set) -> PathBuf {
     raw.or(dumps.first()).unwrap().path.clone()
 }
 
-/// One set of each kernel and kind, a panic's and a paused guest's among them; all with `KSTUB_LAB_ALL=1`.
+/// A paused guest of each kernel, and a panic; with `KSTUB_LAB_SETS=NAME,NAME` those.
 fn sets() -> Vec<Set> {
-    let all = std::env::var("KSTUB_LAB_ALL").is_ok_and(|all| all == "1");
+    let chosen = std::env::var("KSTUB_LAB_SETS").ok();
     let mut seen = std::collections::BTreeSet::new();
-    let mut wanted = |set: &Set| {
-        let plain = ["qemu", "kdump"].contains(&set.json["kind"].as_str().unwrap());
-        let kind = (set.json["release"].as_str().unwrap().to_owned(), set.json["panic"].is_object());
-        all || plain && seen.insert(kind)
+    let mut wanted = |set: &Set| match &chosen {
+        Some(names) => names.split(',').any(|name| name == set.name()),
+        None if set.json["kind"] == "qemu" => seen.insert(set.json["release"].to_string()),
+        None => set.json["kind"] == "kdump" && seen.insert("panic".into()),
     };
     lab::sets().unwrap_or_default().into_iter().filter(|set| wanted(set)).collect()
 }
@@ -237,7 +237,7 @@ fn python_functions(set: &Set, got: &Value, what: &str) {
     assert!(many[0].starts_with(&hex_text(b"Linux version ")), "{what}: {}", many[0]);
     assert_eq!((many[1].len(), many[2].as_str()), (2 * 4096, ""), "{what}: nothing can be read at 0");
     assert_eq!(many[4], "", "{what}: nothing can be read below the kernel's half");
-    assert_ne!(many[6], many[7], "{what}: pieces 8 bytes apart must differ");
+    assert_ne!(many[6..many.len() - 1], many[7..], "{what}: pieces 8 bytes further must differ");
     // Values are complete when they are made: nothing is read later, in another thread's memory.
     assert_eq!(got["tasks"], got["tasks_after_switch"], "{what}");
     let tasks: Vec<(u64, u32, String)> = serde_json::from_value(got["tasks"].clone()).unwrap();
@@ -360,8 +360,9 @@ fn tasks_as_threads_sleep_where_the_guest_said() {
                 assert!(on_cpu || is_busy(tid) || passing, "{what}: {tid} {comm} is no thread");
                 continue;
             };
+            // The guest's /proc adds to a worker's name, and knows a kernel thread's whole name.
             if !comm.starts_with("kworker") {
-                assert_eq!(*name, comm, "{what}: {tid}");
+                assert_eq!(*name, comm.chars().take(15).collect::<String>(), "{what}: {tid}");
             }
             if state == 'Z' {
                 assert!(details.contains("stack released"), "{what}: {tid} {comm}: {details}");
