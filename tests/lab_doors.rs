@@ -248,7 +248,7 @@ fn python_functions(set: &Set, got: &Value, what: &str) {
     let pages: Vec<Vec<u64>> = serde_json::from_value(got["pages"].clone()).unwrap();
     let page = pages[0][0];
     assert!(
-        page > 0xffff_8000_0000_0000 && pages.iter().flatten().all(|&one| one == page),
+        page > 0xff00_0000_0000_0000 && pages.iter().flatten().all(|&one| one == page),
         "{what}: {pages:x?}"
     );
     assert!(
