@@ -4,7 +4,7 @@
 mod support;
 
 use kstub::debuginfo::types::{Shape, TypeTable};
-use kstub::debuginfo::{Class, DebugInfo, Location, TypeId};
+use kstub::debuginfo::{Class, DebugInfo, Location, SectionAddresses, TypeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -178,7 +178,7 @@ fn every_member_is_where_btf_has_it() {
 
         for (variable, spelled) in [
             ("init_task", "struct task_struct"),
-            ("jiffies", "unsigned long"),
+            ("jiffies", "long unsigned int"),
             ("init_mm", "struct mm_struct"),
             ("super_blocks", "struct list_head"),
             ("saved_command_line", "char *"),
@@ -254,10 +254,11 @@ fn plain(path: &str) -> String {
 }
 
 /// What addr2line says of each address: function, file and line from the innermost out.
-fn addr2line(file: &Path, addresses: &[u64]) -> Vec<Vec<(String, String)>> {
+fn addr2line(file: &Path, section: Option<&str>, addresses: &[u64]) -> Vec<Vec<(String, String)>> {
     let mut child = Command::new("addr2line")
         .args(["-a", "-f", "-i", "-e"])
         .arg(file)
+        .args(section.map(|section| format!("--section={section}")))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -299,7 +300,7 @@ fn lines_are_those_of_addr2line() {
     for path in kernels() {
         let info = DebugInfo::open(&path).unwrap().keep_indexes_in(None);
         let addresses = addresses(&path, 280);
-        let want = addr2line(&path, &addresses);
+        let want = addr2line(&path, None, &addresses);
         let (mut same, mut inlined, mut unknown, mut moved) = (0, 0, 0, 0);
         let mut disputed = Vec::new();
         for (addr, want) in addresses.iter().zip(&want) {
@@ -370,4 +371,56 @@ fn gdb_lines(file: &Path, addresses: &[u64]) -> Vec<String> {
         .collect();
     assert_eq!(answers.len(), addresses.len(), "{text}");
     answers
+}
+
+/// Debian's separate files of modules are not linked: what is in them is relative to sections.
+#[test]
+fn modules_have_lines_and_types() {
+    for path in kernels() {
+        let found =
+            Command::new("find").arg(path.with_file_name("lib")).args(["-name", "*.ko.debug"]).output();
+        let found = String::from_utf8(found.unwrap().stdout).unwrap();
+        let mut modules: Vec<&str> = found.lines().collect();
+        // The largest: a small one has a handful of functions.
+        modules.sort_by_key(|module| std::cmp::Reverse(std::fs::metadata(module).unwrap().len()));
+        assert!(modules.len() >= 2, "{}", path.display());
+        for module in modules.iter().take(2).map(Path::new) {
+            let base = 0xffff_ffff_c000_0000;
+            let loaded_at = SectionAddresses::from([(".text".to_owned(), base)]);
+            let began = Instant::now();
+            let info = DebugInfo::open_module(module, loaded_at, 0).unwrap();
+            let nm = Command::new("nm").arg("-S").arg(module).output().unwrap();
+            let nm = String::from_utf8(nm.stdout).unwrap();
+            let words = nm.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            let functions = words.filter(|w| w.len() == 4 && matches!(w[2], "t" | "T"));
+            // The sections of a separate file have no bytes: only their names tell code from .init.text and .exit.text.
+            let (mut asked, mut wrong) = (0, 0);
+            let addresses: Vec<u64> = functions
+                .filter(|w| info.symbol(w[3]).is_some_and(|symbol| symbol.addr >= base))
+                .map(|w| u64::from_str_radix(w[0], 16).unwrap() + u64::from_str_radix(w[1], 16).unwrap() / 2)
+                .step_by(7)
+                .take(40)
+                .collect();
+            for (addr, want) in addresses.iter().zip(&addr2line(module, Some(".text"), &addresses)) {
+                let Some(got) = info.locate(base + addr).map(|chain| ours(&chain)) else { continue };
+                asked += 1;
+                // addr2line's own mistake is a file that is not the header's.
+                let lines = |chain: &[(String, String)]| -> Vec<(String, String)> {
+                    let number = |place: &str| place.rsplit(':').next().unwrap().to_owned();
+                    chain.iter().map(|(f, place)| (f.clone(), number(place))).collect()
+                };
+                if !agree(&lines(&got), &lines(want)) {
+                    eprintln!("{}: {addr:#x}: {got:?}, addr2line {want:?}", module.display());
+                    wrong += 1;
+                }
+            }
+            eprintln!("{}: {asked} places, {wrong} wrong, {:?}", module.display(), began.elapsed());
+            assert!(asked > 20 && wrong * 20 <= asked, "{}: {wrong} of {asked}", module.display());
+            let types = info.dwarf_types().unwrap();
+            let size = types.find(Class::Struct, "module").and_then(|id| types.size(id)).unwrap();
+            let image = DebugInfo::open(&path).unwrap();
+            let image = image.types();
+            assert_eq!(Some(size), image.find(Class::Struct, "module").and_then(|id| image.size(id)));
+        }
+    }
 }

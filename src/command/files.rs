@@ -43,8 +43,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         json.insert("cwd".into(), json!(cwd));
         let mut table = Table::new(&[">FD", "FILE", "DENTRY", "INODE", "TYPE", "PATH"]);
         let mut files = Vec::new();
-        match kernel.open_files(task)? {
-            Some(open) => {
+        match kernel.open_files(task) {
+            Ok(Some(open)) => {
                 for file in open {
                     let what = &file.what;
                     let address = |at: Option<VirtAddr>| at.map_or_else(|| "?".to_owned(), bare);
@@ -60,7 +60,11 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
                 }
                 text += &if files.is_empty() { "No open files\n".to_owned() } else { table.render() };
             }
-            None => text.push_str("No files: the task has ended\n"),
+            Ok(None) => text.push_str("No files: the task has ended\n"),
+            Err(error) => {
+                let _ = writeln!(text, "problem: {}", printable(&error.to_string()));
+                json.insert("problem".into(), json!(error.to_string()));
+            }
         }
         json.insert("files".into(), Value::Array(files));
         text.push('\n');

@@ -6,7 +6,7 @@ use super::task::{chosen, heading, identity};
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::VirtAddr;
 use crate::kernel::Kernel;
-use crate::kernel::vma::Vma;
+use crate::kernel::vma::{Vma, Vmas};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -58,7 +58,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
             kib(size.virtual_size),
         ]);
         text += &table.render();
-        let vmas = kernel.vmas(mm)?;
+        let vmas = kernel
+            .vmas(mm)
+            .unwrap_or_else(|error| Vmas { areas: Vec::new(), problem: Some(error.to_string()) });
         text += &areas(kernel, &vmas.areas, verbose);
         if let Some(problem) = &vmas.problem {
             let _ = writeln!(text, "problem: {}", printable(problem));

@@ -19,7 +19,9 @@ pub fn encode(bytes: &[u8], out: &mut Vec<u8>) {
     out.reserve(bytes.len() * 2);
     let (blocks, rest) = bytes.as_chunks::<BLOCK>();
     for block in blocks {
-        out.extend_from_slice(block.map(digits).as_flattened());
+        let mut text = [[0; 2]; BLOCK];
+        text.iter_mut().zip(block).for_each(|(text, &byte)| *text = digits(byte));
+        out.extend_from_slice(text.as_flattened());
     }
     rest.iter().for_each(|&byte| out.extend_from_slice(&digits(byte)));
 }
