@@ -2,8 +2,9 @@
 //!
 //! Source: `include/linux/vmalloc.h` (`struct vmap_area`, `struct vm_struct`), `mm/percpu.c`.
 
+use super::cpus::POSSIBLE;
 use super::page::{Kind, PageMap};
-use super::{Kernel, Object, ObjectError};
+use super::{CpuId, Kernel, Object, ObjectError};
 use crate::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use crate::bytes::u64_at;
 use std::collections::HashSet;
@@ -169,22 +170,73 @@ impl Kernel {
 
     /// The pages of the first chunk of per-CPU memory, which is set up before vmalloc works.
     pub fn first_percpu_chunk(&self, map: &PageMap) -> Vec<Pfn> {
-        let word = |name: &str| self.symbol(name).and_then(|at| self.read_u64(at));
-        let int = |name: &str| self.symbol(name).and_then(|at| self.read_u32(at)).map(u64::from);
-        let (Some(base), Some(unit)) = (word("pcpu_base_addr"), int("pcpu_unit_size")) else {
-            return Vec::new();
-        };
-        let Some(offsets) = word("pcpu_unit_offsets") else { return Vec::new() };
-        let mut pages = Vec::new();
-        for cpu in self.cpu_mask(&super::cpus::POSSIBLE).unwrap_or_default() {
-            let Some(offset) = self.read_u64(VirtAddr(offsets).wrapping_add(u64::from(cpu.0) * 8)) else {
-                continue;
-            };
+        let base = self.symbol("pcpu_base_addr").and_then(|at| self.read_u64(at));
+        let (Some(base), Some((unit, offsets))) = (base, self.per_cpu_units()) else { return Vec::new() };
+        let unit_pages = |(_, offset): (CpuId, u64)| {
             let start = VirtAddr(base).wrapping_add(offset);
-            pages.extend(self.mapped(map, start, start.wrapping_add(unit.min(1 << 26))));
-        }
-        pages
+            self.mapped(map, start, start.wrapping_add(unit)).collect::<Vec<_>>()
+        };
+        offsets.into_iter().flat_map(unit_pages).collect()
     }
+
+    /// Bytes of a CPU's unit in a chunk of per-CPU memory, and where in a chunk each CPU's is.
+    fn per_cpu_units(&self) -> Option<(u64, Vec<(CpuId, u64)>)> {
+        let unit = u64::from(self.symbol("pcpu_unit_size").and_then(|at| self.read_u32(at))?);
+        let table = VirtAddr(self.read_u64(self.symbol("pcpu_unit_offsets")?)?);
+        let offset = |cpu: CpuId| Some((cpu, self.read_u64(table.wrapping_add(u64::from(cpu.0) * 8))?));
+        let offsets = self.cpu_mask(&POSSIBLE)?.into_iter().filter_map(offset).collect();
+        Some((unit.min(1 << 26), offsets))
+    }
+
+    /// What per-CPU memory `at` is.
+    pub fn per_cpu_place(&self, at: VirtAddr) -> Option<PerCpuPlace> {
+        let (unit, offsets) = self.per_cpu_units()?;
+        let first = self.read_u64(self.symbol("pcpu_base_addr")?)?;
+        let mut bases = vec![first];
+        bases.extend(self.per_cpu_chunks().unwrap_or_default());
+        for (base, (cpu, offset)) in
+            bases.iter().flat_map(|base| offsets.iter().map(move |cpu| (*base, *cpu)))
+        {
+            let from = base.wrapping_add(offset);
+            let Some(offset) = at.0.checked_sub(from).filter(|&offset| offset < unit) else { continue };
+            // Static variables come first in a unit of the first chunk.
+            let start = self.symbol("__per_cpu_start").filter(|start| base == first && start.0 >> 63 == 1);
+            let named = start.and_then(|start| self.symbolize(start.wrapping_add(offset)));
+            return Some(match named {
+                Some((name, offset)) => PerCpuPlace { cpu, name: Some(name.to_owned()), offset },
+                None => PerCpuPlace { cpu, name: None, offset },
+            });
+        }
+        None
+    }
+
+    /// Where each chunk of per-CPU memory begins.
+    fn per_cpu_chunks(&self) -> Option<Vec<u64>> {
+        // Since about v5.14 the lists have this name.
+        let lists =
+            ["pcpu_chunk_lists", "pcpu_slot"].iter().find_map(|name| self.read_u64(self.symbol(name)?))?;
+        let count = self.symbol("pcpu_nr_slots").and_then(|at| self.read_u32(at))?.min(64);
+        let mut bases = Vec::new();
+        for slot in 0..u64::from(count) {
+            for node in self.list(VirtAddr(lists).wrapping_add(slot * 16)).nodes {
+                let chunk =
+                    self.object("list_head", node).and_then(|node| node.container_of("pcpu_chunk", "list"));
+                bases.extend(chunk.and_then(|chunk| chunk.get("base_addr")));
+            }
+        }
+        Some(bases)
+    }
+}
+
+/// A place in the memory of one CPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PerCpuPlace {
+    /// Whose.
+    pub cpu: CpuId,
+    /// The static variable.
+    pub name: Option<String>,
+    /// Offset into the variable, else into the CPU's unit.
+    pub offset: u64,
 }
 
 /// Functions that ask for stacks; freed ones are kept for the next task.

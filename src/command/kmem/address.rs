@@ -4,10 +4,10 @@ use super::slab::state_name;
 use crate::addr::VirtAddr;
 use crate::command::args::{self, Address};
 use crate::command::{CommandError, Context, Output, page, printable};
-use crate::kernel::cpus::POSSIBLE;
 use crate::kernel::page::about::About;
 use crate::kernel::page::{Kind, PageMap};
 use crate::kernel::slab::{Cache, Slab};
+use crate::kernel::vmalloc::PerCpuPlace;
 use crate::kernel::{Kernel, ObjectError};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -67,7 +67,8 @@ impl Found {
                 format!("symbol {name}+{offset:#x} of the kernel image"),
             );
         }
-        if let Some((cpu, name, offset)) = per_cpu(kernel, at) {
+        if let Some(PerCpuPlace { cpu, name, offset }) = kernel.per_cpu_place(at) {
+            let cpu = cpu.0;
             let place = name
                 .as_ref()
                 .map_or_else(|| format!("offset {offset:#x}"), |name| format!("{name}+{offset:#x}"));
@@ -124,6 +125,8 @@ impl Found {
         let Ok(tasks) = kernel.tasks() else { return };
         // THREAD_SIZE: `union thread_union` is as large as a stack.
         let stack_size = kernel.object("thread_union", VirtAddr(0)).and_then(|u| u.size()).unwrap_or(0x4000);
+        // A task_struct is allocated only as far as this CPU's registers reach, so sizes overlap: the nearest counts.
+        let mut nearest: Option<(VirtAddr, Value, String)> = None;
         for task in tasks.tasks {
             let size = task.size().unwrap_or(0);
             let comm = task.member("comm").and_then(|comm| comm.text()).unwrap_or_default();
@@ -131,10 +134,16 @@ impl Found {
             let stack = task.get("stack").unwrap_or(u64::MAX);
             let value = json!({ "at": format!("{}", task.at), "pid": pid, "comm": comm });
             if at.offset_from(task.at).is_some_and(|offset| offset < size) {
-                self.add("task", value, format!("task {pid} ({comm}): its task_struct {}", task.at));
+                if nearest.as_ref().is_none_or(|(other, ..)| *other < task.at) {
+                    let line = format!("task {pid} ({comm}): its task_struct {}", task.at);
+                    nearest = Some((task.at, value, line));
+                }
             } else if at.0.checked_sub(stack).is_some_and(|offset| offset < stack_size) {
                 self.add("stack_of", value, format!("kernel stack of task {pid} ({comm})"));
             }
+        }
+        if let Some((_, value, line)) = nearest {
+            self.add("task", value, line);
         }
     }
 
@@ -181,24 +190,4 @@ impl Found {
             self.json.insert("tracks".into(), Value::Array(all));
         }
     }
-}
-
-/// The CPU whose per-CPU memory `at` lies in, the static variable, and the offset into either.
-fn per_cpu(kernel: &Kernel, at: VirtAddr) -> Option<(u32, Option<String>, u64)> {
-    let word = |name: &str| kernel.symbol(name).and_then(|at| kernel.read_u64(at));
-    let base = word("pcpu_base_addr")?;
-    let unit = u64::from(kernel.symbol("pcpu_unit_size").and_then(|at| kernel.read_u32(at))?);
-    let offsets = word("pcpu_unit_offsets")?;
-    let start = kernel.symbol("__per_cpu_start")?;
-    for cpu in kernel.cpu_mask(&POSSIBLE)? {
-        let from = base.wrapping_add(kernel.read_u64(VirtAddr(offsets).wrapping_add(u64::from(cpu.0) * 8))?);
-        let Some(offset) = at.0.checked_sub(from).filter(|&offset| offset < unit) else { continue };
-        // Static variables come first in a unit.
-        let named = kernel.symbolize(start.wrapping_add(offset)).filter(|_| start.0 >> 63 == 1);
-        return Some(match named {
-            Some((name, offset)) => (cpu.0, Some(name.to_owned()), offset),
-            None => (cpu.0, None, offset),
-        });
-    }
-    None
 }
