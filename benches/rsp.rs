@@ -5,6 +5,7 @@
 //! what any stub would need at least. Prints JSON. `scripts/bench` runs it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use kstub::rsp;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,15 +16,15 @@ impl<T: Read + Write> Stream for T {}
 
 struct Client {
     stream: Box<dyn Stream>,
+    /// Room for a packet of any size; `..filled` has come.
     input: Vec<u8>,
+    filled: usize,
     acks: bool,
     packet_size: usize,
 }
 
-fn frame(body: &[u8]) -> Vec<u8> {
-    let sum = body.iter().fold(0u8, |sum, b| sum.wrapping_add(*b));
-    [b"$", body, format!("#{sum:02x}").as_bytes()].concat()
-}
+/// What the floor stub announces: as much as kstub.
+const PACKET_SIZE: usize = kstub::gdb::MAX_REQUEST;
 
 impl Client {
     fn connect(address: &str) -> Self {
@@ -34,7 +35,7 @@ impl Client {
             stream.set_nodelay(true).expect("nodelay");
             Box::new(stream)
         };
-        let mut client = Self { stream, input: Vec::new(), acks: true, packet_size: 0x400 };
+        let mut client = Self { stream, input: vec![0; 1 << 20], filled: 0, acks: true, packet_size: 0x400 };
         // As gdb introduces itself; QThreadEvents tells a stub that this is gdb.
         let mut features = client
             .ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;qRelocInsn+;vContSupported+;QThreadEvents+");
@@ -55,56 +56,97 @@ impl Client {
 
     /// Sends a packet and returns the body of the answer, still escaped.
     fn ask(&mut self, body: &[u8]) -> Vec<u8> {
-        self.stream.write_all(&frame(body)).expect("write");
+        self.stream.write_all(&rsp::frame(body)).expect("write");
         self.receive()
     }
 
     /// The body of the next packet.
     fn receive(&mut self) -> Vec<u8> {
-        let mut chunk = vec![0; 1 << 18];
-        loop {
-            if let Some(start) = self.input.iter().position(|&b| b == b'$')
-                && let Some(end) = memchr::memchr(b'#', &self.input[start..]).map(|at| start + at)
-                && self.input.len() >= end + 3
-            {
-                let answer = self.input[start + 1..end].to_vec();
-                self.input.drain(..end + 3);
-                if self.acks {
-                    self.stream.write_all(b"+").expect("write");
-                }
-                return answer;
-            }
-            let n = self.stream.read(&mut chunk).expect("read");
-            assert!(n > 0, "the stub closed the connection");
-            self.input.extend_from_slice(&chunk[..n]);
-        }
+        self.receive_with(<[u8]>::to_vec)
     }
 
-    fn read(&mut self, at: u64, length: usize, binary: bool) -> Vec<u8> {
-        let answer = self.ask(format!("{}{at:x},{length:x}", if binary { 'x' } else { 'm' }).as_bytes());
-        if binary {
-            let body = answer
-                .strip_prefix(b"b")
-                .unwrap_or_else(|| panic!("x: {}", String::from_utf8_lossy(&answer)));
-            let mut bytes = Vec::with_capacity(body.len());
-            let mut escaped = false;
-            for &byte in body {
-                match byte {
-                    b'}' if !escaped => escaped = true,
-                    _ => {
-                        bytes.push(if std::mem::take(&mut escaped) { byte ^ 0x20 } else { byte });
-                    }
-                }
+    /// What `take` makes of the body of the next packet, which is what has come: nobody sends unasked.
+    fn receive_with<T>(&mut self, take: impl FnOnce(&[u8]) -> T) -> T {
+        let mut seen = 0;
+        let end = loop {
+            if let Some(at) = memchr::memchr(b'#', &self.input[seen..self.filled]).map(|at| seen + at)
+                && self.filled >= at + 3
+            {
+                break at;
+            } else {
+                seen = self.filled.saturating_sub(3);
             }
-            return bytes;
-        }
-        let digit = |b: u8| {
-            (b as char).to_digit(16).unwrap_or_else(|| panic!("m: {}", String::from_utf8_lossy(&answer)))
-                as u8
+            let n = self.stream.read(&mut self.input[self.filled..]).expect("read");
+            assert!(n > 0, "the stub closed the connection, or the packet is too long");
+            self.filled += n;
         };
-        // QEMU does not run-length encode; kstub does not either.
-        answer.chunks_exact(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+        let start = memchr::memchr(b'$', &self.input[..end]).expect("a packet starts with $") + 1;
+        let taken = take(&self.input[start..end]);
+        self.input.copy_within(end + 3..self.filled, 0);
+        self.filled -= end + 3;
+        if self.acks {
+            self.stream.write_all(b"+").expect("write");
+        }
+        taken
     }
+
+    /// Appends up to `length` bytes at `at` to `bytes`.
+    fn read(&mut self, at: u64, length: usize, binary: bool, bytes: &mut Vec<u8>) {
+        let request = format!("{}{at:x},{length:x}", if binary { 'x' } else { 'm' });
+        self.stream.write_all(&rsp::frame(request.as_bytes())).expect("write");
+        self.receive_with(|answer| {
+            let good = if binary { unescape(answer, bytes) } else { unhex(answer, bytes) };
+            assert!(good, "{request}: {}", String::from_utf8_lossy(answer));
+        });
+    }
+}
+
+/// Appends the bytes of an answer to `x`, eight at a time as far as none is escaped; `false` if it is none.
+fn unescape(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    let Some(body) = answer.strip_prefix(b"b") else { return false };
+    let start = bytes.len();
+    bytes.resize(start + body.len(), 0);
+    let out = &mut bytes[start..];
+    let (mut at, mut filled) = (0, 0);
+    while let Some(word) = body[at..].first_chunk::<8>() {
+        // There is room: the rest of the body is no shorter than what is made of it.
+        out[filled..filled + 8].copy_from_slice(word);
+        let marks = u64::from_le_bytes(*word) ^ (ONES * u64::from(b'}'));
+        let marks = marks.wrapping_sub(ONES) & !marks & (ONES << 7);
+        let plain = marks.trailing_zeros() as usize / 8;
+        (at, filled) = (at + plain, filled + plain);
+        if plain < 8 {
+            out[filled] = body[at + 1] ^ 0x20;
+            (at, filled) = (at + 2, filled + 1);
+        }
+    }
+    while at < body.len() {
+        let escaped = body[at] == b'}';
+        out[filled] = if escaped { body[at + 1] ^ 0x20 } else { body[at] };
+        (at, filled) = (at + 1 + usize::from(escaped), filled + 1);
+    }
+    bytes.truncate(start + filled);
+    true
+}
+
+/// Appends the bytes of an answer to `m`, by arithmetic that is done for many at once; `false` if it is none. QEMU does
+/// not run-length encode; kstub does not either.
+fn unhex(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
+    let byte = |pair: [u8; 2]| {
+        let digits = u16::from_le_bytes(pair);
+        let nibbles = (digits & 0x0f0f) + (digits >> 6 & 0x0101) * 9;
+        (nibbles << 4 | nibbles >> 8) as u8
+    };
+    let (blocks, rest) = answer.as_chunks::<64>();
+    for block in blocks {
+        let mut out = [0; 32];
+        out.iter_mut().zip(block.as_chunks().0).for_each(|(out, pair)| *out = byte(*pair));
+        bytes.extend_from_slice(&out);
+    }
+    bytes.extend(rest.as_chunks().0.iter().map(|pair| byte(*pair)));
+    let is_hex = |digit: u8| (digit.wrapping_sub(b'0') < 10) | (digit.wrapping_sub(b'a') < 6);
+    answer.len().is_multiple_of(2) && answer.iter().fold(true, |all, &digit| all & is_hex(digit))
 }
 
 fn sum(bytes: &[u8]) -> u64 {
@@ -114,13 +156,14 @@ fn sum(bytes: &[u8]) -> u64 {
 fn bulk(address: &str, from: u64, length: u64, binary: bool) {
     let mut client = Client::connect(address);
     let chunk = if binary { client.packet_size - 16 } else { (client.packet_size - 16) / 2 };
-    let mut bytes: Vec<u8> = Vec::with_capacity(length as usize);
+    // Touched once, so that it is not the system's handing out of memory that is measured.
+    let mut bytes = vec![1u8; length as usize];
+    bytes.clear();
     let start = Instant::now();
     while (bytes.len() as u64) < length {
-        let want = chunk.min(length as usize - bytes.len());
-        let got = client.read(from + bytes.len() as u64, want, binary);
-        assert!(!got.is_empty(), "short read at {:#x}", from + bytes.len() as u64);
-        bytes.extend(got);
+        let had = bytes.len();
+        client.read(from + had as u64, chunk.min(length as usize - had), binary, &mut bytes);
+        assert!(bytes.len() > had, "short read at {:#x}", from + had as u64);
     }
     let seconds = start.elapsed().as_secs_f64();
     println!(
@@ -134,7 +177,7 @@ fn small(address: &str, from: u64, count: u64) {
     let mut bytes = Vec::new();
     let start = Instant::now();
     for i in 0..count {
-        bytes.extend(client.read(from + i * 8 % 4096, 8, false));
+        client.read(from + i * 8 % 4096, 8, false, &mut bytes);
     }
     let seconds = start.elapsed().as_secs_f64();
     println!("{{\"reads\": {count}, \"sum\": \"{:016x}\", \"seconds\": {seconds:.6}}}", sum(&bytes));
@@ -162,7 +205,7 @@ fn floor(socket: &str, file: &str, from: u64) {
             input.drain(..end + 3);
             let mut out = if acks { vec![b'+'] } else { Vec::new() };
             let answer = answer(&body, &bytes, from);
-            out.extend(frame(&answer));
+            rsp::frame_into(&mut out, |packet| packet.extend_from_slice(&answer));
             stream.write_all(&out).expect("write");
             acks &= body != "QStartNoAckMode";
         }
@@ -178,7 +221,8 @@ fn answer(body: &str, bytes: &[u8], from: u64) -> Vec<u8> {
     };
     match body {
         _ if body.starts_with("qSupported") => {
-            b"PacketSize=10000;QStartNoAckMode+;qXfer:features:read+;binary-upload+".to_vec()
+            format!("PacketSize={PACKET_SIZE:x};QStartNoAckMode+;qXfer:features:read+;binary-upload+")
+                .into_bytes()
         }
         "QStartNoAckMode" => b"OK".to_vec(),
         "?" => b"S05".to_vec(),
@@ -189,24 +233,17 @@ fn answer(body: &str, bytes: &[u8], from: u64) -> Vec<u8> {
         }
         _ if body.starts_with('m') => match range(&body[1..]) {
             Some(range) => {
-                const DIGITS: &[u8; 16] = b"0123456789abcdef";
-                range
-                    .iter()
-                    .flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]])
-                    .collect()
+                let mut out = Vec::new();
+                rsp::encode(range, &mut out);
+                out
             }
             None => b"E0e".to_vec(),
         },
         _ if body.starts_with('x') && body != "x0,0" => match range(&body[1..]) {
             Some(range) => {
+                // As many as fit; gdb asks for the rest.
                 let mut out = vec![b'b'];
-                for &byte in range {
-                    if matches!(byte, b'#' | b'$' | b'*' | b'}') {
-                        out.extend([b'}', byte ^ 0x20]);
-                    } else {
-                        out.push(byte);
-                    }
-                }
+                rsp::escape_up_to(range, PACKET_SIZE - 16, &mut out);
                 out
             }
             None => b"E0e".to_vec(),

@@ -83,6 +83,9 @@ pub enum Command {
         /// The gdb to start
         #[arg(long, value_name = "PROGRAM", default_value = "gdb", env = "KSTUB_GDB", value_hint = ValueHint::CommandName)]
         gdb: PathBuf,
+        /// What gdb is shown as threads
+        #[arg(long, value_name = "WHAT", value_enum, default_value_t = Threads::Cpus)]
+        threads: Threads,
         /// Arguments for gdb, after '--'
         #[arg(last = true, value_name = "GDB ARGS")]
         args: Vec<OsString>,
@@ -105,6 +108,9 @@ pub enum Command {
         /// How gdb gets at the vmlinux without being given one
         #[arg(long, value_name = "HOW", value_enum, default_value_t = ServeFiles::Local)]
         files: ServeFiles,
+        /// What clients are shown as threads
+        #[arg(long, value_name = "WHAT", value_enum, default_value_t = Threads::Cpus)]
+        threads: Threads,
     },
     /// Run commands on a dump and print what they answer
     #[command(after_help = RUN_HELP)]
@@ -155,6 +161,17 @@ pub enum Shell {
     Bash,
     Zsh,
     Fish,
+}
+
+/// What is a thread to gdb.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Threads {
+    /// The CPUs
+    Cpus,
+    /// Every task, those that run with their CPU's registers; idle CPUs stay CPUs
+    Tasks,
+    /// The CPUs, and behind them every task that does not run, with the registers it goes on with
+    All,
 }
 
 /// How a gdb that was given no file gets at the vmlinux.

@@ -7,7 +7,7 @@ use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::Focus;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
-use kstub::gdb::{Files, index};
+use kstub::gdb::{Files, Libraries, Settings, Show, index};
 use kstub::kernel::{CpuId, Machine, OpenError, Options};
 use kstub::{cli, command, debuginfo, server, vmcore};
 use std::ffi::OsStr;
@@ -53,28 +53,42 @@ fn start_log(verbose: u8) {
 /// Runs the command and returns the exit code.
 fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
-        Command::Gdb { target, gdb, args } => {
+        Command::Gdb { target, gdb, threads, args } => {
             // Asking gdb takes as long as opening a dump does.
             let program = gdb.clone();
             let asking = std::thread::spawn(move || index::CacheCommand::of(&program));
             let machine = Arc::new(open(&target)?);
-            let vmlinux = machine.vmlinux().map(Path::to_owned);
+            let libraries = Libraries::new(machine.clone(), places(&target));
+            let vmlinux = machine.vmlinux().map(Path::to_owned).or_else(|| libraries.image());
             report_problems(&machine);
             let index_cache = asking.join().unwrap_or_default();
             fill_gdb_index(&machine, &gdb, index_cache);
-            server::gdb(machine, &server::Debugger { program: gdb, vmlinux, index_cache, args })
+            server::gdb(
+                machine,
+                &server::Debugger {
+                    program: gdb,
+                    libraries: Some(libraries),
+                    vmlinux,
+                    index_cache,
+                    show: show(threads),
+                    args,
+                },
+            )
         }
-        Command::Serve { target, listen, allow_remote, files } => {
+        Command::Serve { target, listen, allow_remote, files, threads } => {
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
             let machine = Arc::new(open(&target)?);
             report_problems(&machine);
             let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
-            let files = match files {
-                ServeFiles::Local => Files::local(vmlinux),
-                ServeFiles::Serve => Files::serve(vmlinux)?,
-                ServeFiles::None => Files::none(),
+            let libraries = Libraries::new(machine.clone(), places(&target));
+            let made = || libraries.image().filter(|_| vmlinux.is_none());
+            let files = match (files, made()) {
+                (ServeFiles::None, _) => Files::none(),
+                (_, Some(made)) => Files::made(&made).with_libraries(libraries),
+                (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
+                (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
             };
-            server::serve(machine, files, listen, |address| {
+            server::serve(machine, Settings { files, show: show(threads) }, listen, |address| {
                 eprintln!("kstub: in gdb: target remote {address}")
             })?;
             Ok(0)
@@ -111,7 +125,7 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>) -> anyhow::Res
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
-    let context = command::Context { machine: &machine, cpu, focus: &focus };
+    let context = command::Context { machine: &machine, cpu, task: None, focus: &focus };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
         let result = command::run(&context, line);
@@ -150,6 +164,14 @@ fn is_command(argument: &OsStr) -> bool {
     text == "-" || name.is_some_and(command::exists) || !Path::new(text).exists() && !text.contains('@')
 }
 
+fn show(threads: cli::Threads) -> Show {
+    match threads {
+        cli::Threads::Cpus => Show::Cpus,
+        cli::Threads::Tasks => Show::Tasks,
+        cli::Threads::All => Show::All,
+    }
+}
+
 /// The exit code for an error: the first cause that has one decides.
 fn exit_code(error: &anyhow::Error) -> u8 {
     if error.is::<server::CannotListen>() {
@@ -164,19 +186,20 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
             return Some(if unreadable { exit::UNREADABLE } else { exit::NOT_A_DUMP });
         }
-        if let Some(error) = cause.downcast_ref::<OpenError>() {
-            let io = matches!(error, OpenError::DebugInfo(debuginfo::Error::Io { .. }));
-            return Some(if io { exit::UNREADABLE } else { exit::VMLINUX });
-        }
-        None
+        let vmlinux = match cause.downcast_ref::<OpenError>() {
+            Some(OpenError::DebugInfo(error)) => Some(error),
+            Some(OpenError::Mismatch { .. }) => return Some(exit::VMLINUX),
+            // Found unusable only when it was to be served.
+            None => cause.downcast_ref::<debuginfo::Error>(),
+        };
+        let io = matches!(vmlinux?, debuginfo::Error::Io { .. });
+        Some(if io { exit::UNREADABLE } else { exit::VMLINUX })
     });
     code.unwrap_or(exit::FAILURE)
 }
 
 fn open(target: &Target) -> anyhow::Result<Machine> {
     let dump = Dump::open_arguments(&target.dump)?;
-    let beside =
-        dump.path().parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     let caches = find::user_caches();
     let download = download_bar();
     let bar = download.clone();
@@ -186,10 +209,9 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
     };
     let servers = || Debuginfod::from_environment(caches.as_deref(), Box::new(progress));
     let places = Places {
-        beside: beside.map(Path::to_owned),
-        debug_dirs: target.debug_dir.clone(),
         debuginfod: if target.no_debuginfod { None } else { servers() },
         memory: caches.as_ref().map(|caches| caches.join("kstub/vmlinux")),
+        ..places(target)
     };
     let options = Options { vmlinux: target.vmlinux.clone(), places };
     let bar = scan_bar();
@@ -200,6 +222,14 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
     bar.finish_and_clear();
     download.finish_and_clear();
     Ok(machine?)
+}
+
+/// Where files of the kernel's may be, as the user told.
+fn places(target: &Target) -> Places {
+    let beside = target.dump.first().and_then(|dump| Path::new(dump).parent());
+    let beside = beside.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+    let beside = beside.map(Path::to_owned);
+    Places { beside, debug_dirs: target.debug_dir.clone(), ..Places::default() }
 }
 
 /// A bar for the scan of RAM.

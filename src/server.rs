@@ -11,7 +11,7 @@ mod session;
 pub use debugger::{Debugger, gdb};
 pub use listen::Listen;
 
-use crate::gdb::Files;
+use crate::gdb::Settings;
 use crate::kernel::Machine;
 use anyhow::Context;
 use listen::Listener;
@@ -26,18 +26,19 @@ use tokio::signal::unix::{SignalKind, signal};
 #[error("cannot listen")]
 pub struct CannotListen;
 
-/// Serves `machine` and its kernel's `files` until SIGINT or SIGTERM, or for `-` until the one client leaves.
+/// Serves `machine` until SIGINT or SIGTERM, or for `-` until the one client leaves.
 ///
 /// Once clients can connect, `on_ready` gets what gdb's `target remote` wants to hear; it is not called for
 /// `-`, where nobody connects.
 pub fn serve(
     machine: Arc<Machine>,
-    files: Files,
+    settings: impl Into<Settings>,
     listen: Listen,
     on_ready: impl FnOnce(&str),
 ) -> anyhow::Result<()> {
+    let settings = settings.into();
     if listen == Listen::Stdio {
-        return session::over_stdio(machine, files);
+        return session::over_stdio(machine, settings);
     }
     let runtime = runtime()?;
     // Sessions that are still at work when this returns end with the process.
@@ -48,7 +49,7 @@ pub fn serve(
         let listener = Listener::bind(&listen).await.context(CannotListen)?;
         on_ready(&listener.address());
         tokio::select! {
-            never = accept(&listener, &machine, &files) => match never {},
+            never = accept(&listener, &machine, &settings) => match never {},
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
@@ -62,10 +63,10 @@ fn runtime() -> anyhow::Result<Runtime> {
 }
 
 /// Gives every client a session, for ever.
-async fn accept(listener: &Listener, machine: &Arc<Machine>, files: &Files) -> Infallible {
+async fn accept(listener: &Listener, machine: &Arc<Machine>, settings: &Settings) -> Infallible {
     loop {
         match listener.accept().await {
-            Ok(client) => session::start(Arc::clone(machine), files.clone(), client),
+            Ok(client) => session::start(Arc::clone(machine), settings.clone(), client),
             Err(error) => {
                 // Such as too many open files: passes when a client leaves.
                 tracing::warn!("cannot accept a client: {error}");

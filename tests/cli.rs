@@ -96,6 +96,23 @@ fn an_unreadable_file_is_not_called_a_bad_dump() {
 }
 
 #[test]
+fn a_vmlinux_that_only_serving_shows_to_be_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("vmlinux");
+    let mut contents = std::fs::read("tests/data/sample/vmlinux").unwrap();
+    // The first program header's p_offset and p_filesz.
+    contents[64 + 8..64 + 16].copy_from_slice(&(u64::MAX - 0xff).to_le_bytes());
+    contents[64 + 32..64 + 40].copy_from_slice(&0x1000u64.to_le_bytes());
+    std::fs::write(&file, contents).unwrap();
+    let vmlinux = file.to_str().unwrap();
+    let sample = "tests/data/sample/vmcore";
+    assert_eq!(kstub(&["info", sample, "--vmlinux", vmlinux]).status.code(), Some(0));
+    let (code, said) = refusal(&["serve", sample, "--vmlinux", vmlinux, "--files", "serve", "--listen", "-"]);
+    assert_eq!(code, 4, "{said}");
+    assert!(said.contains("program header"), "{said}");
+}
+
+#[test]
 fn wrong_arguments_are_a_usage_error() {
     for arguments in
         [&["frobnicate"][..], &[], &["info"], &["serve", "x", "--listen"], &["info", "--nope", "x"]]

@@ -78,7 +78,7 @@ fn lines(set: &Set, file: &str, word: &str) -> Vec<BTreeMap<String, String>> {
 
 fn json(machine: &Machine, line: &str) -> Value {
     let focus = Focus::default();
-    let context = Context { machine, cpu: machine.first_cpu(), focus: &focus };
+    let context = Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None };
     command::run(&context, line).unwrap_or_else(|e| panic!("{line}: {e}")).json
 }
 

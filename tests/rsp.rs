@@ -8,6 +8,7 @@ mod rsp_client;
 
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::gdb::Files;
+use kstub::gdb::Show;
 use kstub::gdb::index::CacheCommand;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
@@ -245,8 +246,10 @@ fn the_debugger_is_started_with_our_socket() {
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
     let debugger = Debugger {
         program: script.clone(),
+        libraries: None,
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec!["-batch".into()],
     };
     assert_eq!(gdb(fake_machine(), &debugger).unwrap(), 7);
@@ -254,8 +257,10 @@ fn the_debugger_is_started_with_our_socket() {
     assert!(!Path::new(socket.trim()).exists() && !Path::new(socket.trim()).parent().unwrap().exists());
     let missing = Debugger {
         program: dir.path().join("none"),
+        libraries: None,
         vmlinux: None,
         index_cache: CacheCommand::default(),
+        show: Show::default(),
         args: vec![],
     };
     let error = gdb(fake_machine(), &missing).unwrap_err().to_string();

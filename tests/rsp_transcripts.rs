@@ -89,7 +89,7 @@ fn the_first_stop_is_on_the_cpu_that_panicked() {
 fn features_depend_on_the_client() {
     let gdb = Session::new().text(&packet(GDB));
     for feature in [
-        "PacketSize=10000",
+        "PacketSize=40000",
         "qXfer:features:read+",
         "qXfer:threads:read+",
         "QStartNoAckMode+",
@@ -109,7 +109,7 @@ fn features_depend_on_the_client() {
     assert_eq!(s.ask("?"), "T05thread:p1.4;");
     // Asked before the client has said anything of itself.
     let mut s = Session::new();
-    assert!(s.text(&packet("qSupported")).contains("PacketSize=10000"));
+    assert!(s.text(&packet("qSupported")).contains("PacketSize=40000"));
     assert!(s.text(&packet(GDB)).contains("binary-upload+"));
     assert_eq!(s.text(&packet("?")), "+$T05thread:p1.4;#a9");
 }

@@ -14,20 +14,35 @@
 #include "planted.h"
 
 static const char *const system_files[] = {
-	"/proc/buddyinfo",    "/proc/cmdline",     "/proc/cpuinfo",        "/proc/devices",
+	"/proc/buddyinfo",    "/proc/cgroups",     "/proc/cmdline",        "/proc/consoles",
+	"/proc/cpuinfo",      "/proc/crypto",      "/proc/devices",        "/proc/diskstats",
 	"/proc/filesystems",  "/proc/interrupts",  "/proc/iomem",          "/proc/ioports",
-	"/proc/kallsyms",     "/proc/loadavg",     "/proc/locks",          "/proc/meminfo",
-	"/proc/misc",         "/proc/modules",     "/proc/net/dev",        "/proc/net/netlink",
-	"/proc/net/tcp",      "/proc/net/udp",     "/proc/net/unix",       "/proc/net/route",
-	"/proc/pagetypeinfo", "/proc/partitions",  "/proc/self/mountinfo", "/proc/slabinfo",
-	"/proc/softirqs",     "/proc/stat",        "/proc/swaps",          "/proc/timer_list",
-	"/proc/uptime",       "/proc/version",     "/proc/vmallocinfo",    "/proc/vmstat",
-	"/proc/zoneinfo",     "/sys/kernel/btf/vmlinux", "/sys/kernel/notes",
+	"/proc/kallsyms",     "/proc/keys",        "/proc/loadavg",        "/proc/locks",
+	"/proc/meminfo",      "/proc/misc",        "/proc/modules",        "/proc/mounts",
+	"/proc/pagetypeinfo", "/proc/partitions",  "/proc/sched_debug",    "/proc/schedstat",
+	"/proc/self/mountinfo", "/proc/slabinfo",  "/proc/softirqs",       "/proc/stat",
+	"/proc/swaps",        "/proc/sysvipc/msg", "/proc/sysvipc/sem",    "/proc/sysvipc/shm",
+	"/proc/timer_list",   "/proc/tty/drivers", "/proc/uptime",         "/proc/version",
+	"/proc/vmallocinfo",  "/proc/vmstat",      "/proc/zoneinfo",
+	"/proc/sys/kernel/hostname", "/proc/sys/kernel/osrelease", "/proc/sys/kernel/pid_max",
+	"/proc/sys/kernel/random/boot_id", "/proc/sys/kernel/tainted",
+	"/sys/kernel/btf/vmlinux", "/sys/kernel/debug/sched/debug", "/sys/kernel/notes",
 	"/sys/kernel/vmcoreinfo",
 };
 
+/* Every file of these, with no directories below them. */
+static const char *const system_directories[] = {
+	"/proc/net", "/sys/kernel/slab/kstub_cache", "/sys/kernel/slab/kstub_constructed",
+};
+
+/* Of every module that is loaded. */
+static const char *const module_files[] = {
+	"coresize", "initsize", "initstate", "refcnt", "taint", "notes/.note.gnu.build-id",
+};
+
 static const char *const process_files[] = {
-	"cmdline", "comm", "environ", "io", "limits", "maps", "mountinfo", "smaps", "stat", "status",
+	"auxv", "cgroup", "cmdline", "comm", "environ", "io", "limits", "maps", "mountinfo", "smaps",
+	"stat", "status",
 };
 
 static const char *const thread_files[] = {
@@ -76,6 +91,43 @@ static void copy_below(const char *directory, const char *const *names, size_t c
 		snprintf(path, sizeof(path), "%s/%s", directory, names[i]);
 		copy(path);
 	}
+}
+
+/* What is no regular file, or cannot be read, is left out. */
+static void copy_directory(const char *directory)
+{
+	char path[PATH_MAX];
+	struct dirent *entry;
+	struct stat facts;
+	DIR *stream = opendir(directory);
+
+	if (!stream)
+		return;
+	while ((entry = readdir(stream))) {
+		snprintf(path, sizeof(path), "%s/%s", directory, entry->d_name);
+		if (stat(path, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_mode & 0444)
+			copy(path);
+	}
+	closedir(stream);
+}
+
+static void copy_modules(void)
+{
+	char path[PATH_MAX - 64], sections[PATH_MAX];
+	struct dirent *entry;
+	DIR *stream = opendir("/sys/module");
+
+	if (!stream)
+		return;
+	while ((entry = readdir(stream))) {
+		snprintf(path, sizeof(path), "/sys/module/%s", entry->d_name);
+		snprintf(sections, sizeof(sections), "%s/sections", path);
+		if (entry->d_name[0] == '.' || access(sections, R_OK))
+			continue;
+		copy_below(path, module_files, COUNT(module_files));
+		copy_directory(sections);
+	}
+	closedir(stream);
 }
 
 static void for_each_number(const char *directory, void (*visit)(const char *, long))
@@ -170,6 +222,9 @@ int main(int argc, char **argv)
 	root = argv[1];
 	for (size_t i = 0; i < COUNT(system_files); i++)
 		copy(system_files[i]);
+	for (size_t i = 0; i < COUNT(system_directories); i++)
+		copy_directory(system_directories[i]);
+	copy_modules();
 	snprintf(path, sizeof(path), "%s/tasks.txt", root);
 	task_list = fopen(path, "w");
 	CHECK(task_list);

@@ -56,7 +56,7 @@ def run(argv, cure="see the message above", **options):
     except FileNotFoundError as error:
         raise LabError(f"{argv[0]} is not installed", "run: scripts/lab packages") from error
     if result.returncode != 0:
-        output = "\n".join(((result.stdout or "") + (result.stderr or "")).splitlines()[-15:])
+        output = "\n".join(((result.stdout or "") + (result.stderr or "")).splitlines()[-40:])
         raise LabError(f"{' '.join(argv)} failed ({result.returncode}):\n{output}", cure)
     return result.stdout
 

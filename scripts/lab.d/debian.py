@@ -116,18 +116,23 @@ version_key = functools.cmp_to_key(_compare)
 
 def download(package, version, directory):
     """Downloads one .deb into `directory` and returns its path."""
-    argv = ["apt-get", *_options(), "-q", "download", f"{package}={version}"]
+    return download_all([(package, version)], directory)[0]
+
+
+def download_all(packages, directory):
+    """Downloads the .debs of (name, version) pairs into `directory` and returns their paths."""
+    wanted = [f"{package}={version}" for package, version in packages]
     try:
-        run(argv, cwd=directory)
+        run(["apt-get", *_options(), "-q", "download", *wanted], cwd=directory)
     except LabError as error:
         raise NotThere(
-            f"{package} {version} cannot be downloaded", "run with --refresh for new package lists"
+            f"{' '.join(wanted)} cannot be downloaded", "run with --refresh for new package lists"
         ) from error
-    return next(directory.glob(f"{package}_*.deb"))
+    return [next(directory.glob(f"{package}_*.deb")) for package, _ in packages]
 
 
-def download_with_dependencies(package, suite):
-    """Downloads a package of a suite and all it depends on; returns (version, list of .deb files)."""
+def download_with_dependencies(package, suite, *more):
+    """Downloads packages of a suite and all they depend on; returns (the first's version, list of .deb files)."""
     archives = APT / "cache/archives"
     shutil.rmtree(archives, ignore_errors=True)
     (archives / "partial").mkdir(parents=True)
@@ -143,6 +148,7 @@ def download_with_dependencies(package, suite):
             suite,
             "install",
             package,
+            *more,
         ],
         cure=f"see whether {package} is in {suite}; run with --refresh for new package lists",
     )

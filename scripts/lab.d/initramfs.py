@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import kernels
+import modules
 from common import CHECKOUT, LAB, LabError, fresh_directory, is_current, recipe_hash, run, step
 
 QEMU_SOURCES = CHECKOUT / "qemu"
@@ -18,7 +19,7 @@ def _sources():
 
 def recipe():
     """The hash of all that decides what the guest does."""
-    return recipe_hash(*_sources(), *CC_FLAGS, *kernels.MODULES)
+    return recipe_hash(*_sources(), *CC_FLAGS, *kernels.MODULES, modules.recipe())
 
 
 def _pack(tree, archive):
@@ -57,6 +58,7 @@ def build(kernel):
     `base.cpio` boots the guest; `kexec.cpio` is the same with a kernel and an initramfs
     inside for the guest to load (the kernel unpacks concatenated archives).
     """
+    modules.build(kernel)
     final = LAB / "initramfs" / kernel.name
     stamp = recipe() + (kernel / "kernel.json").read_text(encoding="utf-8")
     if is_current(final, stamp):

@@ -12,11 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import LabError, run
+from common import LabError, make_sparse, run
 
 QEMU = "qemu-system-x86_64"
 PR_SET_PDEATHSIG = 1
 FACTS_DISK_SIZE = 128 << 20
+PAGES_DISK_SIZE = 256 << 20
 FAILURE_MARKERS = ("KSTUB-GUEST-FAILED",)
 
 
@@ -81,6 +82,7 @@ class Machine:
         self.directory = Path(directory)
         self.console = self.directory / "console.log"
         self.facts_disk = self.directory / "facts.disk"
+        self.pages_disk = self.directory / "pages.disk"
         self.vmcore_disk = self.directory / "vmcore.disk"
         # A socket's path has a small limit, whatever $LAB is.
         self.sockets = Path(tempfile.mkdtemp(prefix="kstub-lab."))
@@ -114,6 +116,7 @@ class Machine:
         ]
         if facts:
             self.argv += self._disk(self.facts_disk, "facts", FACTS_DISK_SIZE)
+            self.argv += self._disk(self.pages_disk, "pages", PAGES_DISK_SIZE)
         if vmcore_disk:
             self.argv += self._disk(self.vmcore_disk, "vmcore", vmcore_disk)
         if vmcoreinfo:
@@ -164,6 +167,7 @@ class Machine:
     def __exit__(self, *_):
         self.kill()
         self.facts_disk.unlink(missing_ok=True)
+        self.pages_disk.unlink(missing_ok=True)
         self.vmcore_disk.unlink(missing_ok=True)
 
     def kill(self):
@@ -213,6 +217,17 @@ class Machine:
         """The tar the guest wrote on its facts disk, as a directory of the same name."""
         (self.directory / "facts").mkdir()
         run(["tar", "-x", "-f", self.facts_disk, "-C", self.directory / "facts"])
+        self._unpack_page_truth()
+
+    def _unpack_page_truth(self):
+        """What page-truth wrote on its disk, as the files of /proc it was read from."""
+        with open(self.pages_disk, "rb") as disk:
+            for line in disk.read(4096).rstrip(b"\0").decode().splitlines():
+                name, offset, size = line.split()
+                disk.seek(int(offset))
+                path = self.directory / "facts/proc" / name
+                path.write_bytes(disk.read(int(size)))
+                make_sparse(path)
 
     def registers(self):
         return self.qmp.human("info registers -a")

@@ -1,6 +1,7 @@
 """Dump sets: one guest, one moment, several dump files, and the truth to compare them with.
 
-qemu-<kernel>-<levels>l[-novmcoreinfo][-split]   a running guest, dumped by QEMU
+qemu-<kernel>-<levels>l[-novmcoreinfo][-split][-pti]   a running guest, dumped by QEMU
+qemu-chain[-<how>]-<kernel>[-5l]                 ended by kstub_chain, dumped by QEMU
 qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
 qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
 kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
@@ -36,8 +37,9 @@ MEMORY = "1G"
 BUSY_USER_CPU, BUSY_KERNEL_CPU = 1, 2  # as in qemu/init
 BOOT_TIMEOUT = 300
 NAME = re.compile(
-    r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?$"
-    r"|(?P<kind>kdump|qemu-panic|qemu-kexec)-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
+    r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?(?P<pti>-pti)?$"
+    r"|(?P<kind>kdump|qemu-panic|qemu-kexec|qemu-chain(?:-(?P<how>irq|fault|kprobe|overflow|locks))?)"
+    r"-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
 )
 
 
@@ -51,6 +53,8 @@ class Recipe:
     levels: int
     vmcoreinfo: bool
     split: bool
+    pti: bool
+    how: str
     extra: bool
 
     @staticmethod
@@ -59,32 +63,49 @@ class Recipe:
         if not match:
             raise LabError(f"no set is called {name}", "names are explained by: scripts/lab set --help")
         kind = match["kind"] or "qemu"
+        how = None
+        if kind.startswith("qemu-chain"):
+            kind, how = "qemu-chain", match["how"] or "nmi"
         return Recipe(
             name=name,
             kind=kind,
             kernel=match["kernel"] or match["other_kernel"],
             levels=5 if match["levels"] == "5" or match["five"] else 4,
-            vmcoreinfo=kind in ("qemu", "qemu-panic") and not match["novmcoreinfo"],
+            how=how,
+            vmcoreinfo=kind in ("qemu", "qemu-panic", "qemu-chain") and not match["novmcoreinfo"],
             split=bool(match["split"]),
+            pti=bool(match["pti"]),
             extra=extra,
         )
 
+    @property
+    def panics(self):
+        """Whether the guest has panicked when QEMU dumps it."""
+        return self.kind in ("qemu-panic", "qemu-chain") and self.how != "locks"
+
     def command_line(self):
         words = ["console=ttyS0", "panic=0"]
+        if self.pti:
+            words += ["pti=on"]
         if self.kind == "kdump":
             return " ".join(words + kdump.command_line())
         if self.kind == "qemu-panic":
             words += ["kstub.then=panic"]
+        elif self.kind == "qemu-chain":
+            words += ["oops=panic", f"kstub.then=chain-{self.how}"]
         elif self.kind == "qemu-kexec":
             words += ["kstub.then=kexec", "kstub.crash_args=console=ttyS0,panic=0,kstub.then=stay"]
         return " ".join(words)
 
     def machine_options(self):
+        cpu = "max" if self.levels == 5 else "max,la57=off"
+        locks = self.how == "locks"
         return {
-            "cpu": "max" if self.levels == 5 else "max,la57=off",
+            # Below a hypervisor a kernel without its help spins on a plain flag and has no queue.
+            "cpu": f"{cpu},hypervisor=off" if locks else cpu,
             "memory": "3G" if self.split else MEMORY,
             "machine_properties": ",max-ram-below-4g=1G" if self.split else "",
-            "smp": SMP,
+            "smp": SMP + 2 if locks else SMP,
             "vmcoreinfo": self.vmcoreinfo,
         }
 
@@ -142,13 +163,26 @@ def _save_ram(machine, work):
     return entries
 
 
-def panic_facts(console):
+def panic_facts(console, how="sysrq-c"):
     """What the kernel's own panic message says: the truth for `how did it die`."""
     message = re.search(r"Kernel panic - not syncing: (.*)", console)
     where = re.search(r"CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (.+?) (?:Not tainted|Tainted|Kdump)", console)
     if not message or not where:
         raise LabError("the console shows no panic message that the lab understands", "see console.log in the set")
-    return {"how": "sysrq-c", "message": message[1], "cpu": int(where[1]), "pid": int(where[2]), "comm": where[3]}
+    return {"how": how, "message": message[1], "cpu": int(where[1]), "pid": int(where[2]), "comm": where[3]}
+
+
+def _chain_facts(console, how):
+    """What kstub_chain said before it began: the functions on the stack, innermost first; for locks what spins."""
+    frames = re.search(r"kstub_chain: frames=(\S+)", console)
+    numbers = re.findall(r"(?:spinlock|bit_lock)=(0x[0-9a-f]+)", console)
+    spinners = re.findall(r"kstub_chain: spinner pid=(\d+) cpu=(\d+) what=(\S+)", console)
+    return {
+        "how": how,
+        "frames": frames[1].split(",") if frames else [],
+        "locks": numbers,
+        "spinners": [{"what": what, "pid": int(pid), "cpu": int(cpu)} for pid, cpu, what in spinners],
+    }
 
 
 def _planted_levels(work):
@@ -168,14 +202,17 @@ def _check_levels(work, recipe):
 
 def _wait_until_interesting(machine, recipe):
     """Leaves the guest stopped at the moment the set is about; returns its registers."""
-    if recipe.kind == "qemu-panic":
-        machine.wait_for("end Kernel panic", BOOT_TIMEOUT)
+    if recipe.panics:
+        # In an NMI 5.10 does not get as far as its last line.
+        machine.wait_for("Kernel Offset:" if recipe.how == "nmi" else "end Kernel panic", BOOT_TIMEOUT)
         machine.unpack_facts()
         time.sleep(1)
         return machine.stop_where({})
     boots = 2 if recipe.kind == "qemu-kexec" else 1
     machine.wait_for("KSTUB-GUEST-READY", BOOT_TIMEOUT * boots, count=boots)
     machine.unpack_facts()
+    if recipe.how:
+        machine.wait_for("kstub_chain: all spin", BOOT_TIMEOUT)
     time.sleep(1)
     return machine.stop_where({BUSY_USER_CPU: 3, BUSY_KERNEL_CPU: 0})
 
@@ -195,7 +232,8 @@ def _make_qemu(recipe, kernel, work):
     _check_levels(work, recipe)
     return {
         "dumps": dumps,
-        "panic": panic_facts(machine.console_text()) if recipe.kind == "qemu-panic" else None,
+        "panic": panic_facts(machine.console_text(), recipe.how or "sysrq-c") if recipe.panics else None,
+        "chain": _chain_facts(machine.console_text(), recipe.how) if recipe.how else None,
         "boots": 2 if recipe.kind == "qemu-kexec" else 1,
         "truth": {
             "registers": "registers.txt",
@@ -213,6 +251,7 @@ def _make_kdump(recipe, kernel, work):
     return {
         "dumps": [_dump_file(**entry) for entry in dumps],
         "panic": panic_facts(console),
+        "chain": None,
         "boots": 1,
         "truth": {"registers": None, "console": "console.log", "facts": "facts", "ram": [], "memory_tree": None},
     }
@@ -254,9 +293,10 @@ def make(name, extra=False):
                 "modules": f"kernels/{release}/lib/modules/{release}",
                 "cmdline": recipe.command_line(),
                 "page_table_levels": recipe.levels,
-                "smp": SMP,
+                "smp": recipe.machine_options()["smp"],
                 "memory": recipe.machine_options()["memory"],
                 "vmcoreinfo_device": recipe.vmcoreinfo,
+                "pti": recipe.pti,
                 "extra": extra,
                 "busy_user_cpu": BUSY_USER_CPU,
                 "busy_kernel_cpu": BUSY_KERNEL_CPU,

@@ -1,17 +1,21 @@
-"""Newer debuggers and makedumpfile than this machine's Debian has, as trees of their own.
+"""Newer debuggers and makedumpfile than this machine's Debian has, as trees of their own; drgn from PyPI.
 
 A tool comes with its whole library closure, its own loader included, so it runs beside
 any other Debian release: $LAB/tools/bin/<tool>-new starts it.
 """
 
+import sys
+
 import debian
-from common import LAB, LabError, fresh_directory, read_json, run, say, step, write_json
+from common import LAB, LabError, fresh_directory, is_current, read_json, run, say, step, write_json
 
 TOOLS = LAB / "tools"
 SUITE = "sid"
 # What each program needs said to find its own data inside the tree.
 ARGUMENTS = {"gdb": ["--data-directory={tree}/usr/share/gdb"]}
-NAMES = ["makedumpfile", "gdb", "crash", "lldb"]
+NAMES = ["makedumpfile", "gdb", "crash", "lldb", "drgn"]
+# Not from Debian: its wheel on PyPI has libkdumpfile inside.
+DRGN_VERSION = "0.3.0"
 
 
 def _find(tree, pattern, what):
@@ -42,10 +46,52 @@ exec "$tree/{loader}" --library-path "{libraries}" "$tree/{binary}" {arguments} 
 """
 
 
+def unpack_tree(packages, work):
+    """Unpacks .deb files into one tree, and removes them."""
+    # One Debian for all paths: /lib and /lib64 are links into /usr.
+    for link in ("bin", "lib", "lib64", "sbin"):
+        (work / "usr" / link).mkdir(parents=True, exist_ok=True)
+        (work / link).symlink_to(f"usr/{link}")
+    script = 'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"'
+    for package in packages:
+        run(["sh", "-c", script, "sh", package, work])
+        package.unlink()
+
+
+def drgn_directory():
+    """What belongs on PYTHONPATH: wheels are for one version of Python."""
+    return TOOLS / f"drgn-{DRGN_VERSION}-{sys.implementation.cache_tag}"
+
+
+def _install_drgn():
+    """Installs drgn for this very Python unless it is there; returns (wrapper, version)."""
+    final = drgn_directory()
+    wrapper = TOOLS / "bin/drgn-new"
+    if not is_current(final, DRGN_VERSION):
+        with step(f"tool drgn {DRGN_VERSION}"), fresh_directory(final, DRGN_VERSION) as work:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+            run(
+                [*pip, "--only-binary=:all:", "--no-deps", "--target", work, f"drgn=={DRGN_VERSION}"],
+                cure="it needs pip (Debian: python3-pip) and a package index that has drgn's wheel for this Python",
+            )
+    text = f"""#!/bin/sh
+# drgn {DRGN_VERSION}
+PYTHONPATH='{final}' exec '{sys.executable}' -m drgn "$@"
+"""
+    if not wrapper.exists() or wrapper.read_text(encoding="utf-8") != text:
+        wrapper.parent.mkdir(parents=True, exist_ok=True)
+        wrapper.write_text(text, encoding="utf-8")
+        wrapper.chmod(0o755)
+        say(f"    {wrapper}")
+    return wrapper, DRGN_VERSION
+
+
 def install(name, refresh=False):
     """Unpacks a tool unless it is there; returns (wrapper, version)."""
     if name not in NAMES:
         raise LabError(f"no tool is called {name}", f"the tools are: {' '.join(NAMES)}")
+    if name == "drgn":
+        return _install_drgn()
     final = TOOLS / SUITE / name
     wrapper = TOOLS / "bin" / f"{name}-new"
     if not refresh and wrapper.exists() and (final / "tool.json").exists():
@@ -54,22 +100,7 @@ def install(name, refresh=False):
         debian.update(force=refresh)
         version, packages = debian.download_with_dependencies(name, SUITE)
         with fresh_directory(final, version) as work:
-            # One Debian for all paths: /lib and /lib64 are links into /usr.
-            for link in ("bin", "lib", "lib64", "sbin"):
-                (work / "usr" / link).mkdir(parents=True, exist_ok=True)
-                (work / link).symlink_to(f"usr/{link}")
-            for package in packages:
-                run(
-                    [
-                        "sh",
-                        "-c",
-                        'dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2"',
-                        "sh",
-                        package,
-                        work,
-                    ]
-                )
-                package.unlink()
+            unpack_tree(packages, work)
             upstream = version.partition(":")[2] or version
             write_json(work / "tool.json", {"name": name, "version": upstream.partition("-")[0], "package": version})
         wrapper.parent.mkdir(parents=True, exist_ok=True)

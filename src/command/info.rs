@@ -115,7 +115,7 @@ pub fn render(machine: &Machine) -> Output {
         "source": facts,
         "ram": ranges.iter().map(|r| json!({ "start": r.start.to_string(), "end": r.end.to_string() })).collect::<Vec<_>>(),
         "kernel": kernel_json,
-        "cpus": machine.cpus().iter().map(cpu_json).collect::<Vec<_>>(),
+        "cpus": machine.cpus().iter().map(|cpu| cpu_json(machine, cpu)).collect::<Vec<_>>(),
         "first_cpu": machine.first_cpu().0,
         "panic": failure.as_ref().filter(|failure| failure.is_panic).map(|failure| &failure.text),
         "oops": failure.as_ref().filter(|failure| !failure.is_panic).map(|failure| &failure.text),
@@ -142,12 +142,13 @@ fn place(machine: &Machine, cpu: &Cpu) -> String {
     let Saved::Known(rip) = cpu.regs.get(Reg::Rip) else { return String::new() };
     let rip = rip as u64;
     match machine.kernel().and_then(|kernel| kernel.symbolize(VirtAddr(rip))) {
-        Some((name, offset)) => format!("  at {name}+{offset:#x}"),
+        Some(symbol) => format!("  at {symbol}"),
         None => format!("  at {rip:#x}"),
     }
 }
 
-fn cpu_json(cpu: &Cpu) -> Value {
+fn cpu_json(machine: &Machine, cpu: &Cpu) -> Value {
+    let per_cpu_base = machine.kernel().and_then(|kernel| kernel.per_cpu("__per_cpu_start", cpu.id));
     let derived = Reg::ALL.iter().filter_map(|&reg| match cpu.regs.get(reg) {
         Saved::Derived(_, from) => Some((reg.name().to_owned(), Value::from(from))),
         _ => None,
@@ -157,6 +158,7 @@ fn cpu_json(cpu: &Cpu) -> Value {
         "pid": cpu.pid,
         "comm": cpu.comm,
         "rip": cpu.regs.u64(Reg::Rip).map(|rip| format!("{rip:#x}")),
+        "per_cpu_base": per_cpu_base.map(|at| at.to_string()),
         "notes": cpu.notes,
         "derived": derived.collect::<serde_json::Map<_, _>>(),
     })

@@ -3,13 +3,36 @@
 //! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
 
 mod args;
+mod declare;
+mod dis;
+mod expression;
+mod files;
+mod foreach;
 mod help;
 mod info;
 mod kmem;
+mod list;
 mod log;
+mod module;
+mod mount;
+mod p;
 mod page;
+mod percpu;
+mod ps;
+mod rd;
 mod regs;
+mod runq;
+mod set;
+mod structure;
+mod sym;
+mod sys;
+mod table;
+mod task;
+mod tree;
+mod value;
+mod vm;
 mod vtop;
+mod whatis;
 mod why;
 
 pub use info::render as render_info;
@@ -26,6 +49,8 @@ pub struct Context<'a> {
     pub machine: &'a Machine,
     /// The CPU the user has selected.
     pub cpu: CpuId,
+    /// Address of the `struct task_struct` the user has selected, where that is not just what ran on the CPU.
+    pub task: Option<VirtAddr>,
     /// What else the user has chosen.
     pub focus: &'a Focus,
 }
@@ -49,7 +74,7 @@ impl<'a> Context<'a> {
     pub fn task(&self) -> Result<Object<'a>, CommandError> {
         let kernel = self.kernel()?;
         let running = || kernel.current(self.cpu).map(|task| task.at);
-        let at = self.focus.task.get().or_else(running);
+        let at = self.task.or(self.focus.task.get()).or_else(running);
         let at =
             at.ok_or_else(|| CommandError(format!("which task ran on CPU {} is not known", self.cpu)))?;
         Ok(kernel.object("task_struct", at)?)
@@ -91,19 +116,44 @@ pub struct Command {
 
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
+    dis::COMMAND,
+    files::COMMAND,
+    foreach::COMMAND,
     help::COMMAND,
     info::COMMAND,
     kmem::COMMAND,
+    list::COMMAND,
     log::COMMAND,
+    module::COMMAND,
+    mount::COMMAND,
+    p::COMMAND,
     page::COMMAND,
+    percpu::COMMAND,
+    ps::COMMAND,
+    rd::COMMAND,
     regs::COMMAND,
+    runq::COMMAND,
+    set::COMMAND,
+    structure::STRUCT,
+    sym::COMMAND,
+    sys::COMMAND,
+    task::COMMAND,
+    tree::COMMAND,
+    structure::UNION,
+    vm::COMMAND,
     vtop::COMMAND,
+    whatis::COMMAND,
     why::COMMAND,
 ];
 
 /// Runs one command line such as `why 0xffff888000000000`.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
-    let mut words = line.split_whitespace();
+    // crash's short form: `*page ADDR`.
+    let (star, line) = match line.trim_start().strip_prefix('*') {
+        Some(rest) => (Some("struct"), rest),
+        None => (None, line),
+    };
+    let mut words = star.into_iter().chain(line.split_whitespace());
     let name = words.next().unwrap_or("help");
     let arguments: Vec<&str> = words.collect();
     (find(name)?.run)(context, &arguments)

@@ -59,7 +59,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
 fn place(context: &Context<'_>, reg: Reg, value: u128) -> String {
     let at = u64::try_from(value).ok().filter(|_| reg == Reg::Rip).map(VirtAddr);
     let symbol = at.and_then(|at| context.machine.kernel()?.symbolize(at));
-    symbol.map_or(String::new(), |(name, offset)| format!("  {name}+{offset:#x}"))
+    symbol.map_or(String::new(), |symbol| format!("  {symbol}"))
 }
 
 /// `xmm0 xmm1 … xmm15` as `xmm0-xmm15`.

@@ -100,8 +100,8 @@ fn show(context: &Context<'_>, walk: &Walk, mm: Option<Object<'_>>) -> Result<(S
     if let Ok(found) = &walk.result {
         let _ = write!(text, "  physical {}", found.phys);
     }
-    if let Some((name, offset)) = kernel.symbolize(walk.at).filter(|_| mm.is_none()) {
-        let _ = write!(text, "  <{name}+{offset:#x}>");
+    if let Some(place) = kernel.describe_address(walk.at).filter(|_| mm.is_none()) {
+        let _ = write!(text, "  <{place}>");
     }
     text.push('\n');
     let mut steps = Vec::new();
@@ -148,22 +148,22 @@ fn show(context: &Context<'_>, walk: &Walk, mm: Option<Object<'_>>) -> Result<(S
     }
     let mut area = Value::Null;
     if let Some(mm) = mm {
-        match kernel.vma_at(mm, walk.at) {
+        match kernel.vma_at(mm.at, walk.at) {
             Ok(Some(vma)) => {
-                let file = vma.file();
-                let name = file.as_deref().unwrap_or("anonymous");
+                let what = super::vm::what(&vma);
+                let name = if what.is_empty() { "anonymous" } else { &what };
                 let _ = writeln!(
                     text,
-                    "  vma {}  {}-{} {} {}",
-                    vma.vma.at,
+                    "  vma {}  {:#x}-{:#x} {} {}",
+                    vma.at,
                     vma.start,
                     vma.end,
                     vma.permissions(),
                     printable(name)
                 );
                 area = json!({
-                    "at": format!("{}", vma.vma.at), "start": format!("{}", vma.start), "end": format!("{}", vma.end),
-                    "permissions": vma.permissions(), "file": file,
+                    "at": vma.at.to_string(), "start": format!("{:#x}", vma.start), "end": format!("{:#x}", vma.end),
+                    "permissions": vma.permissions(), "file": vma.file.as_ref().map(|(_, file)| file.shown()),
                 });
             }
             Ok(None) => text.push_str("  in no area of user memory\n"),

@@ -26,7 +26,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
             return Err(CommandError("'why' takes one address, and -c CPU before it; try 'help why'".into()));
         }
     };
-    let context = &Context { cpu: cpu.id, ..*context };
+    let context = &Context { cpu: cpu.id, task: context.task.filter(|_| cpu.id == context.cpu), ..*context };
     match address(context, argument)? {
         Address::Physical(at) => {
             let error = context.machine.why_phys(at);
@@ -65,8 +65,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
 
 fn render(context: &Context<'_>, at: crate::addr::VirtAddr, why: &Why) -> String {
     let mut text = format!("{at}");
-    if let Some((name, offset)) = context.machine.kernel().and_then(|kernel| kernel.symbolize(at)) {
-        let _ = write!(text, " <{name}+{offset:#x}>");
+    if let Some(name) = context.machine.kernel().and_then(|kernel| kernel.describe_address(at)) {
+        let _ = write!(text, " <{name}>");
     }
     if !why.steps.is_empty() {
         let _ = write!(text, ", through {}", super::printable(&why.tables));

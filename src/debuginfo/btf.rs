@@ -42,6 +42,8 @@ pub struct Btf {
     base: Option<Arc<Btf>>,
     /// `TypeId::source` of the types of its own.
     source: u16,
+    /// Whether enumerations say if their values have a sign. Since v6.0 they do; before, all values are signed.
+    signs: bool,
     hasher: RandomState,
     /// Indexes into `types` of what [`Class`] covers, by hash of class and name.
     by_name: OnceLock<HashTable<u32>>,
@@ -103,6 +105,7 @@ impl Btf {
             data,
             strings,
             types: Vec::new(),
+            signs: base.as_ref().is_some_and(|base| base.signs),
             base,
             source,
             hasher: RandomState::new(),
@@ -112,6 +115,7 @@ impl Btf {
         while at < end {
             let ty = btf.type_at(at).ok_or_else(|| malformed(at, "type cut short"))?;
             let tail = tail_len(&ty).ok_or_else(|| malformed(at, format!("unknown kind {}", ty.kind())))?;
+            btf.signs |= ty.kind() == KIND_ENUM && ty.kind_flag();
             btf.types.push(u32::try_from(at).map_err(|_| malformed(at, "section larger than 4 GiB"))?);
             at = ty.tail + tail;
         }
@@ -198,12 +202,11 @@ impl Btf {
     }
 
     fn enumerators(&self, ty: &Type) -> Vec<(u32, i64)> {
-        let signed = ty.kind_flag();
+        let signed = ty.kind_flag() || !self.signs;
         if ty.kind() == KIND_ENUM64 {
             let value = |[name, low, high]: [u32; 3]| (name, (u64::from(high) << 32 | u64::from(low)) as i64);
             return self.tail(ty).map(value).collect();
         }
-        // Kernels whose BTF has no sign bit for enumerations (before v6.0) show all as signed.
         let value = |[name, value]: [u32; 2]| match signed || value < 0x8000_0000 {
             true => (name, i64::from(value as i32)),
             false => (name, value.into()),
@@ -221,7 +224,9 @@ impl Btf {
                     (2, _) | (_, b"char" | b"unsigned char" | b"signed char") => IntKind::Char,
                     _ => IntKind::Number,
                 };
-                Shape::Int { size: ty.size_or_type, signed: info >> 24 & 1 != 0, kind }
+                // pahole takes only DW_ATE_signed for signed, and `s8` is DW_ATE_signed_char.
+                let signed = info >> 24 & 1 != 0 || self.name(ty.name) == b"signed char";
+                Shape::Int { size: ty.size_or_type, signed, kind }
             }
             KIND_FLOAT => Shape::Float(ty.size_or_type),
             KIND_PTR => Shape::Pointer(to),

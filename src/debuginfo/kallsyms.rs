@@ -368,7 +368,3 @@ impl Markers {
         compressed.len() - at < 8
     }
 }
-
-#[cfg(test)]
-#[path = "kallsyms_tests.rs"]
-mod tests;

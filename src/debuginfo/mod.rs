@@ -5,14 +5,23 @@
 
 mod btf;
 pub mod debuginfod;
+mod dwarf;
+mod dwarf_index;
+mod dwarf_scan;
+mod dwarf_unit;
 pub mod find;
 pub mod kallsyms;
+mod lines;
+mod sections;
 mod strip;
 mod symbols;
+pub mod synth;
 pub mod types;
 mod vmlinux;
 
 pub use btf::Btf;
+pub use lines::Location;
+pub use sections::SectionAddresses;
 pub use strip::Contents;
 pub use symbols::{Symbol, SymbolTable};
 pub use types::{Class, Member, TypeId, TypeTable};

@@ -4,13 +4,14 @@
 //! symbol table follows at once, and the headers of all other sections are inactive. Section numbers stay, and
 //! with them the symbols. Source: the ELF specification; eu-strip keeps the same sections.
 
-use super::vmlinux::{Elf, malformed};
+use super::sections::{Elf, malformed};
 use super::{DebugInfo, Error};
 use object::pod::bytes_of;
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{Endianness, U16, U64, elf};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes that can be read like a file: pieces of a file and of memory, zeros between them.
@@ -36,6 +37,15 @@ enum From {
 }
 
 impl Contents {
+    /// All of the file at `path`.
+    pub fn of_file(path: &Path) -> std::io::Result<Self> {
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
+        let mut contents = Self { file: Arc::new(file), pieces: Vec::new(), len: 0, mtime: metadata.mtime() };
+        contents.push(metadata.len(), From::File(0));
+        Ok(contents)
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len

@@ -57,7 +57,13 @@ impl SymbolTable {
     /// The defined, named symbols in the bytes of a `.symtab` section and of the string table it links to.
     /// Sections' and source files' own symbols are left out; a cut last record is dropped.
     pub fn from_elf(symtab: &[u8], strings: Vec<u8>) -> Self {
-        let entry = |record: &[u8]| {
+        Self::from_elf_with_letters(symtab, strings, &[])
+    }
+
+    /// The same, with letters like `nm`'s, one for each record, whose case does not count; where they end, ELF's
+    /// types serve.
+    pub fn from_elf_with_letters(symtab: &[u8], strings: Vec<u8>, letters: &[u8]) -> Self {
+        let entry = |(index, record): (usize, &[u8])| {
             let kind = record.get(4)? & 0xf;
             let name = u32_at(record, 0)?;
             let wanted = u16_at(record, 6)? != SHN_UNDEF && kind != STT_SECTION && kind != STT_FILE;
@@ -65,10 +71,10 @@ impl SymbolTable {
                 addr: u64_at(record, 8)?,
                 size: u64_at(record, 16)?,
                 name,
-                letter: letter(*record.get(4)?),
+                letter: letter(*record.get(4)?, letters.get(index).copied()),
             })
         };
-        Self::new(symtab.chunks_exact(RECORD).filter_map(entry).collect(), strings)
+        Self::new(symtab.chunks_exact(RECORD).enumerate().filter_map(entry).collect(), strings)
     }
 
     /// `entries` with their names in `strings`.
@@ -133,13 +139,14 @@ impl SymbolTable {
     }
 }
 
-/// What `nm` would print, as far as `st_info` tells.
-fn letter(info: u8) -> u8 {
+/// What `nm` would print, as far as `st_info` tells, or `known`.
+fn letter(info: u8, known: Option<u8>) -> u8 {
     const STB_LOCAL: u8 = 0;
     const STB_WEAK: u8 = 2;
-    let local = match info & 0xf {
-        STT_OBJECT => b'd',
-        STT_FUNC => b't',
+    let local = match (known, info & 0xf) {
+        (Some(known), _) => known.to_ascii_lowercase(),
+        (None, STT_OBJECT) => b'd',
+        (None, STT_FUNC) => b't',
         _ => b'?',
     };
     match info >> 4 {

@@ -12,6 +12,8 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 const DEPTH: u32 = 32;
 /// Members looked at for one path; `struct task_struct` has about 300. Also bounds the recursion.
 const MEMBERS_MAX: u32 = 4096;
+/// Words that change nothing about where a value lies.
+const QUALIFIERS: [&str; 4] = ["const", "volatile", "restrict", "_Atomic"];
 
 /// Types that users' casts make; more than anyone types.
 const DERIVED_MAX: usize = 1 << 16;
@@ -169,6 +171,27 @@ pub trait TypeSource: Send + Sync {
     fn format(&self) -> &'static str;
 }
 
+/// Stands in where there is neither BTF nor DWARF.
+pub struct NoTypes;
+
+impl TypeSource for NoTypes {
+    fn find(&self, _class: Class, _name: &str) -> Result<Option<TypeId>, Error> {
+        Ok(None)
+    }
+    fn get(&self, id: TypeId) -> Result<Type, Error> {
+        Err(Error::Types { format: "no types", offset: id.id.into(), what: "nothing is here".into() })
+    }
+    fn names(&self, _class: Class) -> Vec<String> {
+        Vec::new()
+    }
+    fn enumerator(&self, _name: &str) -> Result<Option<i64>, Error> {
+        Ok(None)
+    }
+    fn format(&self) -> &'static str {
+        "no types"
+    }
+}
+
 /// The types of one kernel and its modules.
 pub struct TypeTable {
     image: Arc<dyn TypeSource>,
@@ -222,6 +245,11 @@ impl TypeTable {
         let _ = self.modules.set(modules);
     }
 
+    /// Whether the modules' types were added.
+    pub fn has_modules(&self) -> bool {
+        self.modules.get().is_some()
+    }
+
     fn modules(&self) -> &[Arc<dyn TypeSource>] {
         self.modules.get().map_or(&[], Vec::as_slice)
     }
@@ -263,8 +291,7 @@ impl TypeTable {
     pub fn parse(&self, text: &str) -> Option<TypeId> {
         let end = text.find(['*', '[']).unwrap_or(text.len());
         let (base, mut rest) = text.split_at_checked(end)?;
-        let words: Vec<&str> =
-            base.split_whitespace().filter(|w| !matches!(*w, "const" | "volatile")).collect();
+        let words: Vec<&str> = base.split_whitespace().filter(|w| !QUALIFIERS.contains(w)).collect();
         let mut id = match words.as_slice() {
             ["void"] => TypeId::VOID,
             ["struct", name] => self.find(Class::Struct, name)?,
@@ -279,9 +306,16 @@ impl TypeTable {
             }
             _ => self.find(Class::Base, base_type(&words)?)?,
         };
-        while let Some(after) = rest.trim_start().strip_prefix('*') {
-            id = self.pointer_to(id)?;
-            rest = after;
+        loop {
+            rest = rest.trim_start();
+            if let Some(after) = rest.strip_prefix('*') {
+                id = self.pointer_to(id)?;
+                rest = after;
+            } else if let Some(word) = QUALIFIERS.iter().find(|word| rest.starts_with(**word)) {
+                rest = rest.get(word.len()..)?;
+            } else {
+                break;
+            }
         }
         // The dimension next to the name is the outermost.
         let mut dimensions = Vec::new();
@@ -483,7 +517,8 @@ impl TypeTable {
         };
         match &ty.shape {
             Shape::Void => join("void"),
-            Shape::Int { .. } | Shape::Float(_) | Shape::Typedef(_) => join(&ty.name),
+            Shape::Int { .. } => join(short_name(&ty.name)),
+            Shape::Float(_) | Shape::Typedef(_) => join(&ty.name),
             Shape::Composite { union: false, .. } => tagged("struct", &ty.name),
             Shape::Composite { union: true, .. } => tagged("union", &ty.name),
             Shape::Enum { .. } => tagged("enum", &ty.name),
@@ -541,6 +576,19 @@ impl TypeTable {
         let mut sources = std::iter::once(&self.image).chain(self.modules());
         let found = sources.find_map(|source| source.enumerator(name).ok().flatten());
         self.constants.put(name.to_owned(), found)
+    }
+}
+
+/// A base type as people and gdb write it, by the name that compilers give it.
+fn short_name(name: &str) -> &str {
+    match name {
+        "long unsigned int" => "unsigned long",
+        "long int" => "long",
+        "long long unsigned int" => "unsigned long long",
+        "long long int" => "long long",
+        "short unsigned int" => "unsigned short",
+        "short int" => "short",
+        other => other,
     }
 }
 

@@ -4,8 +4,7 @@
 //! had negotiated and selected, and reports the one packet as wrong.
 
 use super::target::Target;
-use super::threads;
-use crate::kernel::CpuId;
+use super::threads::Thread;
 use crate::rsp::{self, Event, Framer};
 use gdbstub::conn::Connection;
 use gdbstub::stub::GdbStub;
@@ -54,10 +53,10 @@ impl Engine {
         Ok(reply)
     }
 
-    /// Makes `cpu` the one whose registers and memory are read.
-    pub(super) fn select(&mut self, cpu: CpuId) -> Result<Vec<u8>, Malformed> {
-        self.target.selected = cpu;
-        self.ask(&selection(cpu))
+    /// Makes `thread` the one whose registers and memory are read.
+    pub(super) fn select(&mut self, thread: Thread) -> Result<Vec<u8>, Malformed> {
+        self.target.selected = thread;
+        self.ask(&selection(thread))
     }
 
     fn start(&mut self) {
@@ -96,8 +95,8 @@ impl Engine {
     }
 }
 
-fn selection(cpu: CpuId) -> Vec<u8> {
-    format!("Hg{}", threads::id_text(cpu, true)).into_bytes()
+fn selection(thread: Thread) -> Vec<u8> {
+    format!("Hg{}", thread.id_text(true)).into_bytes()
 }
 
 /// What gdbstub has sent.

@@ -6,14 +6,19 @@
 //! Source: GDB manual, "General Query Packets", "Host I/O Packets", "Protocol-specific Representation of
 //! Datatypes"; gdb `remote.c` (`remote_filesystem_is_local`), `gdb/build-id.c` (names of debug files).
 
-use super::front::{MAX_PAYLOAD, window};
+use super::front::window;
+use super::libraries::Libraries;
 use crate::debuginfo::{Contents, DebugInfo, Error};
 use crate::rsp;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Files one client can have open; gdb keeps two.
 const MAX_OPEN: usize = 16;
+
+/// The most bytes of a file that are sent at once. gdb reads ahead as much as it gets, and mostly uses little of it.
+const MAX_PREAD: usize = 0x8000;
 
 /// errno values of the File-I/O protocol.
 mod errno {
@@ -27,7 +32,10 @@ mod errno {
 
 /// What clients are told of the kernel's file. Cheap to clone: every session has one.
 #[derive(Clone, Default)]
-pub struct Files(Option<Arc<Offer>>);
+pub struct Files {
+    offer: Option<Arc<Offer>>,
+    libraries: Option<Libraries>,
+}
 
 struct Offer {
     /// The program's name: an absolute path where there is a file.
@@ -45,12 +53,24 @@ struct Served {
 impl Files {
     /// Nothing is told.
     pub fn none() -> Self {
-        Self(None)
+        Self::default()
+    }
+
+    /// These files, and the modules'.
+    pub fn with_libraries(self, libraries: Libraries) -> Self {
+        Self { libraries: Some(libraries), ..self }
+    }
+
+    /// The path of a file made of the kernel's names, for a gdb that can open it there.
+    pub fn made(path: &Path) -> Self {
+        let offer = Offer { program: path.as_os_str().as_bytes().to_vec(), served: None };
+        Self { offer: Some(Arc::new(offer)), libraries: None }
     }
 
     /// The path of the vmlinux, for a gdb that can open it there.
     pub fn local(vmlinux: Option<&DebugInfo>) -> Self {
-        Self(Some(Arc::new(Offer { program: program(vmlinux), served: None })))
+        let offer = Offer { program: program(vmlinux), served: None };
+        Self { offer: Some(Arc::new(offer)), libraries: None }
     }
 
     /// The vmlinux without debug info, and with it if gdb finds none of its own by the build-id.
@@ -64,12 +84,15 @@ impl Files {
             _ => None,
         };
         let served = Served { stripped: Arc::new(info.stripped()?), debug };
-        Ok(Self(Some(Arc::new(Offer { program: program(vmlinux), served: Some(served) }))))
+        let offer = Offer { program: program(vmlinux), served: Some(served) };
+        Ok(Self { offer: Some(Arc::new(offer)), libraries: None })
     }
 
     /// What `qSupported` is to say of it.
-    pub(super) fn features(&self) -> &'static str {
-        if self.0.is_some() { ";qXfer:exec-file:read+" } else { "" }
+    pub(super) fn features(&self) -> String {
+        let program = if self.offer.is_some() { ";qXfer:exec-file:read+" } else { "" };
+        let libraries = if self.libraries.is_some() { ";qXfer:libraries:read+" } else { "" };
+        [program, libraries].concat()
     }
 }
 
@@ -96,7 +119,12 @@ impl OpenFiles {
 
     /// The answer to a packet about files; `None` if it is not one, or if nothing is served.
     pub(super) fn answer(&mut self, body: &[u8]) -> Option<Vec<u8>> {
-        let offer = Arc::clone(self.files.0.as_ref()?);
+        if let (Some(request), Some(libraries)) =
+            (body.strip_prefix(b"qXfer:libraries:read:"), &self.files.libraries)
+        {
+            return Some(window(libraries.xml().as_bytes(), request));
+        }
+        let offer = Arc::clone(self.files.offer.as_ref()?);
         if let Some(request) = body.strip_prefix(b"qXfer:exec-file:read:") {
             // In front of the window stands a process, of which there is one.
             return Some(window(&offer.program, request));
@@ -112,7 +140,7 @@ impl OpenFiles {
             (b"close", [handle]) => self.close(handle),
             (b"pread", [handle, count, offset]) => self.pread(handle, count, offset),
             (b"fstat", [handle]) => self.get(handle).map(|contents| stat(contents)),
-            (b"stat" | b"lstat", [name]) => find(&offer.program, served, name).map(|found| stat(&found)),
+            (b"stat" | b"lstat", [name]) => self.find(&offer.program, served, name).map(|found| stat(&found)),
             // gdb follows links by itself, and there are none.
             (b"readlink", _) => Err(errno::EINVAL),
             (b"pwrite" | b"unlink", _) => Err(errno::EROFS),
@@ -122,12 +150,17 @@ impl OpenFiles {
         Some(answer.unwrap_or_else(|errno| format!("F-1,{errno:x}").into_bytes()))
     }
 
+    fn find(&self, program: &[u8], served: &Served, name: &[u8]) -> Result<Arc<Contents>, u8> {
+        let library = || self.files.libraries.as_ref()?.open(&rsp::decode(name)?).map(Arc::new);
+        find(program, served, name).or_else(|errno| library().ok_or(errno))
+    }
+
     fn open(&mut self, program: &[u8], served: &Served, name: &[u8], flags: &[u8]) -> Result<Vec<u8>, u8> {
         const O_RDONLY: u64 = 0;
         if rsp::parse_u64(flags) != Some(O_RDONLY) {
             return Err(errno::EROFS);
         }
-        let found = find(program, served, name)?;
+        let found = self.find(program, served, name)?;
         let free = self.open.iter().position(Option::is_none).ok_or(errno::ENFILE)?;
         self.open[free] = Some(found);
         Ok(format!("F{free:x}").into_bytes())
@@ -143,7 +176,7 @@ impl OpenFiles {
     fn pread(&self, handle: &[u8], count: &[u8], offset: &[u8]) -> Result<Vec<u8>, u8> {
         let contents = self.get(handle)?;
         let offset = rsp::parse_u64(offset).ok_or(errno::EINVAL)?;
-        let mut buf = vec![0; number(count).ok_or(errno::EINVAL)?.min(MAX_PAYLOAD)];
+        let mut buf = vec![0; number(count).ok_or(errno::EINVAL)?.min(MAX_PREAD)];
         let n = contents.read(offset, &mut buf).map_err(|error| {
             tracing::warn!("the vmlinux cannot be read any more: {error}");
             errno::EIO

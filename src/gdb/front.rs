@@ -5,23 +5,28 @@
 //! Source: GDB manual, "Packets", "Stop Reply Packets", "General Query Packets", "Packet
 //! Acknowledgment"; QEMU `gdbstub/gdbstub.c` for `qqemu.*`.
 
+use super::Settings;
 use super::engine::Engine;
 use super::files::{Files, OpenFiles};
 use super::memory::{self, Space};
 use super::selection::Selection;
 use super::target::{Target, errno};
-use super::threads::{self, Choice};
+use super::threads::{Choice, Thread, Threads};
 use super::{bulk, osdata};
 use crate::command::Focus;
-use crate::kernel::{CpuId, Machine};
+use crate::kernel::Machine;
 use crate::rsp::{self, Event};
 use std::sync::Arc;
 
-/// The longest packet the client may send, announced as `PacketSize`.
-pub const MAX_REQUEST: usize = 0x10000;
+/// The longest packet the client may send, announced as `PacketSize`; replies are no longer. Memory comes twice as fast
+/// as with a quarter of it, and gdb and lldb ask for no more memory than they want.
+pub const MAX_REQUEST: usize = 0x40000;
 
-/// The most bytes one reply carries, so that even fully escaped or in hex it stays within `PacketSize`.
-pub(super) const MAX_PAYLOAD: usize = MAX_REQUEST / 2 - 8;
+/// The longest body of a reply, which with its frame is to stay within `PacketSize`, too.
+const MAX_REPLY: usize = MAX_REQUEST - 16;
+
+/// The most bytes one reply carries even if each of them takes two: in hex, or all escaped.
+const MAX_PAYLOAD: usize = MAX_REPLY / 2;
 
 const CANNOT_RUN: &str = "This is a crash dump: it cannot run or step.\n";
 const CANNOT_WRITE: &[u8] = b"E.this is a crash dump, its registers cannot be changed";
@@ -66,6 +71,8 @@ pub struct Front {
 /// The packets to send for one request: rarely more than one.
 enum Reply {
     One(Vec<u8>),
+    /// What was asked for by `m` or `x`: much, so it is written to where it is sent from.
+    Memory,
     /// Console text for the user, then the answer.
     Console(String, Vec<u8>),
 }
@@ -92,21 +99,23 @@ fn error(errno: u8) -> Vec<u8> {
 impl Front {
     /// A session on `machine` that is told of no files.
     pub fn new(machine: Arc<Machine>) -> Self {
-        Self::with_files(machine, Files::none())
+        Self::with(machine, Files::none().into())
     }
 
-    /// A session on `machine` and the kernel's `files`.
-    pub fn with_files(machine: Arc<Machine>, files: Files) -> Self {
-        let first = machine.first_cpu();
+    /// A session on `machine`.
+    pub fn with(machine: Arc<Machine>, settings: Settings) -> Self {
+        let threads = Threads::new(&machine, settings.show);
+        let first = threads.on(machine.first_cpu());
         let target = Target {
+            threads,
             machine: Arc::clone(&machine),
             selected: first,
-            command_cpu: first,
+            command_thread: first,
             console: None,
             focus: Focus::default(),
         };
         Self {
-            selection: Selection::new(machine.first_cpu()),
+            selection: Selection::new(first),
             machine,
             engine: Engine::new(target),
             client: Client::default(),
@@ -114,7 +123,7 @@ impl Front {
             acknowledge: true,
             last_packet: Vec::new(),
             physical: false,
-            files: OpenFiles::new(files),
+            files: OpenFiles::new(settings.files),
             table: Default::default(),
         }
     }
@@ -146,6 +155,7 @@ impl Front {
         self.follow_selection(body);
         match self.answer(body) {
             Reply::One(body) => self.send(body, out),
+            Reply::Memory => self.send_with(out, |front, packet| front.read_memory(body, packet)),
             Reply::Console(text, body) => {
                 let mut console = b"O".to_vec();
                 rsp::encode(text.as_bytes(), &mut console);
@@ -164,26 +174,37 @@ impl Front {
 
     /// Keeps up with the thread that the user has selected.
     fn follow_selection(&mut self, body: &[u8]) {
+        let threads = &self.engine.target.threads;
         let one = |thread: &[u8]| match Choice::parse(thread)? {
-            Choice::One(cpu) => self.machine.cpu(cpu).map(|cpu| cpu.id),
+            Choice::One(thread) => threads.has(thread).then_some(thread),
             Choice::Whichever => None,
         };
         if body.starts_with(b"qXfer:threads:read:") || body == b"qfThreadInfo" {
             self.selection.listed();
-        } else if let Some(cpu) = body.strip_prefix(b"T").and_then(one) {
-            self.selection.asked_alive(cpu, self.machine.cpus().iter().map(|cpu| cpu.id));
-        } else if let Some(cpu) = body.strip_prefix(b"Hg").and_then(one) {
-            self.selection.selected(cpu);
+        } else if let Some(thread) = body.strip_prefix(b"T").and_then(one) {
+            self.selection.asked_alive(thread, threads.len(), threads.iter());
+        } else if let Some(thread) = body.strip_prefix(b"Hg").and_then(one) {
+            self.selection.selected(thread);
         } else if !body.starts_with(b"qRcmd,") {
             self.selection.other();
         }
     }
 
     fn send(&mut self, body: Vec<u8>, out: &mut Vec<u8>) {
-        tracing::debug!("-> {}", abbreviated(&body));
-        let packet = rsp::frame(&body);
-        out.extend_from_slice(&packet);
-        self.last_packet = packet;
+        self.send_with(out, |_, packet| packet.extend_from_slice(&body));
+    }
+
+    /// Sends the body that `write` appends.
+    fn send_with(&mut self, out: &mut Vec<u8>, write: impl FnOnce(&Self, &mut Vec<u8>)) {
+        let start = out.len();
+        rsp::frame_into(out, |packet| {
+            let body = packet.len();
+            write(self, packet);
+            tracing::debug!("-> {}", abbreviated(packet.get(body..).unwrap_or_default()));
+        });
+        if self.acknowledge {
+            self.last_packet = out.get(start..).unwrap_or_default().to_vec();
+        }
     }
 
     fn answer(&mut self, body: &[u8]) -> Reply {
@@ -193,12 +214,11 @@ impl Front {
             [b'q', b'S', b'u', b'p', b'p', b'o', b'r', b't', b'e', b'd', b':', features @ ..] => {
                 self.supported(features)
             }
-            b"?" => self.stopped(b"T05", self.machine.first_cpu()).into(),
+            b"?" => self.stopped(b"T05", self.first()).into(),
             b"qC" => [b"QC", self.id(self.engine.target.selected).as_bytes()].concat().into(),
             b"vCont?" => b"vCont;c;C;s;S"[..].into(),
             [b'H', operation, thread @ ..] => self.select(*operation, thread).into(),
-            [b'm', request @ ..] => self.read_hex(request).into(),
-            [b'x', request @ ..] => self.read_binary(request).into(),
+            [b'm' | b'x', ..] => Reply::Memory,
             // Empty would make gdb try another way to write; an error ends it with a sentence of gdb's own.
             [b'M' | b'X', ..] => error(errno::EROFS).into(),
             [b'P' | b'G', ..] if self.client.gdb => CANNOT_WRITE.into(),
@@ -221,8 +241,13 @@ impl Front {
         self.engine.ask(body).unwrap_or_else(|_| error(errno::EINVAL))
     }
 
-    fn id(&self, cpu: CpuId) -> String {
-        threads::id_text(cpu, self.client.multiprocess)
+    /// The thread a client starts on.
+    fn first(&self) -> Thread {
+        self.engine.target.threads.on(self.machine.first_cpu())
+    }
+
+    fn id(&self, thread: Thread) -> String {
+        thread.id_text(self.client.multiprocess)
     }
 
     /// `qSupported`. Tools send it again, without features, in the middle of a session: that must change
@@ -262,58 +287,54 @@ impl Front {
 
     /// `Hg` and `Hc`: the latter chooses what would run, and nothing does.
     fn select(&mut self, operation: u8, thread: &[u8]) -> Vec<u8> {
-        let cpu = match Choice::parse(thread) {
-            Some(Choice::Whichever) => self.machine.first_cpu(),
-            Some(Choice::One(cpu)) => cpu,
+        let thread = match Choice::parse(thread) {
+            Some(Choice::Whichever) => self.first(),
+            Some(Choice::One(thread)) => thread,
             None => return error(errno::EINVAL),
         };
-        if self.machine.cpu(cpu).is_none() {
+        if !self.engine.target.threads.has(thread) {
             return error(errno::ESRCH);
         }
         match operation {
-            b'g' => self.engine.select(cpu).unwrap_or_else(|_| error(errno::EINVAL)),
+            b'g' => self.engine.select(thread).unwrap_or_else(|_| error(errno::EINVAL)),
             b'c' => b"OK".to_vec(),
             _ => error(errno::EINVAL),
         }
     }
 
     fn space(&self) -> Space {
-        if self.physical { Space::Physical } else { Space::Virtual(self.engine.target.selected) }
-    }
-
-    fn read(&self, request: &[u8]) -> Result<Vec<u8>, u8> {
-        memory::read(&self.machine, self.space(), request, MAX_PAYLOAD)
-    }
-
-    fn read_hex(&self, request: &[u8]) -> Vec<u8> {
-        match self.read(request) {
-            Ok(bytes) => {
-                let mut body = Vec::new();
-                rsp::encode(&bytes, &mut body);
-                body
-            }
-            Err(errno) => error(errno),
+        let Target { machine, threads, selected, .. } = &self.engine.target;
+        match threads.task(machine, *selected) {
+            _ if self.physical => Space::Physical,
+            Some(task) => Space::Task(task.at),
+            None => Space::Virtual(threads.cpu(machine, *selected)),
         }
     }
 
-    /// `x`. Only gdb knows our form of it; an old lldb probes for another form with an empty read.
-    fn read_binary(&self, request: &[u8]) -> Vec<u8> {
-        if !self.client.gdb {
-            return Vec::new();
-        }
-        match self.read(request) {
-            Ok(bytes) => {
-                let mut body = b"b".to_vec();
-                rsp::escape(&bytes, &mut body);
-                body
-            }
-            Err(errno) => error(errno),
+    fn read(&self, request: &[u8], max: usize) -> Result<Vec<u8>, u8> {
+        memory::read(&self.machine, self.space(), request, max)
+    }
+
+    /// Appends the answer to `m` or `x` to `body`. Only gdb knows our form of `x`; an old lldb probes for another form
+    /// with an empty read.
+    fn read_memory(&self, packet: &[u8], body: &mut Vec<u8>) {
+        let result = match packet {
+            [b'm', request @ ..] => self.read(request, MAX_PAYLOAD).map(|bytes| rsp::encode(&bytes, body)),
+            [b'x', request @ ..] if self.client.gdb => self.read(request, MAX_REPLY).map(|bytes| {
+                // Most bytes are sent as they are: the reply has as many as fit.
+                body.push(b'b');
+                rsp::escape_up_to(&bytes, MAX_REPLY - 1, body);
+            }),
+            _ => Ok(()),
+        };
+        if let Err(errno) = result {
+            body.extend_from_slice(&error(errno));
         }
     }
 
     /// A stop reply. It must name a thread, or gdb warns and selects the first one.
-    fn stopped(&self, signal: &[u8], cpu: CpuId) -> Vec<u8> {
-        [signal, b"thread:", self.id(cpu).as_bytes(), b";"].concat()
+    fn stopped(&self, signal: &[u8], thread: Thread) -> Vec<u8> {
+        [signal, b"thread:", self.id(thread).as_bytes(), b";"].concat()
     }
 
     /// Says why, then reports a stop at once, on the thread that was to run.
@@ -324,20 +345,20 @@ impl Front {
         let named = request.split(|&b| b == b';').find_map(|action| {
             let colon = action.iter().position(|&b| b == b':')?;
             match Choice::parse(action.get(colon + 1..)?)? {
-                Choice::One(cpu) => self.machine.cpu(cpu).map(|cpu| cpu.id),
+                Choice::One(thread) => self.engine.target.threads.has(thread).then_some(thread),
                 Choice::Whichever => None,
             }
         });
-        let cpu = named.unwrap_or(self.selection.user());
+        let thread = named.unwrap_or(self.selection.user());
         // The client takes the thread of a stop for selected, as if by `Hg`.
-        self.selection.stopped_on(cpu);
-        if self.engine.select(cpu).is_err() {
-            tracing::error!("CPU {cpu} cannot be selected");
+        self.selection.stopped_on(thread);
+        if self.engine.select(thread).is_err() {
+            tracing::error!("{thread:?} cannot be selected");
         }
         let stop = match self.client.gdb {
-            true => self.stopped(b"T00", cpu),
+            true => self.stopped(b"T00", thread),
             false => {
-                let mut stop = self.stopped(b"T05", cpu);
+                let mut stop = self.stopped(b"T05", thread);
                 stop.extend_from_slice(b"reason:exception;description:");
                 rsp::encode(b"this is a crash dump", &mut stop);
                 stop.push(b';');
@@ -352,7 +373,7 @@ impl Front {
     fn monitor(&mut self, request: &[u8]) -> Reply {
         let followed = self.selection.for_command();
         let exact = !self.client.gdb || self.client.selects_for_commands;
-        self.engine.target.command_cpu = if exact { self.engine.target.selected } else { followed };
+        self.engine.target.command_thread = if exact { self.engine.target.selected } else { followed };
         let answer = self.ask(request);
         match self.engine.target.console.take() {
             Some(text) if text.is_empty() => answer.into(),
@@ -368,7 +389,7 @@ impl Front {
 
     /// `qXfer:threads:read::OFFSET,LENGTH`
     fn thread_list(&self, request: &[u8]) -> Vec<u8> {
-        let xml = threads::list(&self.machine, self.client.multiprocess);
+        let xml = self.engine.target.threads.list(&self.machine, self.client.multiprocess);
         window(xml.as_bytes(), request)
     }
 
@@ -387,8 +408,7 @@ impl Front {
 
     /// kstub's own packets.
     fn bulk(&self, body: &[u8]) -> Vec<u8> {
-        let context = self.engine.target.context(self.engine.target.selected);
-        match bulk::answer(&context, self.space(), body) {
+        match bulk::answer(&self.engine.target, self.space(), body) {
             Some(Ok(reply)) => reply,
             Some(Err(errno)) => error(errno),
             // Empty means "not supported".

@@ -97,7 +97,7 @@ impl CacheCommand {
     }
 
     /// The command that turns it off.
-    fn off(self) -> Option<String> {
+    pub fn off(self) -> Option<String> {
         self.0.map(|set| format!("{set} off"))
     }
 }

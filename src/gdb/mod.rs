@@ -10,6 +10,7 @@ mod engine;
 mod files;
 mod front;
 pub mod index;
+mod libraries;
 mod memory;
 mod osdata;
 mod registers;
@@ -19,3 +20,20 @@ mod threads;
 
 pub use files::Files;
 pub use front::{Flow, Front, MAX_REQUEST};
+pub use libraries::Libraries;
+pub use threads::Show;
+
+/// What a server offers its clients.
+#[derive(Clone)]
+pub struct Settings {
+    /// Files of the kernel's.
+    pub files: Files,
+    /// What are threads.
+    pub show: Show,
+}
+
+impl From<Files> for Settings {
+    fn from(files: Files) -> Self {
+        Self { files, show: Show::default() }
+    }
+}

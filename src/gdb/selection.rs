@@ -1,17 +1,17 @@
-//! Which CPU the user means by a command, as far as gdb's packets tell.
+//! Which thread the user means by a command, as far as gdb's packets tell.
 //!
 //! `qRcmd` names no thread. gdb 16 selects one (`Hg`) before each; gdb 13 does so only before it reads registers or
 //! memory that it does not have yet, of whatever thread it reads. What it always does is to ask whether the thread is
 //! alive (`T`) when the user types `thread N`, and at each step of `thread apply`; and `info threads` and `thread apply
 //! all` read the list of threads first. (Seen with gdb 13.1 and 18.1, `set debug remote 1`.)
 
-use crate::kernel::CpuId;
+use super::threads::Thread;
 
 /// What is known of the thread that the user has selected in gdb.
 pub(super) struct Selection {
-    user: CpuId,
+    user: Thread,
     /// Selected by the packet just before.
-    just_selected: Option<CpuId>,
+    just_selected: Option<Thread>,
     phase: Phase,
 }
 
@@ -27,7 +27,7 @@ enum Phase {
 }
 
 struct Walk {
-    before: CpuId,
+    before: Thread,
     /// Threads yet to come.
     left: usize,
     /// Commands run on the first of them, so that many belong to each.
@@ -37,30 +37,30 @@ struct Walk {
 }
 
 impl Selection {
-    pub(super) fn new(user: CpuId) -> Self {
+    pub(super) fn new(user: Thread) -> Self {
         Self { user, just_selected: None, phase: Phase::Usual }
     }
 
-    /// The CPU a command is about, which the client sends now.
-    pub(super) fn for_command(&mut self) -> CpuId {
-        let cpu = self.just_selected.take().unwrap_or(self.user);
+    /// The thread a command is about, which the client sends now.
+    pub(super) fn for_command(&mut self) -> Thread {
+        let thread = self.just_selected.take().unwrap_or(self.user);
         match &mut self.phase {
             Phase::Usual => {}
             Phase::Listing { .. } => self.phase = Phase::Usual,
             Phase::Walk(walk) => walk.here += 1,
         }
         self.end_walk();
-        cpu
+        thread
     }
 
-    /// The CPU that would run.
-    pub(super) fn user(&self) -> CpuId {
+    /// The thread that would run.
+    pub(super) fn user(&self) -> Thread {
         self.user
     }
 
-    /// The client was told that it stopped on `cpu`, and selects it.
-    pub(super) fn stopped_on(&mut self, cpu: CpuId) {
-        *self = Self::new(cpu);
+    /// The client was told that it stopped on `thread`, and selects it.
+    pub(super) fn stopped_on(&mut self, thread: Thread) {
+        *self = Self::new(thread);
     }
 
     /// The client reads the list of threads.
@@ -70,30 +70,30 @@ impl Selection {
     }
 
     /// `Hg` with a thread.
-    pub(super) fn selected(&mut self, cpu: CpuId) {
+    pub(super) fn selected(&mut self, thread: Thread) {
         self.other();
-        self.just_selected = Some(cpu);
+        self.just_selected = Some(thread);
         if let Phase::Usual = self.phase {
-            self.user = cpu;
+            self.user = thread;
         }
     }
 
-    /// `T`; `cpus` are those of all threads in their order.
+    /// `T`; `threads` are all of them in their order, `count` in number.
     pub(super) fn asked_alive(
         &mut self,
-        cpu: CpuId,
-        cpus: impl DoubleEndedIterator<Item = CpuId> + ExactSizeIterator,
+        thread: Thread,
+        count: usize,
+        threads: impl DoubleEndedIterator<Item = Thread>,
     ) {
         self.just_selected = None;
         let before = self.user;
-        self.user = cpu;
-        let count = cpus.len();
-        let mut from_last = cpus.rev();
+        self.user = thread;
+        let mut from_last = threads.rev();
         match &mut self.phase {
-            Phase::Listing { next: true } if count > 1 && from_last.next() == Some(cpu) => {
+            Phase::Listing { next: true } if count > 1 && from_last.next() == Some(thread) => {
                 self.phase = Phase::Walk(Walk { before, left: count - 1, commands: None, here: 0 });
             }
-            Phase::Walk(walk) if walk.left > 0 && from_last.nth(count - walk.left) == Some(cpu) => {
+            Phase::Walk(walk) if walk.left > 0 && from_last.nth(count - walk.left) == Some(thread) => {
                 walk.commands.get_or_insert(walk.here);
                 walk.here = 0;
                 walk.left -= 1;
@@ -126,17 +126,22 @@ impl Selection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::CpuId;
 
     const CPUS: [u32; 3] = [0, 1, 3];
 
     /// Feeds packets: `L` the list, `T3`, `H3`, `g` any other; `c3`: a command, which must be about CPU 3.
     fn follow(packets: &str) {
-        let mut selection = Selection::new(CpuId(3));
+        let mut selection = Selection::new(Thread::Cpu(CpuId(3)));
         for (i, packet) in packets.split(' ').enumerate() {
-            let cpu = || CpuId(packet[1..].parse().unwrap_or_default());
+            let cpu = || Thread::Cpu(CpuId(packet[1..].parse().unwrap_or_default()));
             match &packet[..1] {
                 "L" => selection.listed(),
-                "T" => selection.asked_alive(cpu(), CPUS.into_iter().map(CpuId)),
+                "T" => selection.asked_alive(
+                    cpu(),
+                    CPUS.len(),
+                    CPUS.into_iter().map(|cpu| Thread::Cpu(CpuId(cpu))),
+                ),
                 "H" => selection.selected(cpu()),
                 "c" => assert_eq!(selection.for_command(), cpu(), "packet {i} of {packets}"),
                 _ => selection.other(),

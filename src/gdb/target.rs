@@ -6,9 +6,10 @@
 
 use super::description::TARGET_XML;
 use super::registers::{GdbRegister, GdbRegisters, X86_64, bytes_of};
-use super::threads;
+use super::threads::{Thread, Threads};
+use crate::arch::x86_64::RegisterFile;
 use crate::command::{self, Context, Focus};
-use crate::kernel::{CpuId, Machine};
+use crate::kernel::Machine;
 use gdbstub::common::Tid;
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::multithread::MultiThreadBase;
@@ -40,10 +41,12 @@ pub(super) mod errno {
 /// One session's view of a machine.
 pub(super) struct Target {
     pub(super) machine: Arc<Machine>,
-    /// The CPU the client has selected (`Hg`): whose memory and registers are read.
-    pub(super) selected: CpuId,
-    /// The CPU that commands are about.
-    pub(super) command_cpu: CpuId,
+    /// What the client sees as threads.
+    pub(super) threads: Threads,
+    /// The thread the client has selected (`Hg`): whose memory and registers are read.
+    pub(super) selected: Thread,
+    /// The thread that commands are about.
+    pub(super) command_thread: Thread,
     /// What the last command printed; the front decides how it goes out.
     pub(super) console: Option<String>,
     /// What the user has chosen with commands.
@@ -51,9 +54,16 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// What a command for `cpu` is run with.
-    pub(super) fn context(&self, cpu: CpuId) -> Context<'_> {
-        Context { machine: &self.machine, cpu, focus: &self.focus }
+    /// What a command for `thread` is run with.
+    pub(super) fn context(&self, thread: Thread) -> Context<'_> {
+        let cpu = self.threads.cpu(&self.machine, thread);
+        let task = self.threads.task(&self.machine, thread).map(|task| task.at);
+        Context { machine: &self.machine, cpu, task, focus: &self.focus }
+    }
+
+    fn registers(&self, tid: Tid) -> TargetResult<RegisterFile, Self> {
+        let regs = Thread::of(tid).and_then(|thread| self.threads.registers(&self.machine, thread));
+        regs.ok_or(TargetError::Errno(errno::ESRCH))
     }
 }
 
@@ -109,8 +119,7 @@ impl target::Target for Target {
 
 impl MultiThreadBase for Target {
     fn read_registers(&mut self, regs: &mut GdbRegisters, tid: Tid) -> TargetResult<(), Self> {
-        let cpu = threads::cpu(&self.machine, tid).ok_or(TargetError::Errno(errno::ESRCH))?;
-        regs.0 = cpu.regs.clone();
+        regs.0 = self.registers(tid)?;
         Ok(())
     }
 
@@ -131,12 +140,12 @@ impl MultiThreadBase for Target {
     }
 
     fn list_active_threads(&mut self, thread_is_active: &mut dyn FnMut(Tid)) -> Result<(), Infallible> {
-        self.machine.cpus().iter().for_each(|cpu| thread_is_active(threads::tid(cpu.id)));
+        self.threads.iter().for_each(|thread| thread_is_active(thread.tid()));
         Ok(())
     }
 
     fn is_thread_alive(&mut self, tid: Tid) -> Result<bool, Infallible> {
-        Ok(threads::cpu(&self.machine, tid).is_some())
+        Ok(Thread::of(tid).is_some_and(|thread| self.threads.has(thread)))
     }
 
     fn support_thread_extra_info(&mut self) -> Option<ThreadExtraInfoOps<'_, Self>> {
@@ -151,9 +160,9 @@ impl SingleRegisterAccess<Tid> for Target {
         register: GdbRegister,
         buf: &mut [u8],
     ) -> TargetResult<usize, Self> {
-        let cpu = threads::cpu(&self.machine, tid).ok_or(TargetError::Errno(errno::ESRCH))?;
+        let regs = self.registers(tid)?;
         // 0 bytes mean "not available": gdbstub then sends `xx`.
-        let Some(bytes) = bytes_of(&cpu.regs, register.reg) else { return Ok(0) };
+        let Some(bytes) = bytes_of(&regs, register.reg) else { return Ok(0) };
         Ok(copy(&bytes[..register.reg.bytes()], buf))
     }
 
@@ -164,7 +173,8 @@ impl SingleRegisterAccess<Tid> for Target {
 
 impl ThreadExtraInfo for Target {
     fn thread_extra_info(&self, tid: Tid, buf: &mut [u8]) -> Result<usize, Infallible> {
-        let text = threads::cpu(&self.machine, tid).map(threads::describe).unwrap_or_default();
+        let text =
+            Thread::of(tid).map(|thread| self.threads.describe(&self.machine, thread)).unwrap_or_default();
         Ok(copy(text.as_bytes(), buf))
     }
 }
@@ -196,7 +206,7 @@ impl SectionOffsets for Target {
 
 impl MonitorCmd for Target {
     fn handle_monitor_cmd(&mut self, line: &[u8], _out: ConsoleOutput<'_>) -> Result<(), Infallible> {
-        let context = self.context(self.command_cpu);
+        let context = self.context(self.command_thread);
         let line = String::from_utf8_lossy(line);
         // A command that fails has still answered; its answer says why.
         let text =

@@ -9,6 +9,26 @@ use std::collections::HashSet;
 /// No kernel list is longer: PID_MAX_LIMIT, the most there can be of what has one entry a task.
 pub const ENTRIES_MAX: usize = 4 << 20;
 
+/// Fills the buffer from memory at the address, or says why it could not. Walks take one so that they can be tested
+/// on memory without a kernel around it.
+pub(super) type Reader<'r> = &'r dyn Fn(VirtAddr, &mut [u8]) -> Result<(), String>;
+
+/// The word at `at`.
+pub(super) fn word(read: Reader<'_>, at: VirtAddr) -> Result<u64, String> {
+    let mut bytes = [0; 8];
+    read(at, &mut bytes).map(|()| u64::from_le_bytes(bytes))
+}
+
+impl Kernel {
+    /// Fills the buffer from kernel memory: a [`Reader`].
+    pub(super) fn fill(&self, at: VirtAddr, buf: &mut [u8]) -> Result<(), String> {
+        match self.read(at, buf).stopped {
+            None => Ok(()),
+            Some(why) => Err(why.to_string()),
+        }
+    }
+}
+
 /// What a walk found, and why it ended early if it did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Walk {
@@ -21,6 +41,11 @@ pub struct Walk {
 impl Kernel {
     /// The nodes of the `struct list_head` list whose head is at `head`; the head itself is not among them.
     pub fn list(&self, head: VirtAddr) -> Walk {
+        self.list_within(head, ENTRIES_MAX)
+    }
+
+    /// The same with a bound of its own.
+    pub fn list_within(&self, head: VirtAddr, max: usize) -> Walk {
         let mut walk = Walk::default();
         let mut seen = HashSet::new();
         let mut previous = head;
@@ -42,8 +67,8 @@ impl Kernel {
                     Some(format!("list at {head}: {previous} leads to {next}, which cannot be read"));
                 return walk;
             }
-            if walk.nodes.len() >= ENTRIES_MAX {
-                walk.problem = Some(format!("list at {head}: more than {ENTRIES_MAX} entries"));
+            if walk.nodes.len() >= max {
+                walk.problem = Some(format!("list at {head}: more than {max} entries"));
                 return walk;
             }
             walk.nodes.push(next);

@@ -221,6 +221,23 @@ impl Machine {
         }
     }
 
+    /// Reads virtual memory as the task at `task` (its `struct task_struct`) sees it, whether it runs or not.
+    pub fn read_as_task(&self, task: VirtAddr, at: VirtAddr, buf: &mut [u8]) -> VirtOutcome {
+        let no_tables = |why: &str| {
+            let error = TranslateError::NoTables { at, why: why.to_owned() };
+            VirtOutcome { filled: 0, stopped: (!buf.is_empty()).then_some(error.into()) }
+        };
+        let Ok(kernel) = &self.kernel else { return no_tables("no kernel was found in the dump") };
+        if at.0 >> 63 == 1 {
+            return kernel.read(at, buf);
+        }
+        match kernel.task(task).mm.flatten().map(|mm| kernel.user_space(mm)) {
+            Some(Some(space)) => space.read(&*self.backend, at, buf),
+            Some(None) => no_tables("the page tables of its mm cannot be found"),
+            None => no_tables("the task is a kernel thread or exiting: it has no user memory"),
+        }
+    }
+
     /// Follows `at` level by level, as [`Self::read_virt`] would.
     pub fn why(&self, cpu: CpuId, at: VirtAddr) -> Why {
         let (space, tables) = match self.space_for(cpu, at) {

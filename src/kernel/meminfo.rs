@@ -3,8 +3,7 @@
 //! Counters lag behind by what each CPU has not yet added; those differences are added here.
 //! Source: `mm/vmstat.c`, `fs/proc/meminfo.c`, `include/linux/mmzone.h`, `include/linux/vmstat.h`.
 
-use super::cpus::POSSIBLE;
-use super::{CpuId, Kernel, Object, ObjectError};
+use super::{Kernel, Object, ObjectError};
 use crate::addr::VirtAddr;
 
 /// One counter.
@@ -64,7 +63,7 @@ impl Kernel {
     /// Events are counted by CPU only.
     fn events(&self, count: usize) -> Vec<i64> {
         let mut sums = vec![0i64; count];
-        for cpu in self.cpu_mask(&POSSIBLE).unwrap_or_default() {
+        for cpu in self.possible_cpus() {
             let Some(at) = self.per_cpu("vm_event_states", cpu) else { continue };
             for (index, sum) in sums.iter_mut().enumerate() {
                 *sum = sum.wrapping_add(self.read_u64(at.wrapping_add(index as u64 * 8)).unwrap_or(0) as i64);
@@ -93,7 +92,7 @@ impl Kernel {
                 }
             }
         }
-        for cpu in self.cpu_mask(&POSSIBLE).unwrap_or_default() {
+        for cpu in self.possible_cpus() {
             let offset = self.per_cpu_offset(cpu).unwrap_or(0);
             for &(at, ty, member) in &places {
                 let diffs = self
@@ -123,7 +122,7 @@ impl Kernel {
         let mut sum = counter.member("count")?.i64()?;
         // Without CONFIG_SMP it is only the count.
         if let Ok(parts) = counter.get("counters") {
-            for cpu in self.cpu_mask(&POSSIBLE).unwrap_or_default() {
+            for cpu in self.possible_cpus() {
                 let at = VirtAddr(parts.wrapping_add(self.per_cpu_offset(cpu).unwrap_or(0)));
                 sum = sum.wrapping_add(i64::from(self.read_u32(at).unwrap_or(0) as i32));
             }
@@ -233,11 +232,6 @@ impl Kernel {
             })
         };
         (0..count).filter_map(pool).collect()
-    }
-
-    /// CPUs that the kernel can have, those that are offline included.
-    pub fn possible_cpus(&self) -> Vec<CpuId> {
-        self.cpu_mask(&POSSIBLE).unwrap_or_default()
     }
 }
 

@@ -5,20 +5,34 @@
 
 pub mod cpus;
 pub mod discover;
+mod fields;
+mod globals;
 pub mod list;
 mod machine;
+pub mod maple;
 pub mod memcg;
 pub mod meminfo;
+pub mod mm;
+pub mod module;
 pub mod object;
 pub mod page;
+pub mod percpu;
 pub mod printk;
+pub mod rbtree;
+pub mod runqueue;
+pub mod sched;
 pub mod slab;
+mod switched_out;
+pub mod taint;
 mod task;
+pub mod time;
+pub mod vfs;
 pub mod vma;
 pub mod vmalloc;
 pub mod xarray;
 pub mod zone;
 
+pub use fields::{Fields, Row};
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
 pub use task::{Task, Tasks};
@@ -26,8 +40,11 @@ pub use task::{Task, Tasks};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
+use crate::bytes::printable;
+use crate::debuginfo::types::{NoTypes, TypeSource};
 use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 /// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
@@ -38,11 +55,33 @@ pub struct Kernel {
     backend: Arc<dyn Backend>,
     found: Found,
     debug_info: Option<DebugInfo>,
-    /// From BTF in memory; `None` where there is none.
-    own_types: OnceLock<Option<TypeTable>>,
+    /// BTF in memory, and the table over it; `None` where there is none.
+    own_types: OnceLock<Option<(Arc<Btf>, TypeTable)>>,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
+    /// Where per-CPU memory lies; `None` without SMP or symbols.
+    per_cpu: OnceLock<Option<percpu::Areas>>,
+    modules: OnceLock<module::Modules>,
     /// Where the `struct page`s are, or why that is not known.
     page_map: OnceLock<Result<page::PageMap, ObjectError>>,
+}
+
+/// A symbol that covers an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Symbolized<'a> {
+    /// Its name: untrusted text.
+    pub name: &'a str,
+    /// How far into it the address lies, in bytes.
+    pub offset: u64,
+    /// The module it is of; `None` for the kernel image.
+    pub module: Option<&'a str>,
+}
+
+impl fmt::Display for Symbolized<'_> {
+    /// `name+0x12 [module]`, as the kernel's own messages have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{:#x}", printable(self.name), self.offset)?;
+        self.module.map_or(Ok(()), |module| write!(f, " [{}]", printable(module)))
+    }
 }
 
 impl Kernel {
@@ -54,6 +93,8 @@ impl Kernel {
             debug_info,
             own_types: OnceLock::new(),
             kallsyms: OnceLock::new(),
+            per_cpu: OnceLock::new(),
+            modules: OnceLock::new(),
             page_map: OnceLock::new(),
         }
     }
@@ -103,8 +144,8 @@ impl Kernel {
         self.kallsyms.get_or_init(|| discover::find_kallsyms(&*self.backend, &self.found)).as_ref()
     }
 
-    /// Run-time address of a symbol. Per-CPU symbols come back as they stand in their section: see
-    /// [`Self::per_cpu`].
+    /// Run-time address of a symbol of the kernel image, by whose presence kernels are told apart too. Per-CPU
+    /// symbols come back as they stand in their section: see [`Self::per_cpu`].
     pub fn symbol(&self, name: &str) -> Option<VirtAddr> {
         self.symbol_and_size(name).map(|(at, _)| at)
     }
@@ -115,8 +156,23 @@ impl Kernel {
         Some((self.slide(symbol.addr), symbol.size))
     }
 
-    /// The symbol of the kernel image that covers the run-time address `at`: name and offset.
-    pub fn symbolize(&self, at: VirtAddr) -> Option<(&str, u64)> {
+    /// Run-time address of a symbol of the kernel image or else of any module: what a user means by a name.
+    pub fn symbol_anywhere(&self, name: &str) -> Option<VirtAddr> {
+        let in_module = |module| self.module_symbols(module).lookup(name).map(|symbol| VirtAddr(symbol.addr));
+        self.symbol(name).or_else(|| self.modules().list.iter().find_map(in_module))
+    }
+
+    /// The symbol of the kernel image or a module that covers the run-time address `at`.
+    pub fn symbolize(&self, at: VirtAddr) -> Option<Symbolized<'_>> {
+        if let Some((name, offset)) = self.symbolize_in_image(at) {
+            return Some(Symbolized { name, offset, module: None });
+        }
+        let module = self.modules().at(at)?;
+        let (symbol, offset) = self.module_symbols(module).at(at.0)?;
+        Some(Symbolized { name: symbol.name, offset, module: Some(&module.name) })
+    }
+
+    fn symbolize_in_image(&self, at: VirtAddr) -> Option<(&str, u64)> {
         let link = at.0.checked_sub(self.found.kaslr_offset).filter(|&link| link >= START_KERNEL_MAP)?;
         // Modules lie above the image, where the last of its symbols without a size would seem to reach.
         if self.symbol("_end").is_some_and(|end| at >= end) {
@@ -127,17 +183,39 @@ impl Kernel {
 
     /// The kernel's types: from BTF in its own memory, else from its vmlinux.
     pub fn types(&self) -> Option<&TypeTable> {
+        let own = self.own_types().map(|(_, types)| types);
+        own.or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
+    }
+
+    fn own_types(&self) -> Option<&(Arc<Btf>, TypeTable)> {
         let own = self.own_types.get_or_init(|| {
             let btf = self.btf_in_memory()?;
             match Btf::parse(btf) {
-                Ok(btf) => Some(TypeTable::new(Arc::new(btf))),
+                Ok(btf) => {
+                    let btf = Arc::new(btf);
+                    Some((Arc::clone(&btf), TypeTable::new(btf)))
+                }
                 Err(error) => {
                     tracing::warn!("the kernel's BTF in memory is damaged: {error}");
                     None
                 }
             }
         });
-        own.as_ref().or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
+        own.as_ref()
+    }
+
+    /// Makes the types of loaded modules known to [`Self::types`], once.
+    fn add_module_types(&self) {
+        let Some((image, types)) = self.own_types().filter(|(_, types)| !types.has_modules()) else { return };
+        let sources =
+            self.modules().list.iter().filter_map(|module| Some((module, self.module_btf(module)?)));
+        let parsed = (1u16..).zip(sources).filter_map(|(source, (module, btf))| {
+            let btf = Btf::parse_module(btf, image, source);
+            let btf = btf.inspect_err(|error| tracing::warn!("BTF of module '{}': {error}", module.name));
+            // A damaged one keeps its place: the others' ids count on it.
+            Some(btf.map_or_else(|_| Arc::new(NoTypes) as Arc<dyn TypeSource>, |btf| Arc::new(btf)))
+        });
+        types.set_modules(parsed.collect());
     }
 
     /// The bytes between `__start_BTF` and `__stop_BTF` (`include/asm-generic/vmlinux.lds.h`).
@@ -157,7 +235,7 @@ impl Kernel {
     /// Link-time to run-time address. KASLR moves the image only: per-CPU symbols linked at zero
     /// (before Linux commit 9d7de2aa8b41 ("x86/percpu/64: Use relative percpu offsets") (in v6.15)) and
     /// absolute symbols stay.
-    fn slide(&self, link: u64) -> VirtAddr {
+    pub fn slide(&self, link: u64) -> VirtAddr {
         let by = if link >= START_KERNEL_MAP { self.found.kaslr_offset } else { 0 };
         VirtAddr(link.wrapping_add(by))
     }

@@ -72,26 +72,34 @@ pub enum ObjectError {
 }
 
 impl Kernel {
-    /// The kernel's types, or the error that says what would bring them.
+    /// The types of the kernel and its modules, or the error that says what would bring them: for names that users
+    /// type. Finding the modules needs the kernel's own types, [`Self::image_types`].
     pub fn type_table(&self) -> Result<&TypeTable, ObjectError> {
+        let types = self.image_types()?;
+        self.add_module_types();
+        Ok(types)
+    }
+
+    /// The kernel image's types, or the error that says what would bring them.
+    pub(super) fn image_types(&self) -> Result<&TypeTable, ObjectError> {
         self.types().ok_or(ObjectError::NoTypes)
     }
 
     /// The structure or union `name` at `at`.
     pub fn object(&self, name: &str, at: VirtAddr) -> Result<Object<'_>, ObjectError> {
-        let types = self.type_table()?;
+        let types = self.image_types()?;
         let ty = types.composite(name).ok_or_else(|| ObjectError::NoType(name.to_owned()))?;
         Ok(Object { kernel: self, types, at, ty, bits: None })
     }
 
     /// What lies at `at`, of type `ty`.
     pub fn object_of(&self, ty: TypeId, at: VirtAddr) -> Result<Object<'_>, ObjectError> {
-        Ok(Object { kernel: self, types: self.type_table()?, at, ty, bits: None })
+        Ok(Object { kernel: self, types: self.image_types()?, at, ty, bits: None })
     }
 
     /// A value of the type spelled `name` (`"unsigned long"`, `"struct page *"`) at `at`.
     pub fn value(&self, name: &str, at: VirtAddr) -> Result<Object<'_>, ObjectError> {
-        let types = self.type_table()?;
+        let types = self.image_types()?;
         let ty = types.parse(name).ok_or_else(|| ObjectError::NoType(name.to_owned()))?;
         Ok(Object { kernel: self, types, at, ty, bits: None })
     }

@@ -6,7 +6,7 @@
 
 use super::Kernel;
 use crate::addr::VirtAddr;
-use crate::bytes::{u16_at, u64_at};
+use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::vmcoreinfo::VmcoreInfo;
 
 /// `CONFIG_LOG_BUF_SHIFT` is at most 25 and `log_buf_len=` at most 2 GiB; what no log needs is not read.
@@ -22,9 +22,39 @@ const STRUCT_MAX: u64 = 4096;
 pub struct Record {
     /// Nanoseconds since boot.
     pub ts_nsec: u64,
+    /// How grave it is: 0 (emergency) to 7 (debug).
+    pub level: u8,
+    /// Who said it, as syslog numbers them; 0 is the kernel.
+    pub facility: u8,
+    /// Where it was said; not told before about v5.1 and by kernels without CONFIG_PRINTK_CALLER before v5.10.
+    pub caller: Option<Caller>,
     /// Its text, untrusted; may hold several lines.
     pub text: String,
 }
+
+/// The context that a message is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// A task, by pid.
+    Task(u32),
+    /// An interrupt or the like, by CPU.
+    Cpu(u32),
+}
+
+impl Caller {
+    fn of(id: u32) -> Self {
+        // printk_caller_id()
+        if id >> 31 == 1 { Self::Cpu(id & !(1 << 31)) } else { Self::Task(id) }
+    }
+}
+
+/// The names of the levels, as `dmesg` has them.
+pub const LEVELS: [&str; 8] = ["emerg", "alert", "crit", "err", "warn", "notice", "info", "debug"];
+
+/// Bytes from `text_len` to `facility` in `struct printk_info`; flags (low five bits) and level follow.
+const FACILITY: usize = 2;
+/// The same in `struct printk_log`, which has `dict_len` between them.
+const OLD_FACILITY: usize = 4;
 
 /// What the kernel said when it failed; untrusted text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,7 +141,7 @@ impl Kernel {
         let mut records = Vec::new();
         let mut wrapped = false;
         while at != next {
-            let (Some(size), Some(text), Some(ts_nsec)) =
+            let (Some(size), Some(length), Some(ts_nsec)) =
                 (u16_at(&bytes, at + len), u16_at(&bytes, at + text_len), u64_at(&bytes, at + ts))
             else {
                 break;
@@ -124,8 +154,11 @@ impl Kernel {
                 continue;
             }
             let record = bytes.get(at..at + usize::from(size)).unwrap_or_default();
-            if let Some(text) = record.get(header..).and_then(|rest| rest.get(..usize::from(text))) {
-                records.push(Record { ts_nsec, text: String::from_utf8_lossy(text).into_owned() });
+            if let Some(text) = record.get(header..).and_then(|rest| rest.get(..usize::from(length))) {
+                let byte = |i| bytes.get(at + text_len + i).copied().unwrap_or(0);
+                let (facility, level) = (byte(OLD_FACILITY), byte(OLD_FACILITY + 1) >> 5);
+                let text = String::from_utf8_lossy(text).into_owned();
+                records.push(Record { ts_nsec, level, facility, caller: None, text });
             }
             at += usize::from(size);
         }
@@ -181,8 +214,9 @@ impl Ring<'_> {
         let lpos = self.offset("prb_desc.text_blk_lpos")?;
         let begin = (lpos + self.offset("prb_data_blk_lpos.begin")?) as usize;
         let next = (lpos + self.offset("prb_data_blk_lpos.next")?) as usize;
-        let (ts, text_len) =
+        let (ts, text_at) =
             (self.offset("printk_info.ts_nsec")? as usize, self.offset("printk_info.text_len")? as usize);
+        let caller = self.offset("printk_info.caller_id").ok().map(|offset| offset as usize);
 
         let head = self.word(in_descs("prb_desc_ring.head_id")?, "head_id")?;
         let tail = self.word(in_descs("prb_desc_ring.tail_id")?, "tail_id")?;
@@ -202,8 +236,7 @@ impl Ring<'_> {
             else {
                 continue;
             };
-            let (Some(ts_nsec), Some(text_len)) =
-                (u64_at(&infos, info + ts), u16_at(&infos, info + text_len))
+            let (Some(ts_nsec), Some(text_len)) = (u64_at(&infos, info + ts), u16_at(&infos, info + text_at))
             else {
                 continue;
             };
@@ -211,7 +244,11 @@ impl Ring<'_> {
             if let Some(text) = text.and_then(|block| block.get(..block.len().min(text_len.into()))) {
                 let Some(left) = text_left.checked_sub(text.len()) else { break };
                 text_left = left;
-                records.push(Record { ts_nsec, text: String::from_utf8_lossy(text).into_owned() });
+                let byte = |i| infos.get(info + text_at + i).copied().unwrap_or(0);
+                let (facility, level) = (byte(FACILITY), byte(FACILITY + 1) >> 5);
+                let caller = caller.and_then(|caller| u32_at(&infos, info + caller)).map(Caller::of);
+                let text = String::from_utf8_lossy(text).into_owned();
+                records.push(Record { ts_nsec, level, facility, caller, text });
             }
         }
         Ok(records)

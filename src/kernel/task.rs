@@ -1,6 +1,7 @@
 //! Tasks: what runs on a CPU. Source: `include/linux/sched.h` (`struct task_struct`), `mm_types.h`.
 
 use super::cpus::POSSIBLE;
+use super::list::ENTRIES_MAX;
 use super::{Kernel, Object, ObjectError};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::AddressSpace;
@@ -41,21 +42,31 @@ impl Kernel {
             let idle = self.runqueue(cpu).and_then(|rq| rq.at("idle")).ok().flatten();
             all.tasks.extend(idle.filter(|idle| idle.at != init_task.at));
         }
-        let processes = self.list(init_task.member("tasks")?.at);
+        let offset = |path| Ok::<_, ObjectError>(init_task.member(path)?.at.0.wrapping_sub(init_task.at.0));
+        let (in_tasks, in_threads) = (offset("tasks")?, offset("thread_node")?);
+        let task_around = |node: VirtAddr, offset: u64| {
+            let mut task = init_task;
+            task.at = node.wrapping_add(offset.wrapping_neg());
+            task
+        };
+        let processes = self.list(init_task.at.wrapping_add(in_tasks));
         all.problems.extend(processes.problem);
         for node in processes.nodes {
-            let leader = self.value("struct list_head", node)?.container_of("task_struct", "tasks")?;
+            let leader = task_around(node, in_tasks);
             all.tasks.push(leader);
+            let Some(left) = ENTRIES_MAX.checked_sub(all.tasks.len()).filter(|&left| left > 0) else {
+                all.problems.push(format!("more than {ENTRIES_MAX} tasks"));
+                break;
+            };
             let threads = leader.at("signal").and_then(|signal| match signal {
-                Some(signal) => Ok(Some(self.list(signal.member("thread_head")?.at))),
+                Some(signal) => Ok(Some(self.list_within(signal.member("thread_head")?.at, left))),
                 None => Ok(None),
             });
             match threads {
                 Ok(Some(threads)) => {
                     all.problems.extend(threads.problem);
                     for node in threads.nodes {
-                        let node = self.value("struct list_head", node)?;
-                        let thread = node.container_of("task_struct", "thread_node")?;
+                        let thread = task_around(node, in_threads);
                         if thread.at != leader.at {
                             all.tasks.push(thread);
                         }

@@ -58,7 +58,7 @@ impl Area<'_> {
         let vm = self.vm?;
         let at = vm.get("caller").ok().filter(|&at| at != 0)?;
         Some(match vm.kernel().symbolize(VirtAddr(at)) {
-            Some((name, offset)) => format!("{name}+{offset:#x}"),
+            Some(found) => found.to_string(),
             None => format!("{at:#x}"),
         })
     }
@@ -134,7 +134,7 @@ impl Kernel {
                 .get("caller")
                 .ok()
                 .and_then(|at| self.symbolize(VirtAddr(at)))
-                .map_or("", |(name, _)| name);
+                .map_or("", |found| found.name);
             let is_stack = stacks.contains(&area.start.0) || STACK_CALLERS.contains(&caller);
             let array = vm.get("pages").unwrap_or(0);
             if array != 0 {
@@ -187,56 +187,6 @@ impl Kernel {
         let offsets = self.cpu_mask(&POSSIBLE)?.into_iter().filter_map(offset).collect();
         Some((unit.min(1 << 26), offsets))
     }
-
-    /// What per-CPU memory `at` is.
-    pub fn per_cpu_place(&self, at: VirtAddr) -> Option<PerCpuPlace> {
-        let (unit, offsets) = self.per_cpu_units()?;
-        let first = self.read_u64(self.symbol("pcpu_base_addr")?)?;
-        let mut bases = vec![first];
-        bases.extend(self.per_cpu_chunks().unwrap_or_default());
-        for (base, (cpu, offset)) in
-            bases.iter().flat_map(|base| offsets.iter().map(move |cpu| (*base, *cpu)))
-        {
-            let from = base.wrapping_add(offset);
-            let Some(offset) = at.0.checked_sub(from).filter(|&offset| offset < unit) else { continue };
-            // Static variables come first in a unit of the first chunk.
-            let start = self.symbol("__per_cpu_start").filter(|start| base == first && start.0 >> 63 == 1);
-            let named = start.and_then(|start| self.symbolize(start.wrapping_add(offset)));
-            return Some(match named {
-                Some((name, offset)) => PerCpuPlace { cpu, name: Some(name.to_owned()), offset },
-                None => PerCpuPlace { cpu, name: None, offset },
-            });
-        }
-        None
-    }
-
-    /// Where each chunk of per-CPU memory begins.
-    fn per_cpu_chunks(&self) -> Option<Vec<u64>> {
-        // Since about v5.14 the lists have this name.
-        let lists =
-            ["pcpu_chunk_lists", "pcpu_slot"].iter().find_map(|name| self.read_u64(self.symbol(name)?))?;
-        let count = self.symbol("pcpu_nr_slots").and_then(|at| self.read_u32(at))?.min(64);
-        let mut bases = Vec::new();
-        for slot in 0..u64::from(count) {
-            for node in self.list(VirtAddr(lists).wrapping_add(slot * 16)).nodes {
-                let chunk =
-                    self.object("list_head", node).and_then(|node| node.container_of("pcpu_chunk", "list"));
-                bases.extend(chunk.and_then(|chunk| chunk.get("base_addr")));
-            }
-        }
-        Some(bases)
-    }
-}
-
-/// A place in the memory of one CPU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PerCpuPlace {
-    /// Whose.
-    pub cpu: CpuId,
-    /// The static variable.
-    pub name: Option<String>,
-    /// Offset into the variable, else into the CPU's unit.
-    pub offset: u64,
 }
 
 /// Functions that ask for stacks; freed ones are kept for the next task.

@@ -4,6 +4,7 @@
 //! radix tree before it, whose tags differ. Entries come back as they are stored: who asks knows whether they are
 //! pointers, tagged pointers or values. Source: `include/linux/xarray.h`, `lib/xarray.c`.
 
+use super::list::Reader;
 use super::{Kernel, ObjectError};
 use crate::addr::VirtAddr;
 use crate::bytes::{array_at, u64_at};
@@ -59,7 +60,7 @@ impl Kernel {
     /// All entries of the `struct xarray` (or `struct radix_tree_root`) at `root`.
     pub fn xarray(&self, root: VirtAddr) -> XarrayWalk {
         match Layout::of(self) {
-            Ok(layout) => layout.walk(&|at, buf| self.read(at, buf).stopped.is_none(), root),
+            Ok(layout) => layout.walk(&|at, buf| self.fill(at, buf), root),
             Err(error) => XarrayWalk { entries: Vec::new(), problem: Some(error.to_string()) },
         }
     }
@@ -68,12 +69,9 @@ impl Kernel {
     /// error says where the tree is broken.
     pub fn xarray_load(&self, root: VirtAddr, index: u64) -> Result<Option<u64>, String> {
         let layout = Layout::of(self).map_err(|error| error.to_string())?;
-        layout.load(&|at, buf| self.read(at, buf).stopped.is_none(), root, index)
+        layout.load(&|at, buf| self.fill(at, buf), root, index)
     }
 }
-
-/// Fills the buffer from memory at the address, or says that it could not.
-type Reader<'r> = &'r dyn Fn(VirtAddr, &mut [u8]) -> bool;
 
 /// Where this kernel's XArrays have what.
 #[derive(Clone, Copy, Debug)]
@@ -117,7 +115,7 @@ fn slot(word: u64) -> Slot {
 
 impl Layout {
     fn of(kernel: &Kernel) -> Result<Self, ObjectError> {
-        let types = kernel.type_table()?;
+        let types = kernel.image_types()?;
         let member = |container: &str, path: &str| {
             let id = types.composite(container).ok_or_else(|| ObjectError::NoType(container.into()))?;
             types
@@ -138,10 +136,9 @@ impl Layout {
     fn head(&self, read: Reader<'_>, root: VirtAddr) -> Result<u64, String> {
         let mut word = [0; 8];
         let at = root.wrapping_add(self.head);
-        if read(at, &mut word) {
-            Ok(u64::from_le_bytes(word))
-        } else {
-            Err(format!("xarray at {root}: 'xa_head' at {at} cannot be read"))
+        match read(at, &mut word) {
+            Ok(()) => Ok(u64::from_le_bytes(word)),
+            Err(why) => Err(format!("xarray at {root}: 'xa_head' cannot be read: {why}")),
         }
     }
 
@@ -149,9 +146,7 @@ impl Layout {
     fn node(&self, read: Reader<'_>, at: VirtAddr, below: Option<u32>) -> Result<Node, String> {
         let len = (self.slots + self.chunk * 8).max(self.shift + 1);
         let mut bytes = vec![0; len as usize];
-        if !read(at, &mut bytes) {
-            return Err(format!("xarray node at {at} cannot be read"));
-        }
+        read(at, &mut bytes).map_err(|why| format!("xarray node at {at} cannot be read: {why}"))?;
         let shift = array_at::<1>(&bytes, self.shift as usize).map_or(0, |[shift]| u32::from(shift));
         let bits = self.chunk.trailing_zeros();
         let fits = match below {
@@ -271,11 +266,24 @@ mod tests {
     }
 
     fn walk(image: &MemoryImage) -> XarrayWalk {
-        LAYOUT.walk(&|at, buf| image.read_phys(PhysAddr(at.0), buf).stopped.is_none(), VirtAddr(ROOT))
+        LAYOUT.walk(
+            &|at, buf| match image.read_phys(PhysAddr(at.0), buf).stopped {
+                None => Ok(()),
+                Some(why) => Err(why.to_string()),
+            },
+            VirtAddr(ROOT),
+        )
     }
 
     fn load(image: &MemoryImage, index: u64) -> Result<Option<u64>, String> {
-        LAYOUT.load(&|at, buf| image.read_phys(PhysAddr(at.0), buf).stopped.is_none(), VirtAddr(ROOT), index)
+        LAYOUT.load(
+            &|at, buf| match image.read_phys(PhysAddr(at.0), buf).stopped {
+                None => Ok(()),
+                Some(why) => Err(why.to_string()),
+            },
+            VirtAddr(ROOT),
+            index,
+        )
     }
 
     fn entry(index: u64, span: u64, entry: u64) -> Entry {

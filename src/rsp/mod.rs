@@ -7,7 +7,7 @@ mod encode;
 mod framer;
 mod hex;
 
-pub use encode::{escape, frame};
+pub use encode::{escape, escape_up_to, frame, frame_into};
 pub use framer::{Event, Framer};
 pub use hex::{decode, encode, parse_u64};
 

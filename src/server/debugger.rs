@@ -3,8 +3,8 @@
 //! Source: GDB manual, "Choosing Files" (`-iex`), "Types of Remote Connections".
 
 use super::listen::{Listen, Listener};
-use crate::gdb::Files;
 use crate::gdb::index::CacheCommand;
+use crate::gdb::{Files, Libraries, Settings, Show};
 use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
@@ -16,15 +16,22 @@ use std::sync::Arc;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// The kernel's commands for gdb. It stands in the binary, so that a copied kstub has it too.
+const SCRIPT: &str = include_str!("../../scripts/kstub.py");
+
 /// A gdb to be started.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Debugger {
     /// `gdb`, or the path of one.
     pub program: PathBuf,
+    /// The kernel's modules as files, if gdb is to have them.
+    pub libraries: Option<Libraries>,
     /// What gdb loads symbols from, if there is anything.
     pub vmlinux: Option<PathBuf>,
     /// How its index cache is turned on.
     pub index_cache: CacheCommand,
+    /// What are threads.
+    pub show: Show,
     /// What the user adds to gdb's command line: `-batch`, `-ex bt`, …
     pub args: Vec<OsString>,
 }
@@ -45,10 +52,18 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
     let private =
         tempfile::Builder::new().prefix("kstub-").tempdir().context("cannot make a private directory")?;
     let socket = private.path().join("gdb");
+    let script = private.path().join("kstub.py");
+    std::fs::write(&script, SCRIPT).context("cannot write the script for gdb")?;
     let listener = Listener::bind(&Listen::Unix(socket.clone())).await?;
     // gdb has the vmlinux on its command line; without one it would ask for it.
     let files = if debugger.vmlinux.is_some() { Files::none() } else { Files::local(None) };
-    let mut child = command(debugger, &socket).spawn().map_err(|error| cannot_start(debugger, error))?;
+    let files = match &debugger.libraries {
+        Some(libraries) => files.with_libraries(libraries.clone()),
+        None => files,
+    };
+    let settings = Settings { files, show: debugger.show };
+    let mut child =
+        command(debugger, &socket, &script).spawn().map_err(|error| cannot_start(debugger, error))?;
     tracing::info!("{} was started", debugger.program.display());
     tokio::select! {
         status = child.wait() => {
@@ -59,18 +74,24 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         // gdb then finds the connection closed; the directory is removed.
         _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
         _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
-        never = super::accept(&listener, &machine, &files) => match never {},
+        never = super::accept(&listener, &machine, &settings) => match never {},
     }
 }
 
-fn command(debugger: &Debugger, socket: &Path) -> Command {
+fn command(debugger: &Debugger, socket: &Path, script: &Path) -> Command {
     let mut command = Command::new(&debugger.program);
-    command.arg("-q");
+    // Files are here: gdb would ask us first.
+    command.args(["-q", "-iex", "set sysroot /"]);
     command.args(debugger.index_cache.on().into_iter().flat_map(|on| ["-iex".to_owned(), on]));
     command.args(&debugger.vmlinux);
+    // Only the vmlinux's index may come from the cache: gdb keeps a module's by build-id too, but with the addresses
+    // it was loaded at, which are others in the next dump.
+    command.args(debugger.index_cache.off().into_iter().flat_map(|off| ["-ex".to_owned(), off]));
     let mut connect = OsString::from("target remote ");
     connect.push(socket);
-    command.arg("-ex").arg(connect).args(&debugger.args);
+    let mut source = OsString::from("source ");
+    source.push(script);
+    command.arg("-ex").arg(connect).arg("-ex").arg(source).args(&debugger.args);
     command
 }
 

@@ -4,7 +4,7 @@
 //! blocks this loop and no other. (Measured: handing requests and replies between threads or async tasks
 //! doubles or triples the time of a small request, of which gdb makes thousands.)
 
-use crate::gdb::{Files, Flow, Front, MAX_REQUEST};
+use crate::gdb::{Flow, Front, MAX_REQUEST, Settings};
 use crate::kernel::Machine;
 use crate::rsp::Framer;
 use std::io::{self, ErrorKind, Read, Write};
@@ -30,15 +30,15 @@ impl Client {
 }
 
 /// Serves one client in the background until either side ends it.
-pub(super) fn start(machine: Arc<Machine>, files: Files, client: Client) {
+pub(super) fn start(machine: Arc<Machine>, settings: Settings, client: Client) {
     let work = move || {
         // A defect met by one client must not take the others' sessions along.
         let name = client.name();
         let _span = tracing::info_span!("session", client = name).entered();
         tracing::info!("a client came");
         let session = AssertUnwindSafe(|| match client {
-            Client::Tcp(stream) => converse(machine, files, &stream, &stream),
-            Client::Unix(stream) => converse(machine, files, &stream, &stream),
+            Client::Tcp(stream) => converse(machine, settings, &stream, &stream),
+            Client::Unix(stream) => converse(machine, settings, &stream, &stream),
         });
         match std::panic::catch_unwind(session) {
             Ok(Ok(end)) => tracing::info!("{end}"),
@@ -52,8 +52,8 @@ pub(super) fn start(machine: Arc<Machine>, files: Files, client: Client) {
 }
 
 /// The only session, on standard input and output, until it ends or the input does.
-pub(super) fn over_stdio(machine: Arc<Machine>, files: Files) -> anyhow::Result<()> {
-    match converse(machine, files, std::io::stdin().lock(), std::io::stdout().lock()) {
+pub(super) fn over_stdio(machine: Arc<Machine>, settings: Settings) -> anyhow::Result<()> {
+    match converse(machine, settings, std::io::stdin().lock(), std::io::stdout().lock()) {
         // The client ended the session by going away, which is no failure of ours.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         outcome => {
@@ -66,13 +66,14 @@ pub(super) fn over_stdio(machine: Arc<Machine>, files: Files) -> anyhow::Result<
 /// Answers everything that comes, until the client says goodbye or its input ends; says which of the two it was.
 fn converse(
     machine: Arc<Machine>,
-    files: Files,
+    settings: Settings,
     mut input: impl Read,
     mut output: impl Write,
 ) -> io::Result<&'static str> {
-    let mut front = Front::with_files(machine, files);
+    let mut front = Front::with(machine, settings);
     let mut framer = Framer::new(MAX_REQUEST);
     let mut chunk = vec![0; MAX_REQUEST];
+    let mut reply = Vec::new();
     loop {
         let n = match input.read(&mut chunk) {
             Ok(0) => return Ok("the client closed the connection"),
@@ -82,7 +83,8 @@ fn converse(
         };
         for event in framer.events(&chunk[..n]) {
             // One reply at a time: many small requests may ask for much memory each.
-            let mut reply = Vec::new();
+            reply.clear();
+            reply.shrink_to(MAX_REQUEST);
             let flow = front.handle(event, &mut reply);
             output.write_all(&reply)?;
             output.flush()?;

@@ -19,6 +19,7 @@ mod segments;
 mod stored;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use error::Error;
 pub use file::{DiskFile, FileRead, ReadAt, Stop};

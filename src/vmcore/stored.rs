@@ -4,13 +4,15 @@
 
 use super::file::Source;
 use super::segments::{Backing, SegmentMap};
+use super::window;
 use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::memory::{PageCache, ReadOutcome, Unreadable};
 use std::sync::Arc;
 
 /// Pieces of files by physical address; pages read in part are kept.
 pub(super) struct StoredMemory {
-    sources: Vec<Source>,
+    /// Each with its number for [`window`].
+    sources: Vec<(u64, Source)>,
     map: SegmentMap,
     cache: PageCache,
 }
@@ -24,6 +26,7 @@ impl Default for StoredMemory {
 impl StoredMemory {
     /// Puts together claims of `(start, end, backing)` on `sources`, keeping up to `cache_bytes` of pages.
     pub fn new(sources: Vec<Source>, claims: Vec<(PhysAddr, PhysAddr, Backing)>, cache_bytes: u64) -> Self {
+        let sources = sources.into_iter().map(|source| (window::new_id(), source)).collect();
         Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes, PAGE_SIZE) }
     }
 
@@ -85,10 +88,10 @@ impl StoredMemory {
                 return ReadOutcome::stopped(filled, here, Unreadable::NotRam);
             };
             let file = |number: u32| usize::try_from(number).ok().and_then(|n| self.sources.get(n));
-            let (source, offset) = match backing {
+            let ((id, source), offset) = match backing {
                 Backing::Absent => return ReadOutcome::stopped(filled, here, Unreadable::ZeroOrExcluded),
                 Backing::CutOff { file: number } => {
-                    let offset = file(number).map_or(0, Source::end);
+                    let offset = file(number).map_or(0, |(_, source)| source.end());
                     return ReadOutcome::stopped(filled, here, Unreadable::Truncated { offset });
                 }
                 Backing::File { file: number, offset } => match file(number) {
@@ -97,7 +100,7 @@ impl StoredMemory {
                 },
             };
             let n = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
-            let read = source.file.read_at(offset, &mut rest[..n]);
+            let read = window::read_at(*id, &*source.file, offset, &mut rest[..n]);
             filled += read.filled.min(n);
             if let Some(stop) = read.stopped {
                 return ReadOutcome::stopped(filled, at.wrapping_add(filled as u64), stop.into());

@@ -9,6 +9,7 @@ pub mod elf_file;
 pub mod flat_memory;
 pub mod flattened;
 pub mod gdb_session;
+pub mod kallsyms;
 pub mod kdump;
 pub mod lab;
 pub mod lime;

@@ -1,5 +1,6 @@
-//! x86-64: registers and page tables.
+//! x86-64: registers, page tables and machine code.
 
+pub mod disasm;
 pub mod entry;
 pub mod paging;
 pub mod regs;

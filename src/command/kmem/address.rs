@@ -6,8 +6,8 @@ use crate::command::args::{self, Address};
 use crate::command::{CommandError, Context, Output, page, printable};
 use crate::kernel::page::about::About;
 use crate::kernel::page::{Kind, PageMap};
+use crate::kernel::percpu::PerCpuOwner;
 use crate::kernel::slab::{Cache, Slab};
-use crate::kernel::vmalloc::PerCpuPlace;
 use crate::kernel::{Kernel, ObjectError};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -60,22 +60,22 @@ impl Found {
         if at.0 >> 63 == 0 {
             return Err(CommandError(format!("{at} is a user address; 'vtop -c PID {at}' follows it")));
         }
-        if let Some((name, offset)) = kernel.symbolize(at) {
+        if let Some(found) = kernel.symbolize(at) {
             self.add(
                 "symbol",
-                json!({ "name": name, "offset": offset }),
-                format!("symbol {name}+{offset:#x} of the kernel image"),
+                json!({ "name": found.name, "offset": found.offset, "module": found.module }),
+                format!("symbol {found}"),
             );
         }
-        if let Some(PerCpuPlace { cpu, name, offset }) = kernel.per_cpu_place(at) {
-            let cpu = cpu.0;
-            let place = name
-                .as_ref()
-                .map_or_else(|| format!("offset {offset:#x}"), |name| format!("{name}+{offset:#x}"));
+        if let Some(place) = kernel.per_cpu_reverse(at) {
+            let name = match place.owner {
+                PerCpuOwner::Variable { name, .. } | PerCpuOwner::Module(name) => Some(name),
+                PerCpuOwner::Allocated => None,
+            };
             self.add(
                 "percpu",
-                json!({ "cpu": cpu, "name": name, "offset": offset }),
-                format!("per-CPU memory of CPU {cpu}: {place}"),
+                json!({ "cpu": place.cpu.0, "name": name, "offset": place.offset }),
+                format!("per-CPU memory: {place}"),
             );
         }
         if map.is_vmalloc(at)
@@ -173,11 +173,7 @@ impl Found {
     fn tracks(&mut self, cache: &Cache<'_>, _slab: &Slab, object: VirtAddr) {
         let mut all = Vec::new();
         for track in cache.tracks(object) {
-            let symbol = cache
-                .cache
-                .kernel()
-                .symbolize(track.addr)
-                .map(|(name, offset)| format!("{name}+{offset:#x}"));
+            let symbol = cache.cache.kernel().symbolize(track.addr).map(|found| found.to_string());
             let by = symbol.unwrap_or_else(|| track.addr.to_string());
             let _ = writeln!(
                 self.text,

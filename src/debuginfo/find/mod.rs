@@ -4,6 +4,7 @@
 //! What a dump says of itself becomes part of a path only if it is a plain name. Source: the packages of Debian, Fedora
 //! and openSUSE; GDB manual, "Separate Debug Files".
 
+mod module;
 mod remember;
 mod walk;
 
@@ -12,6 +13,8 @@ use super::debuginfod::Debuginfod;
 use crate::bytes::printable;
 use std::path::{Path, PathBuf};
 use walk::{Bounds, Walk};
+
+pub use module::{ModuleFile, ModuleFiles};
 
 /// Where distributions put debug info.
 const SYSTEM: &str = "/usr/lib/debug";

@@ -2,7 +2,8 @@
 //!
 //! Source: the ELF specification (notes), `scripts/link-vmlinux.sh`.
 
-use super::super::vmlinux::{parse, to_hex};
+use super::super::sections::parse;
+use super::super::vmlinux::to_hex;
 use object::read::elf::FileHeader;
 use object::{Object, ReadCache, elf};
 use std::fs::File;

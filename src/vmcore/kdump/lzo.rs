@@ -120,13 +120,14 @@ impl Decoder<'_> {
         let end = self.filled.checked_add(len).filter(|&end| end <= self.page.len()).ok_or(PAGE_ENDS)?;
         let done = match distance {
             16.. => self.moves::<16>(from, len),
-            8.. => self.moves::<8>(from, len),
-            4.. => self.moves::<4>(from, len),
             1 if len > 8 => {
                 let byte = self.page.get(from).copied().unwrap_or(0);
                 self.page.get_mut(self.filled..end).unwrap_or_default().fill(byte);
                 len
             }
+            _ if len > 2 * MOVE => self.double(from, distance, len),
+            8.. => self.moves::<8>(from, len),
+            4.. => self.moves::<4>(from, len),
             _ => 0,
         };
         for i in done..len {
@@ -137,6 +138,19 @@ impl Decoder<'_> {
         }
         self.filled = end;
         Ok(())
+    }
+
+    /// Copies a short pattern by doubling what there is of it: a processor waits for short moves out of what was moved
+    /// just before. How many of `len`, which reach no further than the page.
+    fn double(&mut self, from: usize, distance: usize, len: usize) -> usize {
+        let Some(pattern) = self.page.get_mut(from..self.filled + len) else { return 0 };
+        let mut have = distance;
+        while have < pattern.len() {
+            let n = have.min(pattern.len() - have);
+            pattern.copy_within(..n, have);
+            have += n;
+        }
+        len
     }
 
     /// Copies by `N` bytes, at most as many as lie between source and target: how many of `len`, or a few more.

@@ -9,14 +9,12 @@ use super::part::{DESCRIPTOR_BLOCK, DESCRIPTORS_PER_BLOCK, Descriptor, PAGE, Par
 use crate::addr::{PAGE_SIZE, PhysAddr};
 use crate::memory::{PageCache, ReadOutcome, Unreadable};
 use crate::vmcore::file::Stop;
+use crate::vmcore::window::{Fetched, Window};
 use std::cell::RefCell;
 use std::sync::Arc;
 
 /// Bitmap chunks and blocks of descriptors that are kept: those of 1 GiB of guest fit.
 const INDEX_CACHE: u64 = 8 << 20;
-
-/// Read ahead when pages are asked for in the order of the file: some twenty pages for one pread.
-const AHEAD: usize = 64 << 10;
 
 /// What is kept per thread.
 struct Scratch {
@@ -27,46 +25,6 @@ struct Scratch {
 thread_local! {
     static SCRATCH: RefCell<Scratch> =
         RefCell::new(Scratch { decoder: Decoder::new(), window: Window::default() });
-}
-
-/// The part of a file that the thread read last, as it is there.
-#[derive(Default)]
-struct Window {
-    bytes: Vec<u8>,
-    /// [`Part::id`].
-    of: u64,
-    start: u64,
-    filled: usize,
-}
-
-/// What a read brought.
-struct Fetched<'a> {
-    /// As many bytes as there are.
-    raw: &'a [u8],
-    /// Why they are fewer than were asked for.
-    stopped: Option<Stop>,
-}
-
-impl Window {
-    /// The `len` bytes at `offset`.
-    fn fetch(&mut self, part: &Part, offset: u64, len: usize) -> Fetched<'_> {
-        let skip = offset.checked_sub(self.start).and_then(|skip| usize::try_from(skip).ok());
-        let skip = skip.filter(|skip| self.of == part.id && *skip <= self.filled);
-        if let Some(from) = skip
-            && let Some(to) = from.checked_add(len).filter(|to| *to <= self.filled)
-        {
-            let raw = self.bytes.get(from..to).unwrap_or_default();
-            return Fetched { raw, stopped: None };
-        }
-        // It starts where the last read ended.
-        let want = if skip.is_some() { len.max(AHEAD) } else { len };
-        self.bytes.resize(self.bytes.len().max(want), 0);
-        let read = part.source.file.read_at(offset, self.bytes.get_mut(..want).unwrap_or_default());
-        (self.of, self.start, self.filled) = (part.id, offset, read.filled);
-        let have = read.filled.min(len);
-        let raw = self.bytes.get(..have).unwrap_or_default();
-        Fetched { raw, stopped: read.stopped.filter(|_| have < len) }
-    }
 }
 
 /// A dumped page and how many dumped pages follow it directly.
@@ -147,7 +105,7 @@ impl Pages {
         // Nobody else has it yet.
         if let Some(bytes) = Arc::get_mut(&mut page) {
             SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
-                match window.fetch(part, descriptor.offset, descriptor.size as usize) {
+                match window.fetch(part.id, &*part.source.file, descriptor.offset, descriptor.size as usize) {
                     Fetched { stopped: Some(stop), .. } => Err(stop.into()),
                     Fetched { raw, .. } => part.decode(decoder, &descriptor, pfn, raw, bytes),
                 }
@@ -180,7 +138,7 @@ impl Pages {
             };
         }
         SCRATCH.with_borrow_mut(|Scratch { decoder, window }| {
-            let Fetched { raw, stopped } = window.fetch(part, batch.start, batch.len);
+            let Fetched { raw, stopped } = window.fetch(part.id, &*part.source.file, batch.start, batch.len);
             let mut filled = 0;
             for (index, descriptor) in batch.descriptors.iter().enumerate() {
                 let Some(page) = out.get_mut(filled..filled + PAGE) else { break };

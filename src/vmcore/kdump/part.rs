@@ -11,6 +11,7 @@ use crate::bytes::{u32_at, u64_at};
 use crate::memory::{PageCache, Unreadable};
 use crate::vmcore::error::Error;
 use crate::vmcore::file::Source;
+use crate::vmcore::window;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,8 +30,6 @@ const BLOCK: u64 = 1 << 63;
 const PART_SHIFT: u32 = 40;
 /// The shared page of zeros has not been seen yet.
 pub(super) const UNKNOWN: u64 = u64::MAX;
-
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// `struct page_desc`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +103,7 @@ impl Part {
             data: descriptors.saturating_add(room),
             incomplete: header.status & flags::INCOMPLETE != 0,
             number: number as u64,
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            id: window::new_id(),
             zero_page: AtomicU64::new(UNKNOWN),
             source,
         })

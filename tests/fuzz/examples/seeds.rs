@@ -15,7 +15,7 @@ use support::kdump::{Codec, Kdump, STATUS_INCOMPLETE, Slot};
 use support::notes::{self, CpuValues};
 use support::page_tables::{KERNEL, PageTables, Size};
 use support::tiny_kernel::{InRam, TinyKernel};
-use support::{FlatMemory, Rng, lime};
+use support::{FlatMemory, Rng, kallsyms, lime};
 
 const INFO: &str = "OSRELEASE=6.1.0-fuzz-amd64\nPAGESIZE=4096\nSYMBOL(_stext)=ffffffff81000000\n\
                     NUMBER(phys_base)=-16777216\nOFFSET(list_head.next)=0\nSIZE(page)=64\nKERNELOFFSET=1000000\n\
@@ -384,6 +384,16 @@ fn main() {
     seed("notes", "qemu", &qemu_notes());
     let sizes = [notes::note_with_sizes("CORE", 5, 5000, 1, b"cut"), kernel_notes(1)].concat();
     seed("notes", "damaged", &sizes);
+    for (form, name) in
+        kallsyms::FORMS.iter().zip(["old", "per-cpu", "relative", "later", "later-relative", "place"])
+    {
+        let (image, places) = kallsyms::write(
+            *form,
+            &kallsyms::symbols(name != "relative" && name != "later-relative" && name != "place"),
+        );
+        let told = places.map(|place| u16::try_from(place).expect("a small image").to_le_bytes());
+        seed("kallsyms", name, &[&told.concat()[..], &image].concat());
+    }
     seed("vmcoreinfo", "small", INFO.as_bytes());
     seed("vmcoreinfo", "kernel", TinyKernel::default().vmcoreinfo().as_bytes());
     seed(

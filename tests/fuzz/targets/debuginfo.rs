@@ -28,6 +28,10 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         for path in PATHS {
             assert_eq!(info.member(name, path), info.member(name, path));
         }
+        let _ = info.variable_type(name).map(|spelled| info.types().parse(&spelled));
+        if let Some(symbol) = info.symbol(name) {
+            let _ = (info.locate(symbol.addr), info.declared(symbol.addr));
+        }
     }
     let first = info.first_load().unwrap_or(0);
     assert!(info.bytes_at(first, 16).is_none_or(|bytes| bytes.len() == 16));

@@ -1,11 +1,10 @@
-//! The tables written by hand, in every form that kernels have had, and damaged.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
-
-use super::*;
+//! Writes kallsyms tables in every form that kernels have had.
+//!
+//! Source: Linux `scripts/kallsyms.c` (`write_src`) of v4.4, v5.10, v6.1, v6.12 and v7.0.
 
 /// How a kernel writes its tables.
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Form {
+pub enum Form {
     /// Addresses, number, names, markers of 8 bytes, tokens.
     Old,
     /// The same with offsets, base and markers of 4 bytes; per-CPU variables absolute or not.
@@ -16,7 +15,7 @@ enum Form {
     Place,
 }
 
-const FORMS: [Form; 6] = [
+pub const FORMS: [Form; 6] = [
     Form::Old,
     Form::Relative { per_cpu: true },
     Form::Relative { per_cpu: false },
@@ -26,12 +25,12 @@ const FORMS: [Form; 6] = [
 ];
 
 /// Where the image begins.
-const BASE: u64 = 0xffff_ffff_9ac0_0000;
+pub const BASE: u64 = 0xffff_ffff_9ac0_0000;
 /// Where the lowest symbol of the image is.
-const TEXT: u64 = BASE + 0x1000;
+pub const TEXT: u64 = BASE + 0x1000;
 
 /// 700 symbols: letter, name, address. Some addresses are shared, one name needs a length of two bytes.
-fn symbols(per_cpu: bool) -> Vec<(char, String, u64)> {
+pub fn symbols(per_cpu: bool) -> Vec<(char, String, u64)> {
     let mut all = Vec::new();
     if per_cpu {
         all.extend([('A', "__per_cpu_start".to_owned(), 0), ('A', "gdt_page".to_owned(), 0xb000)]);
@@ -80,8 +79,8 @@ fn compress(text: &str) -> Vec<u8> {
     text.chars().map(|c| u8::try_from(u32::from(c)).unwrap()).collect()
 }
 
-/// The image, and where the tables were put.
-fn write(form: Form, symbols: &[(char, String, u64)]) -> (Vec<u8>, Layout) {
+/// The image, and where in it are: the number of symbols, the names, the table and the index of tokens.
+pub fn write(form: Form, symbols: &[(char, String, u64)]) -> (Vec<u8>, [usize; 4]) {
     let mut w = Writer(b"Linux version 6.1.0 is in front of it\n\0".to_vec(), 8);
     // Things that look a little like an index of tokens.
     w.u64s([0, 0x0003_0002_0001_0000, 0x0001_0000_0001_0000, 5]);
@@ -149,72 +148,5 @@ fn write(form: Form, symbols: &[(char, String, u64)]) -> (Vec<u8>, Layout) {
     }
     w.align();
     w.0.extend([0xee; 64]);
-    (w.0, Layout { num_syms, names, token_table, token_index })
-}
-
-#[test]
-fn every_form_is_found_and_read() {
-    for form in FORMS {
-        let per_cpu =
-            matches!(form, Form::Old | Form::Relative { per_cpu: true } | Form::Later { per_cpu: true });
-        let symbols = symbols(per_cpu);
-        let (image, layout) = write(form, &symbols);
-        assert_eq!(Layout::find(&image), Some(layout), "{form:?}");
-        let names = Names::expand(&image, &layout).unwrap();
-        let wanted: Vec<u64> = symbols.iter().map(|s| s.2).collect();
-        let candidates = layout.candidates(&image, BASE);
-        let fitting: Vec<_> =
-            candidates.iter().filter(|c| c.decode(&image, names.len()) == Ok(wanted.clone())).collect();
-        assert_eq!(fitting.len(), 1, "{form:?}: {fitting:x?}");
-        let stext = names.position("_stext").unwrap();
-        assert_eq!(
-            (symbols[stext].1.as_str(), names.position("_stex"), names.position("stext")),
-            ("_stext", None, None)
-        );
-        let table = names.at_addresses(&wanted);
-        let ours: Vec<_> = table.iter().map(|s| (s.letter, s.name.to_owned(), s.addr)).collect();
-        assert_eq!(ours, symbols, "{form:?}");
-        assert_eq!(table.lookup("sys_call_8").map(|s| s.size), Some(0x40));
-        // Of several at one address the first is named, as in the kernel's own messages.
-        assert_eq!(table.at(TEXT + 8).map(|(s, o)| (s.name, o)), Some(("_stext", 8)));
-        // Nothing reaches from the per-CPU section into the image, and nothing past the last symbol.
-        assert_eq!(table.lookup("gdt_page").map(|s| s.size), per_cpu.then_some(0));
-        assert_eq!(table.lookup("sys_call_699").map(|s| s.size), Some(0));
-    }
-}
-
-#[test]
-fn what_is_damaged_is_an_error_or_nothing_never_a_panic() {
-    let symbols = symbols(true);
-    let (image, layout) = write(Form::Later { per_cpu: true }, &symbols);
-    let read = |image: &[u8]| {
-        for layout in Layout::find(image).into_iter().chain([layout]) {
-            for candidate in layout.candidates(image, BASE) {
-                let _ = candidate.decode(image, symbols.len());
-                let _ = candidate.decode(image, usize::MAX);
-            }
-        }
-        Names::expand(image, &layout)
-    };
-    for cut in (0..image.len()).step_by(7) {
-        let _ = read(&image[..cut]);
-    }
-    for at in (0..image.len()).step_by(3) {
-        for bit in [0, 4, 7] {
-            let mut bad = image.clone();
-            bad[at] ^= 1 << bit;
-            let _ = read(&bad);
-        }
-    }
-    // Numbers of symbols that no kernel has.
-    for count in [0, u32::MAX] {
-        let mut bad = image.clone();
-        bad[layout.num_syms..layout.num_syms + 4].copy_from_slice(&count.to_le_bytes());
-        assert_eq!(read(&bad).err(), Some(Error::Count(count as usize)));
-    }
-    // A name that is cut short: the number is one too many, and the markers follow.
-    let mut bad = image.clone();
-    bad[layout.names] = 0;
-    assert!(matches!(read(&bad), Err(Error::Name { index: 0, .. })));
-    assert_eq!(Layout::find(&bad), None, "names that end nowhere must not be found");
+    (w.0, [num_syms, names, token_table, token_index])
 }

@@ -1,0 +1,253 @@
+"""The kernel's commands inside gdb, for a gdb that is connected to kstub.
+
+`kstub gdb` loads this file; by hand: `source kstub.py` behind `target remote`. Needs gdb 13 or newer with Python.
+
+Every command of kstub becomes a command of gdb: `ps`, `log`, `page $rdi`, `struct task_struct p`. Unlike
+`monitor page $rdi`, which gdb sends as typed, arguments are evaluated in the selected frame first, and the
+CPU is that of the selected thread, `thread apply all` included. A name that gdb itself has stays gdb's; kstub's is
+then behind the prefix: `kstub list`, `kstub p`.
+
+Functions:  $percpu(&VAR, CPU)   $page(ADDR)   $task(PID)
+Python:     import kstub; kstub.run("ps"), kstub.read_many([(addr, len)]), kstub.tasks(), kstub.modules(),
+            kstub.pages([addr, ...]), kstub.objects("struct page", [addr, ...])
+"""
+
+import json
+import re
+import sys
+import types
+
+import gdb
+
+# What gdb's own users type every day stays gdb's, abbreviations included.
+GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "whatis", "x"}
+# The whole line is one expression for these, once options are off.
+ONE_EXPRESSION = {"page", "why"}
+OPTIONS_WITH_VALUE = {"-c", "-n"}
+# Bytes that one packet may ask for and bring.
+REQUEST_MAX, READ_MAX = 32 * 1024, 2 << 20
+U64 = (1 << 64) - 1
+
+
+def send(packet):
+    """kstub's answer to one packet of its own."""
+    connection = gdb.selected_inferior().connection
+    if not isinstance(connection, gdb.RemoteTargetConnection):
+        raise gdb.GdbError("not connected to kstub; use 'target remote' first")
+    answer = connection.send_packet(packet)
+    if not answer:
+        raise gdb.GdbError("the remote side is not kstub")
+    if re.fullmatch(rb"E[0-9a-f]{2}", answer):
+        raise gdb.GdbError("kstub refused the request: errno %d" % int(answer[1:], 16))
+    return answer
+
+
+def thread_id(cpu):
+    """The thread that a command is for: a CPU's, else the selected one."""
+    if cpu is not None:
+        return "%x" % (int(cpu) + 1)
+    thread = gdb.selected_thread()
+    return "" if thread is None else "%x" % thread.ptid[1]
+
+
+def ask(kind, line, cpu):
+    """Runs a command for a CPU, or the selected thread; its text or its JSON."""
+    request = "qkstub.%s:%s:%s" % (kind, thread_id(cpu), line.encode().hex())
+    return bytes.fromhex(send(request).decode()).decode("utf-8", "replace")
+
+
+def run(line, cpu=None):
+    """What a command answers, as Python values: `run("ps")["tasks"][0]["pid"]`."""
+    answer = json.loads(ask("run", line, cpu))
+    if "error" in answer:
+        raise gdb.GdbError(answer["error"])
+    return answer["result"]
+
+
+def read_many(pieces):
+    """The bytes of many pieces of memory `(address, length)`, in a few packets; shorter where it cannot be read."""
+    found, batch, asked, wanted = [], [], 0, 0
+
+    def flush():
+        if batch:
+            answer = send(b"qkstub.read:" + b";".join(batch))
+            found.extend(bytes.fromhex(field.decode()) for field in answer.split(b";"))
+        batch.clear()
+
+    for address, length in pieces:
+        if length > READ_MAX:
+            raise ValueError("a piece of more than %d bytes; ask for smaller ones" % READ_MAX)
+        text = b"%x,%x" % (address & U64, length)
+        if asked + len(text) > REQUEST_MAX or wanted + length > READ_MAX:
+            flush()
+            asked = wanted = 0
+        batch.append(text)
+        asked += len(text) + 1
+        wanted += length
+    flush()
+    return found
+
+
+def objects(type_name, addresses):
+    """`(address, value)` for each address whose memory can be read; values are complete, nothing is read later."""
+    kind = gdb.lookup_type(type_name)
+    addresses = [int(address) & U64 for address in addresses]
+    for address, data in zip(addresses, read_many((address, kind.sizeof) for address in addresses)):
+        if len(data) == kind.sizeof:
+            yield address, gdb.Value(data, kind)
+
+
+def tasks():
+    """Every task: `(address, struct task_struct)`."""
+    return objects("struct task_struct", (int(task["task"], 16) for task in run("ps")["tasks"]))
+
+
+def modules():
+    """Every loaded module: `(address, struct module)`."""
+    return objects("struct module", (int(module["module"], 16) for module in run("mod")["modules"]))
+
+
+def pages(addresses):
+    """`(address of the struct page, struct page)` of each address: virtual, or of a struct page."""
+    found = (run("page %#x" % (int(address) & U64)) for address in addresses)
+    return objects("struct page", (int(page["page"], 16) for page in found))
+
+
+def address_of(value):
+    """The number that an expression stands for, as kstub should hear it."""
+    value = value.referenced_value() if value.type.code == gdb.TYPE_CODE_REF else value
+    code = value.type.strip_typedefs().code
+    if code in (gdb.TYPE_CODE_STRUCT, gdb.TYPE_CODE_UNION, gdb.TYPE_CODE_ARRAY, gdb.TYPE_CODE_FUNC):
+        value = value.address
+    return int(value) & U64
+
+
+def evaluated(text):
+    """An expression's value in the selected frame, in hex; the text itself where it means nothing to gdb."""
+    try:
+        return "%#x" % address_of(gdb.parse_and_eval(text))
+    except (gdb.error, TypeError, ValueError):
+        return text
+
+
+def prepare(command, argument):
+    """The command line to send: what the selected frame knows is put in."""
+    words = gdb.string_to_argv(argument)
+    if command in ONE_EXPRESSION:
+        options = []
+        while words and words[0].startswith("-"):
+            options.append(words.pop(0))
+            if options[-1] in OPTIONS_WITH_VALUE and words:
+                options.append(words.pop(0))
+        rest = " ".join(words)
+        # kstub's own spellings (pfn:12, phys:1000) and plain numbers, which are hexadecimal, go as they are.
+        plain = not rest or re.fullmatch(r"[a-z]+:\S+|(0x)?[0-9a-fA-F]+", rest)
+        return " ".join([command, *options, rest if plain else evaluated(rest)])
+    # Elsewhere only what cannot be a name or an option: registers, dereferences, addresses of locals.
+    is_expression = re.compile(r"\$\w|->|^&|^\(|^\*\(")
+    return " ".join([command] + [evaluated(word) if is_expression.search(word) else word for word in words])
+
+
+class KernelCommand(gdb.Command):
+    """A command of kstub's, in gdb."""
+
+    def __init__(self, name, shown, summary):
+        self.__doc__ = summary
+        self.name = name
+        super().__init__(shown, gdb.COMMAND_DATA)
+
+    def invoke(self, argument, from_tty):
+        gdb.write(ask("text", prepare(self.name, argument), None))
+
+
+class Prefix(gdb.Command):
+    """Commands of kstub's, by their own names: kstub COMMAND [ARGUMENTS]. 'kstub help' lists them."""
+
+    def __init__(self):
+        super().__init__("kstub", gdb.COMMAND_DATA, prefix=True)
+
+    def invoke(self, argument, from_tty):
+        name, _, rest = (argument or "help").partition(" ")
+        gdb.write(ask("text", prepare(name, rest), None))
+
+
+class PerCpu(gdb.Function):
+    """$percpu(&VAR, CPU): address of the CPU's own copy of a per-CPU variable of the kernel image."""
+
+    def __init__(self):
+        super().__init__("percpu")
+
+    def invoke(self, pointer, cpu):
+        start = int(gdb.parse_and_eval("&__per_cpu_start")) & U64
+        for one in run("info")["cpus"]:
+            if one["cpu"] == int(cpu):
+                if one["per_cpu_base"] is None:
+                    raise gdb.GdbError("where CPU %d has its per-CPU data is not known" % int(cpu))
+                address = ((int(pointer) & U64) - start + int(one["per_cpu_base"], 16)) & U64
+                return gdb.Value(address).cast(pointer.type)
+        raise gdb.GdbError("there is no CPU %d" % int(cpu))
+
+
+class Page(gdb.Function):
+    """$page(ADDR): the struct page of an address."""
+
+    def __init__(self):
+        super().__init__("page")
+
+    def invoke(self, address):
+        found = int(run("page %#x" % address_of(address))["page"], 16)
+        return gdb.Value(found).cast(gdb.lookup_type("struct page").pointer())
+
+
+class Task(gdb.Function):
+    """$task(PID): the struct task_struct of a pid."""
+
+    def __init__(self):
+        super().__init__("task")
+
+    def invoke(self, pid):
+        found = run("ps %d" % int(pid))["tasks"]
+        if not found:
+            raise gdb.GdbError("there is no task with pid %d" % int(pid))
+        return gdb.Value(int(found[0]["task"], 16)).cast(gdb.lookup_type("struct task_struct").pointer())
+
+
+def has_command(name):
+    """Whether gdb has a command of exactly this name."""
+    return name in gdb.execute("complete " + name, to_string=True).split("\n")
+
+
+def register():
+    """Makes the commands; False where there is no kstub to ask for them yet."""
+    try:
+        known = run("help")
+    except gdb.error:
+        return False
+    for command in known:
+        name = command["name"]
+        summary = "%s.\n\n%s %s\n\n%s" % (command["summary"], name, command["arguments"], command["help"])
+        KernelCommand(name, "kstub " + name, summary)
+        # gdb's `task` is about Ada programs.
+        if name == "task" or name not in GDBS_OWN and not has_command(name):
+            KernelCommand(name, name, summary)
+    return True
+
+
+def register_later():
+    """Before a prompt: the first one that finds a connection."""
+    if register():
+        gdb.events.before_prompt.disconnect(register_later)
+
+
+def expose():
+    """Lets users write `import kstub`."""
+    module = types.ModuleType("kstub", __doc__)
+    for function in (run, read_many, objects, tasks, modules, pages):
+        setattr(module, function.__name__, function)
+    sys.modules["kstub"] = module
+
+
+expose()
+Prefix(), PerCpu(), Page(), Task()
+if not register():
+    gdb.events.before_prompt.connect(register_later)

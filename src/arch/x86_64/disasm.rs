@@ -1,0 +1,178 @@
+//! Machine code as text, in the syntax of objdump and gdb, with what each instruction refers to.
+//!
+//! The only place that names the disassembler. Knows no symbol: addresses come back as numbers. Source: Intel SDM
+//! vol. 2; the syntax is that of the GNU assembler's manual, "80386 Dependent Features".
+
+use iced_x86::{
+    Decoder, DecoderOptions, Formatter, GasFormatter, Instruction as Iced, IntelFormatter, OpKind, Register,
+};
+
+/// Longest instruction.
+pub const LEN_MAX: u64 = 15;
+
+/// How operands are written.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum Syntax {
+    /// `mov %rsp,%rbp`: gdb's default.
+    #[default]
+    Att,
+    /// `mov rbp,rsp`
+    Intel,
+}
+
+/// What an instruction's operands refer to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reference {
+    /// It jumps or calls there.
+    Branch(u64),
+    /// It reads, writes or takes the address of memory there: relative to rip, or the base of a table.
+    Memory(u64),
+    /// The offset from the gs base of what it reads or writes: in the kernel, a per-CPU variable.
+    Gs(u64),
+    /// It has this number in it.
+    Immediate(u64),
+}
+
+/// One instruction.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Instruction {
+    /// Where it is.
+    pub at: u64,
+    /// Its bytes: at least one.
+    pub bytes: Vec<u8>,
+    /// Mnemonic and operands; `(bad)` for what is no instruction.
+    pub text: String,
+    /// What it refers to, if its operands tell.
+    pub refers_to: Option<Reference>,
+}
+
+/// The instructions in `code`, which is at `at`; one that is cut off at the end is left out.
+pub fn decode(code: &[u8], at: u64, syntax: Syntax) -> Vec<Instruction> {
+    let mut formatter: Box<dyn Formatter> = match syntax {
+        Syntax::Att => Box::new(GasFormatter::new()),
+        Syntax::Intel => Box::new(IntelFormatter::new()),
+    };
+    let options = formatter.options_mut();
+    options.set_uppercase_hex(false);
+    options.set_hex_prefix("0x");
+    options.set_hex_suffix("");
+    options.set_small_hex_numbers_in_decimal(false);
+    options.set_branch_leading_zeros(false);
+    options.set_leading_zeros(false);
+    options.set_rip_relative_addresses(true);
+    options.set_always_show_scale(true);
+    options.set_space_after_operand_separator(false);
+    options.set_first_operand_char_index(7);
+    let mut decoder = Decoder::with_ip(64, code, at, DecoderOptions::NONE);
+    let mut instructions = Vec::new();
+    let mut iced = Iced::default();
+    while decoder.can_decode() {
+        let start = decoder.position();
+        decoder.decode_out(&mut iced);
+        let bytes = code.get(start..decoder.position()).unwrap_or_default().to_vec();
+        if iced.is_invalid() {
+            // Cut off, or none at all: which, the longest length tells.
+            if ((code.len() - start) as u64) < LEN_MAX {
+                break;
+            }
+            instructions.push(Instruction { at: iced.ip(), bytes, text: "(bad)".into(), refers_to: None });
+            continue;
+        }
+        let mut text = String::new();
+        formatter.format(&iced, &mut text);
+        // With the scale always shown, as objdump has it, there is a comma where nothing is to be scaled.
+        let mut text = text.replace(",)", ")");
+        if syntax == Syntax::Att {
+            name_segments(&iced, &mut text);
+        }
+        instructions.push(Instruction { at: iced.ip(), bytes, text, refers_to: reference(&iced) });
+    }
+    instructions
+}
+
+/// String instructions are shown with the segments that they use, as objdump does.
+fn name_segments(iced: &Iced, text: &mut String) {
+    for operand in 0..iced.op_count() {
+        let (place, named) = match iced.op_kind(operand) {
+            OpKind::MemoryESRDI => ("(%rdi)", "%es:(%rdi)"),
+            OpKind::MemorySegRSI if iced.segment_prefix() == Register::None => ("(%rsi)", "%ds:(%rsi)"),
+            _ => continue,
+        };
+        *text = text.replace(place, named);
+    }
+}
+
+fn reference(iced: &Iced) -> Option<Reference> {
+    for operand in 0..iced.op_count() {
+        match iced.op_kind(operand) {
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
+                return Some(Reference::Branch(iced.near_branch_target()));
+            }
+            OpKind::Memory => {
+                let relative = iced.is_ip_rel_memory_operand();
+                let address = match (relative, iced.memory_base()) {
+                    (true, _) => iced.ip_rel_memory_address(),
+                    (false, Register::None) => iced.memory_displacement64(),
+                    (false, _) => continue,
+                };
+                return match iced.memory_segment() {
+                    Register::GS => Some(Reference::Gs(address)),
+                    Register::FS => None,
+                    _ => Some(Reference::Memory(address)),
+                };
+            }
+            OpKind::Immediate32to64 | OpKind::Immediate64 => {
+                return Some(Reference::Immediate(iced.immediate(operand)));
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Expected text is objdump's.
+    #[test]
+    fn as_objdump_has_it() {
+        let cases: &[(&[u8], &str, Option<Reference>)] = &[
+            (&[0x55], "push   %rbp", None),
+            (&[0x48, 0x89, 0xe5], "mov    %rsp,%rbp", None),
+            (&[0xe8, 0x10, 0, 0, 0], "call   0x1015", Some(Reference::Branch(0x1015))),
+            (&[0xeb, 0xfe], "jmp    0x1000", Some(Reference::Branch(0x1000))),
+            (&[0x48, 0x8b, 0x05, 0xf9, 0, 0, 0], "mov    0xf9(%rip),%rax", Some(Reference::Memory(0x1100))),
+            (
+                &[0x65, 0x48, 0x8b, 0x04, 0x25, 0xc0, 0xfb, 1, 0],
+                "mov    %gs:0x1fbc0,%rax",
+                Some(Reference::Gs(0x1fbc0)),
+            ),
+            (&[0x48, 0x8b, 0x45, 0xf8], "mov    -0x8(%rbp),%rax", None),
+            (&[0x0f, 0x1f, 0x44, 0, 0], "nopl   (%rax,%rax,1)", None),
+            (
+                &[0x48, 0xc7, 0xc7, 0, 0, 0, 0x82],
+                "mov    $0xffffffff82000000,%rdi",
+                Some(Reference::Immediate(0xffff_ffff_8200_0000)),
+            ),
+            (&[0xf3, 0x48, 0xab], "rep stos %rax,%es:(%rdi)", None),
+            (&[0xa4], "movsb  %ds:(%rsi),%es:(%rdi)", None),
+            (&[0xc3], "ret", None),
+            (&[0xcc], "int3", None),
+        ];
+        for (code, text, refers_to) in cases {
+            let decoded = decode(code, 0x1000, Syntax::Att);
+            assert_eq!((decoded[0].text.as_str(), decoded[0].refers_to), (*text, *refers_to));
+        }
+        assert_eq!(decode(&[0x48, 0x89, 0xe5], 0, Syntax::Intel)[0].text, "mov    rbp,rsp");
+    }
+
+    #[test]
+    fn what_is_cut_off_is_left_out_and_what_is_none_is_said() {
+        assert_eq!(decode(&[0x55, 0xe8, 0x10], 0, Syntax::Att).len(), 1);
+        let bad = decode(&[0x06; 20], 0, Syntax::Att);
+        assert_eq!(bad[0].text, "(bad)");
+        assert!(decode(&[], 0, Syntax::Att).is_empty());
+    }
+}

@@ -1,0 +1,142 @@
+//! Finding the files of loaded modules: by build-id where distributions put debug files, by name below the
+//! directories of the release; a file with another build-id is another module.
+//!
+//! Compressed files (`.ko.xz`, `.ko.zst`) are passed over: gdb cannot read them either.
+//! Source: the packages of Debian and Fedora; `Documentation/kbuild/kbuild.rst` (INSTALL_MOD_PATH).
+
+use super::super::sections::parse;
+use super::super::vmlinux::to_hex;
+use super::{Places, SYSTEM, is_hex, is_plain_name};
+use object::read::elf::{FileHeader, SectionHeader};
+use object::{Object, ObjectSection, ReadCache, elf};
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Names in directories looked at; a distribution's modules are some 5000 files.
+const ENTRIES_MAX: usize = 200_000;
+const DEPTH_MAX: u32 = 12;
+/// Bytes of an `Elf64_Shdr`, and where in it `sh_addr` is.
+const SECTION_HEADER: u64 = 64;
+const SH_ADDR: u64 = 16;
+
+/// The files there are for the modules of one release, by the modules' names.
+#[derive(Default)]
+pub struct ModuleFiles {
+    by_name: HashMap<String, Vec<PathBuf>>,
+    build_id_roots: Vec<PathBuf>,
+}
+
+/// A module's file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Names and sizes of the sections that are loaded, in the order of the file.
+    pub sections: Vec<(String, u64)>,
+    /// Length of the file in bytes.
+    pub len: u64,
+    /// Where in the file the addresses stand that are not 0 as a module's should be.
+    addresses: Vec<u64>,
+}
+
+impl ModuleFile {
+    /// Whether all its sections are at 0. In some kernels (6.12) the linker leaves one elsewhere, and then gdb
+    /// takes nothing in the file for relocatable: variables come out at wrong addresses.
+    pub fn is_relocatable(&self) -> bool {
+        self.addresses.is_empty()
+    }
+
+    /// Writes the file with all sections at 0 to `path`.
+    pub fn write_relocatable(&self, path: &Path) -> std::io::Result<()> {
+        std::fs::copy(&self.path, path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        let file = File::options().write(true).open(path)?;
+        self.addresses.iter().try_for_each(|&at| file.write_all_at(&[0; 8], at))
+    }
+}
+
+impl ModuleFiles {
+    /// Looks for files for the modules of `release`, also near its `vmlinux`.
+    pub fn search(release: &str, places: &Places, vmlinux: Option<&Path>) -> Self {
+        let mut files = Self::default();
+        // Best first: debug files, then what is beside the vmlinux, then what the kernel itself loads.
+        let mut roots: Vec<PathBuf> = places.debug_dirs.clone();
+        roots.push(SYSTEM.into());
+        files.build_id_roots.clone_from(&roots);
+        let real = vmlinux.and_then(|path| path.canonicalize().ok());
+        roots.extend(real.as_deref().and_then(Path::parent).map(Path::to_owned));
+        roots.extend(places.beside.clone());
+        roots.push("/".into());
+        let mut left = ENTRIES_MAX;
+        if is_plain_name(release) {
+            for root in &roots {
+                for below in ["lib/modules", "usr/lib/modules"] {
+                    files.collect(&root.join(below).join(release), 0, &mut left);
+                }
+            }
+        }
+        // A file with debug info goes before one that has none.
+        for paths in files.by_name.values_mut() {
+            paths.sort_by_key(|path| path.extension().is_none_or(|end| end != "debug"));
+        }
+        files
+    }
+
+    fn collect(&mut self, directory: &Path, depth: u32, left: &mut usize) {
+        let Ok(entries) = std::fs::read_dir(directory) else { return };
+        for entry in entries.flatten() {
+            let Some(fewer) = left.checked_sub(1) else { return };
+            *left = fewer;
+            let path = entry.path();
+            // Links lead to the source and in circles.
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() && depth < DEPTH_MAX => self.collect(&path, depth + 1, left),
+                Ok(kind) if !kind.is_dir() => {
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    let Some(name) = name.strip_suffix(".ko").or(name.strip_suffix(".ko.debug")) else {
+                        continue;
+                    };
+                    self.by_name.entry(normal(name)).or_default().push(path);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The file of the module `name` with this build-id.
+    pub fn file(&self, name: &str, build_id: &str) -> Option<ModuleFile> {
+        let (dir, rest) = build_id.split_at_checked(2).filter(|_| is_hex(build_id))?;
+        let by_id = self.build_id_roots.iter().map(|root| root.join(format!(".build-id/{dir}/{rest}.debug")));
+        let by_name = self.by_name.get(&normal(name)).into_iter().flatten().cloned();
+        by_id.chain(by_name).find_map(|path| read(path, build_id))
+    }
+}
+
+/// `dm-mod.ko` holds `dm_mod`.
+fn normal(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+/// The loaded sections of the file, if it is the module with this build-id.
+fn read(path: PathBuf, build_id: &str) -> Option<ModuleFile> {
+    let cache = ReadCache::new(File::open(&path).ok()?);
+    let elf = parse(&path, &cache).ok()?;
+    if elf.build_id().ok().flatten().map(to_hex).as_deref() != Some(build_id) {
+        return None;
+    }
+    let endian = elf.endian();
+    let (mut sections, mut addresses) = (Vec::new(), Vec::new());
+    let headers = elf.elf_header().e_shoff(endian);
+    for section in elf.sections() {
+        if section.address() != 0 {
+            addresses.push(headers.checked_add(section.index().0 as u64 * SECTION_HEADER + SH_ADDR)?);
+        }
+        if section.elf_section_header().sh_flags(endian).contains(elf::SHF_ALLOC) {
+            sections.push((section.name().ok()?.to_owned(), section.size()));
+        }
+    }
+    let len = path.metadata().ok()?.len();
+    Some(ModuleFile { path, sections, len, addresses })
+}

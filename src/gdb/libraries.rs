@@ -1,0 +1,220 @@
+//! Modules as gdb's shared libraries: a file for each, and where its sections are.
+//!
+//! A module's own file if one has its build-id, else one made of the names in the kernel's memory; the same for the
+//! kernel image where there is no vmlinux. Made when a client first asks.
+//! Source: GDB manual, "Library List Format"; gdb `solib-target.c` (one address for each section that is loaded,
+//! empty ones too, in the order of the file); `Documentation/arch/x86/x86_64/mm.rst` (the hole at the top).
+
+use super::threads::xml_escape;
+use crate::addr::VirtAddr;
+use crate::debuginfo::find::{ModuleFile, ModuleFiles, Places};
+use crate::debuginfo::{Contents, synth};
+use crate::kernel::module::{Module, Region};
+use crate::kernel::{Kernel, Machine};
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+/// Nothing is ever mapped in the last 2 MiB: where gdb is told that sections are which are nowhere any more.
+const HOLE: u64 = 0xffff_ffff_ffe0_0000;
+/// Its length in bytes, but for the last page: gdb takes the end of the address space for damage.
+const HOLE_LEN: u64 = (2 << 20) - 4096;
+
+/// Bytes of files that are copied to put their sections at 0.
+const COPIES_MAX: u64 = 2 << 30;
+
+/// The kernel's modules as files. Cheap to clone: every session has one.
+#[derive(Clone)]
+pub struct Libraries(Arc<Inner>);
+
+struct Inner {
+    machine: Arc<Machine>,
+    places: Places,
+    list: OnceLock<List>,
+    /// Where files are written that there were none of; removed in the end.
+    directory: OnceLock<Option<tempfile::TempDir>>,
+    image: OnceLock<Option<PathBuf>>,
+}
+
+#[derive(Default)]
+struct List {
+    xml: String,
+    paths: Vec<PathBuf>,
+}
+
+/// Addresses in the hole, for as many sections as fit side by side.
+struct Nowhere(u64);
+
+impl Nowhere {
+    fn take(&mut self, size: u64) -> u64 {
+        let size = size.clamp(1, HOLE_LEN).next_multiple_of(64);
+        if self.0 + size > HOLE_LEN {
+            self.0 = 0;
+        }
+        let at = HOLE + self.0;
+        self.0 += size;
+        at
+    }
+}
+
+impl Libraries {
+    /// The modules of the kernel in `machine`; their files are looked for in `places` too.
+    pub fn new(machine: Arc<Machine>, places: Places) -> Self {
+        let (list, directory, image) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Inner { machine, places, list, directory, image }))
+    }
+
+    /// A file with the names of the kernel image, made from its memory; `None` where it has none.
+    /// It lasts as long as `self` or a clone of it.
+    pub fn image(&self) -> Option<PathBuf> {
+        let write = || {
+            let kernel = self.0.machine.kernel()?;
+            self.0.write("vmlinux", &image(kernel)?)
+        };
+        self.0.image.get_or_init(write).clone()
+    }
+
+    /// `qXfer:libraries:read`: the document.
+    pub(super) fn xml(&self) -> &str {
+        &self.0.list().xml
+    }
+
+    /// The file that was named `name`.
+    pub(super) fn open(&self, name: &[u8]) -> Option<Contents> {
+        let image = self.0.image.get().cloned().flatten();
+        let path =
+            self.0.list().paths.iter().chain(&image).find(|path| path.as_os_str().as_bytes() == name)?;
+        Contents::of_file(path).inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok()
+    }
+}
+
+impl Inner {
+    fn list(&self) -> &List {
+        self.list
+            .get_or_init(|| self.machine.kernel().map(|kernel| self.make_list(kernel)).unwrap_or_default())
+    }
+
+    fn make_list(&self, kernel: &Kernel) -> List {
+        let files = ModuleFiles::search(&kernel.found().release, &self.places, self.machine.vmlinux());
+        let mut list = List { xml: "<library-list version=\"1.0\">\n".to_owned(), paths: Vec::new() };
+        let (mut nowhere, mut room) = (Nowhere(0), COPIES_MAX);
+        for module in &kernel.modules().list {
+            let own = module.build_id.as_deref().and_then(|id| files.file(&module.name, id));
+            let own = own.and_then(|file| {
+                let addresses = place(kernel, module, &file, &mut nowhere)?;
+                Some((self.relocatable(module, file, &mut room)?, addresses))
+            });
+            let Some((path, addresses)) = own.or_else(|| self.made(kernel, module)) else { continue };
+            let _ = writeln!(list.xml, "<library name=\"{}\">", xml_escape(&path.to_string_lossy()));
+            for address in addresses {
+                let _ = writeln!(list.xml, "  <section address=\"{address:#x}\"/>");
+            }
+            list.xml.push_str("</library>\n");
+            list.paths.push(path);
+        }
+        list.xml.push_str("</library-list>\n");
+        list
+    }
+
+    /// The file, or a copy that gdb takes for relocatable; takes from `room` what is copied.
+    fn relocatable(&self, module: &Module, file: ModuleFile, room: &mut u64) -> Option<PathBuf> {
+        if file.is_relocatable() {
+            return Some(file.path);
+        }
+        *room = room.checked_sub(file.len)?;
+        let path = self.path(&format!("{}.ko.debug", module.name))?;
+        let written = file.write_relocatable(&path);
+        written.inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok().map(|()| path)
+    }
+
+    /// A file for `module` made of the names in memory, and the addresses of its sections.
+    fn made(&self, kernel: &Kernel, module: &Module) -> Option<(PathBuf, Vec<u64>)> {
+        let names: Vec<String> = module.regions.iter().map(|region| format!(".{}", region.kind)).collect();
+        // Before v6.4 one region holds code and data.
+        let executable =
+            |region: &Region| region.kind.contains("text") || matches!(region.kind, "core" | "init");
+        let sections: Vec<_> = std::iter::zip(&module.regions, &names)
+            .map(|(region, name)| synth::Section {
+                name,
+                address: region.start.0,
+                size: region.size,
+                executable: executable(region),
+            })
+            .collect();
+        let symbols = kernel.module_symbols(module).iter().map(|symbol| synth::Named {
+            name: symbol.name,
+            address: symbol.addr,
+            size: symbol.size,
+            global: symbol.letter.is_ascii_uppercase(),
+        });
+        let file = synth::write(synth::Kind::Relocatable, &sections, symbols);
+        let path = self.write(&format!("{}.ko", module.name), &file)?;
+        Some((path, sections.iter().map(|section| section.address).collect()))
+    }
+
+    /// Writes a file of this name into the private directory.
+    fn write(&self, name: &str, bytes: &[u8]) -> Option<PathBuf> {
+        let path = self.path(name)?;
+        let written = std::fs::write(&path, bytes);
+        written.inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok().map(|()| path)
+    }
+
+    /// Where in the private directory a file of this name goes.
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        let make = || {
+            let made = tempfile::Builder::new().prefix("kstub-").tempdir();
+            made.inspect_err(|error| tracing::warn!("no directory for files with symbols: {error}")).ok()
+        };
+        // The name is the dump's word.
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+        if !name.bytes().all(plain) || name.starts_with('.') {
+            return None;
+        }
+        Some(self.directory.get_or_init(make).as_ref()?.path().join(name))
+    }
+}
+
+/// Addresses for all sections of `file`; `None` where the kernel does not tell.
+fn place(kernel: &Kernel, module: &Module, file: &ModuleFile, nowhere: &mut Nowhere) -> Option<Vec<u64>> {
+    let sections = kernel.module_sections(module);
+    let sections = sections.inspect_err(|error| tracing::info!("module {}: {error}", module.name)).ok()?;
+    let at: HashMap<&str, VirtAddr> = sections.iter().map(|s| (s.name.as_str(), s.at)).collect();
+    let address = |(name, size): &(String, u64)| match at.get(name.as_str()) {
+        // Sections for init are listed after they were freed.
+        Some(&at) if *size != 0 && module.contains(at) => at.0,
+        _ if name == ".data..percpu" => module.per_cpu.map_or_else(|| nowhere.take(*size), |(at, _)| at),
+        _ => nowhere.take(*size),
+    };
+    Some(file.sections.iter().map(address).collect())
+}
+
+/// The names of the kernel image at link-time addresses, as a file.
+fn image(kernel: &Kernel) -> Option<Vec<u8>> {
+    let symbols = kernel.symbols().ok()?;
+    let at = |name| symbols.lookup(name).map(|symbol| symbol.addr);
+    let (text, end) = (at("_text").or(at("_stext"))?, at("_end")?);
+    let etext = at("_etext").filter(|etext| (text..end).contains(etext))?;
+    let init =
+        at("_sinittext").zip(at("_einittext")).filter(|&(from, to)| etext <= from && from < to && to <= end);
+    let (from, to) = init.unwrap_or((end, end));
+    let section = |name, start, end: u64, executable| {
+        let size = end.checked_sub(start).filter(|&size| size != 0)?;
+        Some(synth::Section { name, address: start, size, executable })
+    };
+    let sections = [
+        section(".text", text, etext, true),
+        section(".rodata", etext, from, false),
+        section(".init.text", from, to, true),
+        section(".data", to, end, false),
+    ];
+    let sections: Vec<_> = sections.into_iter().flatten().collect();
+    let symbols = symbols.iter().map(|symbol| synth::Named {
+        name: symbol.name,
+        address: symbol.addr,
+        size: symbol.size,
+        global: symbol.letter.is_ascii_uppercase(),
+    });
+    Some(synth::write(synth::Kind::Executable, &sections, symbols))
+}

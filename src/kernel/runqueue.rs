@@ -1,0 +1,160 @@
+//! Run queues: what runs on each CPU and what waits to.
+//!
+//! Knows the fair class (groups included), the real-time class and the deadline class; tasks of sched_ext are not
+//! queued here. Source: `kernel/sched/sched.h`, `kernel/sched/{fair,rt,deadline}.c`.
+
+use super::list::ENTRIES_MAX;
+use super::{CpuId, Kernel, Object, ObjectError};
+use crate::addr::VirtAddr;
+use std::collections::HashSet;
+
+/// Groups inside groups; a deeper nesting is damage. The kernel has no limit, systemd makes some ten levels.
+const DEPTH_MAX: usize = 64;
+
+/// A task that waits for its CPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Waiting {
+    /// Its `struct task_struct`.
+    pub task: VirtAddr,
+    /// How many groups it is in.
+    pub depth: usize,
+    /// Asleep already, and kept in the queue until its lag is used up (`sched_delayed`, since about v6.12).
+    pub delayed: bool,
+}
+
+/// One CPU's run queue.
+#[derive(Clone, Debug)]
+pub struct RunQueue {
+    /// The CPU.
+    pub cpu: CpuId,
+    /// Its `struct rq`.
+    pub at: VirtAddr,
+    /// What runs.
+    pub current: Option<VirtAddr>,
+    /// How many tasks are runnable, the current one included.
+    pub running: Option<u64>,
+    /// The scheduler's clock, in nanoseconds.
+    pub clock: Option<u64>,
+    /// The fair class, in the order of the tree: by virtual runtime, or by deadline on EEVDF kernels.
+    pub fair: Vec<Waiting>,
+    /// The real-time class with the priority of each, highest (0) first.
+    pub real_time: Vec<(u64, VirtAddr)>,
+    /// The deadline class, earliest first.
+    pub deadline: Vec<VirtAddr>,
+    /// What was broken.
+    pub problems: Vec<String>,
+}
+
+impl Kernel {
+    /// The run queue of `cpu`.
+    pub fn run_queue(&self, cpu: CpuId) -> Result<RunQueue, ObjectError> {
+        let rq = self.runqueue(cpu)?;
+        let mut queue = RunQueue {
+            cpu,
+            at: rq.at,
+            current: rq.get("curr").ok().map(VirtAddr).filter(|task| task.0 != 0),
+            running: rq.get("nr_running").ok(),
+            clock: rq.get("clock").ok(),
+            fair: Vec::new(),
+            real_time: Vec::new(),
+            deadline: Vec::new(),
+            problems: Vec::new(),
+        };
+        let mut walk = Walk { kernel: self, queue: &mut queue, seen: HashSet::new() };
+        for result in [walk.fair(rq), walk.real_time(rq), walk.deadline(rq)] {
+            walk.queue.problems.extend(result.err().map(|error| error.to_string()));
+        }
+        Ok(queue)
+    }
+}
+
+struct Walk<'a, 'k> {
+    kernel: &'k Kernel,
+    queue: &'a mut RunQueue,
+    /// Queues and entities that were met.
+    seen: HashSet<VirtAddr>,
+}
+
+impl<'k> Walk<'_, 'k> {
+    /// The tree of the CPU's fair queue and of the groups in it. What runs is in no tree.
+    fn fair(&mut self, rq: Object<'k>) -> Result<(), ObjectError> {
+        let mut waiting = vec![(rq.member("cfs")?, 0)];
+        while let Some((queue, depth)) = waiting.pop() {
+            if !self.seen.insert(queue.at) || depth > DEPTH_MAX || self.seen.len() > ENTRIES_MAX {
+                self.queue.problems.push(format!("the fair queue at {} comes a second time", queue.at));
+                continue;
+            }
+            let tree = self.kernel.rb_tree(queue.member("tasks_timeline")?.at);
+            self.queue.problems.extend(tree.problem);
+            let node = self.kernel.member("sched_entity", "run_node");
+            let node = node.ok_or(ObjectError::NoType("sched_entity".into()))?.offset;
+            let entities = tree.nodes.into_iter().map(|at| VirtAddr(at.0.wrapping_sub(node)));
+            // The current entity of a group's queue is not in its tree, but its group is the current one's.
+            let current = queue.get("curr").ok().filter(|&at| at != 0).map(VirtAddr);
+            for at in current.into_iter().chain(entities) {
+                let entity = self.kernel.object("sched_entity", at)?;
+                match entity.at("my_q").ok().flatten() {
+                    Some(group) => waiting.push((group, depth + 1)),
+                    None => {
+                        let task = entity.container_of("task_struct", "se")?.at;
+                        let delayed = entity.get("sched_delayed").is_ok_and(|delayed| delayed != 0);
+                        if Some(task) != self.queue.current {
+                            self.queue.fair.push(Waiting { task, depth, delayed });
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A list for each priority, and for groups a queue of their own.
+    fn real_time(&mut self, rq: Object<'k>) -> Result<(), ObjectError> {
+        let mut waiting = vec![rq.member("rt.active")?];
+        while let Some(active) = waiting.pop() {
+            if !self.seen.insert(active.at) {
+                self.queue.problems.push(format!("the real-time queue at {} comes a second time", active.at));
+                continue;
+            }
+            let queues = active.member("queue")?;
+            for prio in 0..queues.count()?.min(128) {
+                let head = queues.index(prio)?.at;
+                let list = self.kernel.list(head);
+                self.queue.problems.extend(list.problem);
+                for node in list.nodes {
+                    let node = self.kernel.value("struct list_head", node)?;
+                    let entity = node.container_of("sched_rt_entity", "run_list")?;
+                    match entity.at("my_q").ok().flatten() {
+                        Some(group) => waiting.push(group.member("active")?),
+                        None => {
+                            let task = entity.container_of("task_struct", "rt")?.at;
+                            if Some(task) != self.queue.current {
+                                self.queue.real_time.push((prio, task));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        self.queue.real_time.sort_by_key(|(prio, _)| *prio);
+        Ok(())
+    }
+
+    fn deadline(&mut self, rq: Object<'k>) -> Result<(), ObjectError> {
+        let tree = self.kernel.rb_tree(rq.member("dl.root")?.at);
+        self.queue.problems.extend(tree.problem);
+        for node in tree.nodes {
+            let node = self.kernel.object("rb_node", node)?;
+            let entity = node.container_of("sched_dl_entity", "rb_node")?;
+            // Since about v6.8 a deadline server stands in for the fair class; it is no task.
+            if entity.get("dl_server").is_ok_and(|server| server != 0) {
+                continue;
+            }
+            let task = entity.container_of("task_struct", "dl")?.at;
+            if Some(task) != self.queue.current {
+                self.queue.deadline.push(task);
+            }
+        }
+        Ok(())
+    }
+}
