@@ -135,7 +135,7 @@ impl Kernel {
         let counters = self.vm_counters();
         let counter = |name: &str| Self::vm_counter(&counters, name).map(|n| n.max(0) as u64);
         let buffers = self.block_device_pages();
-        let swap_cached = counter("NR_SWAPCACHE");
+        let swap_cached = counter("NR_SWAPCACHE").or_else(|| self.swapper_spaces());
         let file = counter("NR_FILE_PAGES");
         let slab = |name: &str| counter(&format!("{name}_B")).or_else(|| counter(name));
         let total = self.number("atomic_long_t", "_totalram_pages");
@@ -176,6 +176,29 @@ impl Kernel {
                 .ok()
                 .map(|n| n.max(0) as u64),
         }
+    }
+
+    /// Pages in the swap cache, before Linux commit b6038942480e ("mm: memcg: add swapcache stat for memcg v2") (in v5.12)
+    /// counted them.
+    fn swapper_spaces(&self) -> Option<u64> {
+        let (spaces, counts) = (self.symbol("swapper_spaces")?, self.symbol("nr_swapper_spaces")?);
+        let bytes = self.object("address_space", VirtAddr(0)).ok()?.size().ok()?;
+        let mut pages = 0u64;
+        // Indexed by swap area, of which there are fewer than 32.
+        for area in 0..u64::from(self.swap_areas()?.min(32)) {
+            let first = self.read_u64(spaces.wrapping_add(area * 8)).filter(|&at| at != 0);
+            let count = self.read_u32(counts.wrapping_add(area * 4)).unwrap_or(0).min(1 << 16);
+            for index in first.map_or(0..0, |_| 0..u64::from(count)) {
+                let at = VirtAddr(first.unwrap_or(0).wrapping_add(index * bytes));
+                pages = pages.saturating_add(self.object("address_space", at).ok()?.get("nrpages").ok()?);
+            }
+        }
+        Some(pages)
+    }
+
+    /// How many swap areas have ever been in use at once.
+    fn swap_areas(&self) -> Option<u32> {
+        self.symbol("nr_swapfiles").and_then(|at| self.read_u32(at))
     }
 
     /// Pages in the page caches of block devices: what `/proc/meminfo` calls Buffers.

@@ -2,8 +2,9 @@
 //!
 //! Source: `include/linux/vmalloc.h` (`struct vmap_area`, `struct vm_struct`), `mm/percpu.c`.
 
+use super::cpus::POSSIBLE;
 use super::page::{Kind, PageMap};
-use super::{Kernel, Object, ObjectError};
+use super::{CpuId, Kernel, Object, ObjectError};
 use crate::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use crate::bytes::u64_at;
 use std::collections::HashSet;
@@ -169,21 +170,22 @@ impl Kernel {
 
     /// The pages of the first chunk of per-CPU memory, which is set up before vmalloc works.
     pub fn first_percpu_chunk(&self, map: &PageMap) -> Vec<Pfn> {
-        let word = |name: &str| self.symbol(name).and_then(|at| self.read_u64(at));
-        let int = |name: &str| self.symbol(name).and_then(|at| self.read_u32(at)).map(u64::from);
-        let (Some(base), Some(unit)) = (word("pcpu_base_addr"), int("pcpu_unit_size")) else {
-            return Vec::new();
-        };
-        let Some(offsets) = word("pcpu_unit_offsets") else { return Vec::new() };
-        let mut pages = Vec::new();
-        for cpu in self.cpu_mask(&super::cpus::POSSIBLE).unwrap_or_default() {
-            let Some(offset) = self.read_u64(VirtAddr(offsets).wrapping_add(u64::from(cpu.0) * 8)) else {
-                continue;
-            };
+        let base = self.symbol("pcpu_base_addr").and_then(|at| self.read_u64(at));
+        let (Some(base), Some((unit, offsets))) = (base, self.per_cpu_units()) else { return Vec::new() };
+        let unit_pages = |(_, offset): (CpuId, u64)| {
             let start = VirtAddr(base).wrapping_add(offset);
-            pages.extend(self.mapped(map, start, start.wrapping_add(unit.min(1 << 26))));
-        }
-        pages
+            self.mapped(map, start, start.wrapping_add(unit)).collect::<Vec<_>>()
+        };
+        offsets.into_iter().flat_map(unit_pages).collect()
+    }
+
+    /// Bytes of a CPU's unit in a chunk of per-CPU memory, and where in a chunk each CPU's is.
+    fn per_cpu_units(&self) -> Option<(u64, Vec<(CpuId, u64)>)> {
+        let unit = u64::from(self.symbol("pcpu_unit_size").and_then(|at| self.read_u32(at))?);
+        let table = VirtAddr(self.read_u64(self.symbol("pcpu_unit_offsets")?)?);
+        let offset = |cpu: CpuId| Some((cpu, self.read_u64(table.wrapping_add(u64::from(cpu.0) * 8))?));
+        let offsets = self.cpu_mask(&POSSIBLE)?.into_iter().filter_map(offset).collect();
+        Some((unit.min(1 << 26), offsets))
     }
 }
 

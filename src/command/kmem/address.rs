@@ -125,6 +125,8 @@ impl Found {
         let Ok(tasks) = kernel.tasks() else { return };
         // THREAD_SIZE: `union thread_union` is as large as a stack.
         let stack_size = kernel.object("thread_union", VirtAddr(0)).and_then(|u| u.size()).unwrap_or(0x4000);
+        // A task_struct is allocated only as far as this CPU's registers reach, so sizes overlap: the nearest counts.
+        let mut nearest: Option<(VirtAddr, Value, String)> = None;
         for task in tasks.tasks {
             let size = task.size().unwrap_or(0);
             let comm = task.member("comm").and_then(|comm| comm.text()).unwrap_or_default();
@@ -132,10 +134,16 @@ impl Found {
             let stack = task.get("stack").unwrap_or(u64::MAX);
             let value = json!({ "at": format!("{}", task.at), "pid": pid, "comm": comm });
             if at.offset_from(task.at).is_some_and(|offset| offset < size) {
-                self.add("task", value, format!("task {pid} ({comm}): its task_struct {}", task.at));
+                if nearest.as_ref().is_none_or(|(other, ..)| *other < task.at) {
+                    let line = format!("task {pid} ({comm}): its task_struct {}", task.at);
+                    nearest = Some((task.at, value, line));
+                }
             } else if at.0.checked_sub(stack).is_some_and(|offset| offset < stack_size) {
                 self.add("stack_of", value, format!("kernel stack of task {pid} ({comm})"));
             }
+        }
+        if let Some((_, value, line)) = nearest {
+            self.add("task", value, line);
         }
     }
 

@@ -122,7 +122,11 @@ impl<'k> About<'k> {
         }
         let compound = compound(kernel, map, pfn, (head_at, &head), tail_of.is_some());
         let is_tail = compound.is_some_and(|compound| compound.index > 0);
-        let context = if is_tail { flags::Context::Tail } else { kind.context() };
+        let context = match kind {
+            _ if is_tail => flags::Context::Tail,
+            Kind::HugeTlb if head.mapping & 1 == 1 => flags::Context::Anon,
+            _ => kind.context(),
+        };
         let mut about = Self {
             flags: map.flags.names(raw.flags, context).into_iter().map(str::to_owned).collect(),
             types: map.types.of(raw.mapcount).map(str::to_owned).collect(),

@@ -112,6 +112,9 @@ impl Owners {
         for pfn in kernel.first_percpu_chunk(map) {
             owners.pages.insert(pfn, Kind::PerCpu);
         }
+        for pfn in zero_pages(kernel, map) {
+            owners.pages.insert(pfn, Kind::Zero);
+        }
         owners
     }
 
@@ -119,6 +122,21 @@ impl Owners {
     pub fn kind(&self, pfn: Pfn) -> Option<Kind> {
         self.pages.get(&pfn).copied()
     }
+}
+
+/// The pages that are mapped where memory was read and never written.
+fn zero_pages(kernel: &Kernel, map: &PageMap) -> Vec<Pfn> {
+    let word = |name: &str| kernel.symbol(name).and_then(|at| kernel.read_u64(at));
+    let small = ["zero_page_pfn", "zero_pfn"].into_iter().find_map(word);
+    let mut pages: Vec<Pfn> = small.map(Pfn).into_iter().collect();
+    // Allocated when first needed: until then the pointer is NULL and the frame number all ones.
+    let pointer =
+        || ["huge_zero_folio", "huge_zero_page"].iter().find_map(|name| map.pfn(VirtAddr(word(name)?)));
+    if let Some(huge) = word("huge_zero_pfn").map(Pfn).filter(|&pfn| map.page(pfn).is_some()).or_else(pointer)
+    {
+        pages.extend((0..512).map(|i| Pfn(huge.0 + i)));
+    }
+    pages
 }
 
 /// How many pages of each kind there are.

@@ -43,6 +43,8 @@ pub enum Kind {
     Vmalloc,
     /// Per-CPU variables.
     PerCpu,
+    /// The page of zeros that untouched memory is read from, and the huge one.
+    Zero,
     /// Memory of a device (`ZONE_DEVICE`).
     Device,
     /// Offline: balloon, or memory to be unplugged.
@@ -65,7 +67,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order they are shown in.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::Free,
         Self::FreePerCpu,
         Self::Anon,
@@ -82,6 +84,7 @@ impl Kind {
         Self::Stack,
         Self::Vmalloc,
         Self::PerCpu,
+        Self::Zero,
         Self::Kernel,
         Self::Movable,
         Self::Zsmalloc,
@@ -112,6 +115,7 @@ impl Kind {
             Self::Stack => "kernel-stack",
             Self::Vmalloc => "vmalloc",
             Self::PerCpu => "percpu",
+            Self::Zero => "zero",
             Self::Device => "device",
             Self::Offline => "offline",
             Self::Guard => "guard",

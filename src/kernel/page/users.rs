@@ -5,7 +5,6 @@
 
 use super::mapping::Mapping;
 use crate::addr::{PAGE_SIZE, PhysAddr, VirtAddr};
-use crate::kernel::list::Walk;
 use crate::kernel::{Kernel, Object, ObjectError};
 use std::collections::{HashMap, HashSet};
 
@@ -90,12 +89,16 @@ fn mapped_at(
     indexes: &[u64],
     phys: PhysAddr,
 ) -> Result<Option<(VirtAddr, VirtAddr)>, ObjectError> {
-    let (start, end, offset) = (vma.get("vm_start")?, vma.get("vm_end")?, vma.get("vm_pgoff")?);
+    let (start, end) = (vma.get("vm_start")?, vma.get("vm_end")?);
+    // In v7.3, not yet in v6.12: anonymous pages of a private mapping of a file have offsets of their own.
+    let own = |half: &str| vma.get(half).ok();
+    let anon = own("__vm_anon_pgoff_hi").zip(own("__vm_anon_pgoff_lo")).map(|(high, low)| high << 32 | low);
+    let offsets: Vec<u64> = [Some(vma.get("vm_pgoff")?), anon].into_iter().flatten().collect();
     let mm = VirtAddr(vma.get("vm_mm")?);
     let kernel = vma.kernel();
     let Some(space) = kernel.user_space(mm) else { return Ok(None) };
-    let by_index =
-        indexes.iter().map(|index| start.wrapping_add(index.wrapping_sub(offset).wrapping_mul(PAGE_SIZE)));
+    let at = |offset: u64, index: u64| start.wrapping_add(index.wrapping_sub(offset).wrapping_mul(PAGE_SIZE));
+    let by_index = offsets.iter().flat_map(|&offset| indexes.iter().map(move |&index| at(offset, index)));
     let candidates: Vec<u64> = fixed.map(|at| at.0).into_iter().chain(by_index).collect();
     let is_there = |at: &u64| {
         let translated = space.translate(&**kernel.backend(), VirtAddr(*at));
@@ -107,7 +110,7 @@ fn mapped_at(
 type Found<'k> = Result<Vec<(Object<'k>, Option<VirtAddr>)>, ObjectError>;
 
 fn anon_areas<'k>(anon_vma: Object<'k>, problems: &mut Vec<String>) -> Found<'k> {
-    let walk = rb_nodes(anon_vma.member("rb_root.rb_root.rb_node")?)?;
+    let walk = anon_vma.kernel().rb_tree(anon_vma.member("rb_root.rb_root")?.at);
     problems.extend(walk.problem);
     let mut areas = Vec::new();
     for node in walk.nodes {
@@ -118,7 +121,7 @@ fn anon_areas<'k>(anon_vma: Object<'k>, problems: &mut Vec<String>) -> Found<'k>
 }
 
 fn file_areas<'k>(space: Object<'k>, problems: &mut Vec<String>) -> Found<'k> {
-    let walk = rb_nodes(space.member("i_mmap.rb_root.rb_node")?)?;
+    let walk = space.kernel().rb_tree(space.member("i_mmap.rb_root")?.at);
     problems.extend(walk.problem);
     let of = |node| {
         Ok((space.kernel().object("rb_node", node)?.container_of("vm_area_struct", "shared.rb")?, None))
@@ -128,7 +131,7 @@ fn file_areas<'k>(space: Object<'k>, problems: &mut Vec<String>) -> Found<'k> {
 
 /// A stable node's list has one item for each address that was merged; forks share the item's anon_vma.
 fn ksm_areas<'k>(kernel: &'k Kernel, node: VirtAddr, problems: &mut Vec<String>) -> Found<'k> {
-    // Since Linux commit 21fbd59136e0 ("ksm: add the ksm prefix to the names of the ksm private structures") (in v5.19).
+    // Since Linux commit 21fbd59136e0 ("ksm: add the ksm prefix to the names of the ksm private structures") (in v6.1).
     let names = [("ksm_stable_node", "ksm_rmap_item"), ("stable_node", "rmap_item")];
     let known = names.into_iter().find(|(name, _)| kernel.object(name, node).is_ok());
     let (stable, item) = known.ok_or_else(|| ObjectError::NoType("ksm_stable_node".into()))?;
@@ -149,34 +152,4 @@ fn ksm_areas<'k>(kernel: &'k Kernel, node: VirtAddr, problems: &mut Vec<String>)
         next = kernel.read_u64(VirtAddr(next)).unwrap_or(0);
     }
     Ok(areas)
-}
-
-/// Every node of the red-black tree whose root pointer is `root`, in order.
-fn rb_nodes(root: Object<'_>) -> Result<Walk, ObjectError> {
-    let kernel = root.kernel();
-    let left = kernel.member("rb_node", "rb_left").map_or(16, |member| member.offset);
-    let right = kernel.member("rb_node", "rb_right").map_or(8, |member| member.offset);
-    let mut walk = Walk::default();
-    let (mut above, mut seen) = (Vec::new(), HashSet::new());
-    let mut next = root.u64()?;
-    loop {
-        while next != 0 {
-            if !seen.insert(next) || above.len() > 128 || walk.nodes.len() > AREAS_MAX {
-                walk.problem = Some(format!("tree at {}: node {next:#x} comes a second time", root.at));
-                return Ok(walk);
-            }
-            above.push(next);
-            next = match kernel.read_u64(VirtAddr(next).wrapping_add(left)) {
-                Some(next) => next,
-                None => {
-                    above.pop();
-                    walk.problem = Some(format!("tree at {}: node {next:#x} cannot be read", root.at));
-                    0
-                }
-            };
-        }
-        let Some(node) = above.pop() else { return Ok(walk) };
-        walk.nodes.push(VirtAddr(node));
-        next = kernel.read_u64(VirtAddr(node).wrapping_add(right)).unwrap_or(0);
-    }
 }

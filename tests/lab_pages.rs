@@ -1,0 +1,778 @@
+//! Real kernels: pages, slabs, zones and page tables against what the guest said of itself.
+//!
+//! Truth is what the guest's programs planted, `/proc/kpageflags` and its kin, `/proc/zoneinfo`, `/proc/meminfo`,
+//! `/proc/slabinfo` and `/proc/vmallocinfo`; never kstub.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use kstub::addr::{Pfn, PhysAddr, PhysRange, VirtAddr};
+use kstub::backend::{Backend, Dump, Fact, SavedCpu};
+use kstub::command::{self, Context, Focus};
+use kstub::debuginfo::find::Places;
+use kstub::kernel::page::about::About;
+use kstub::kernel::page::census::{each_page, for_each_section};
+use kstub::kernel::page::kind::{Kind, Marks};
+use kstub::kernel::page::mapping::Held;
+use kstub::kernel::page::users;
+use kstub::kernel::slab::ObjectState;
+use kstub::kernel::{Kernel, Machine, Options};
+use kstub::memory::{PhysicalMemory, ReadOutcome};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use support::lab::{self, DumpFile, Set};
+
+fn machine_of(backend: Arc<dyn Backend>, dump: &DumpFile) -> Machine {
+    let beside = dump.path.parent().map(Path::to_owned);
+    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+    Machine::open(backend, &options, &|_, _| ()).unwrap()
+}
+
+fn open(dump: &DumpFile) -> Machine {
+    machine_of(
+        Arc::new(Dump::open(&dump.path).unwrap_or_else(|e| panic!("{}: {e}", dump.path.display()))),
+        dump,
+    )
+}
+
+/// One dump of each set that holds all of memory, and `filtered`: one whose user pages were left out.
+fn for_each_set(filtered: bool, check: &mut dyn FnMut(&Set, &DumpFile, &Machine, &str)) {
+    for set in lab::sets().unwrap_or_default() {
+        // After a kexec the facts are the second kernel's, and after a panic they are older still; both do.
+        let readable = |d: &DumpFile| !matches!(d.compression.as_deref(), Some("lzo" | "snappy"));
+        let level = |d: &DumpFile| d.filter_level.is_some_and(|level| level != 0);
+        let wanted = |d: &DumpFile| {
+            readable(d) && d.complete && d.split.is_empty() && !d.paging && level(d) == filtered
+        };
+        let Some(dump) = set.dumps().into_iter().find(wanted) else { continue };
+        let what = format!("{}/{}", set.name(), dump.name);
+        eprintln!("{what}");
+        check(&set, &dump, &open(&dump), &what);
+    }
+}
+
+fn fact(set: &Set, file: &str) -> Option<String> {
+    std::fs::read_to_string(set.dir.join("facts").join(file)).ok()
+}
+
+fn hex(text: &str) -> u64 {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap_or_else(|_| panic!("{text}"))
+}
+
+/// The `key=value` words of each line that begins with `word`.
+fn lines(set: &Set, file: &str, word: &str) -> Vec<BTreeMap<String, String>> {
+    let text = fact(set, file).unwrap_or_default();
+    let wanted =
+        text.lines().filter_map(|line| line.strip_prefix(word)?.strip_prefix(' ').map(str::to_owned));
+    wanted
+        .map(|line| {
+            line.split_whitespace()
+                .filter_map(|w| w.split_once('='))
+                .map(|(k, v)| (k.into(), v.into()))
+                .collect()
+        })
+        .collect()
+}
+
+fn json(machine: &Machine, line: &str) -> Value {
+    let focus = Focus::default();
+    let context = Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None };
+    command::run(&context, line).unwrap_or_else(|e| panic!("{line}: {e}")).json
+}
+
+/// Bits of `/proc/kpageflags` (`include/uapi/linux/kernel-page-flags.h`).
+mod kpf {
+    pub const DIRTY: u64 = 1 << 4;
+    pub const LRU: u64 = 1 << 5;
+    pub const SLAB: u64 = 1 << 7;
+    pub const BUDDY: u64 = 1 << 10;
+    pub const ANON: u64 = 1 << 12;
+    pub const SWAPCACHE: u64 = 1 << 13;
+    pub const SWAPBACKED: u64 = 1 << 14;
+    pub const HEAD: u64 = 1 << 15;
+    pub const TAIL: u64 = 1 << 16;
+    pub const HUGE: u64 = 1 << 17;
+    pub const UNEVICTABLE: u64 = 1 << 18;
+    pub const NOPAGE: u64 = 1 << 20;
+    pub const KSM: u64 = 1 << 21;
+    pub const ZERO: u64 = 1 << 24;
+    pub const PGTABLE: u64 = 1 << 26;
+    pub const RESERVED: u64 = 1 << 32;
+    pub const MLOCKED: u64 = 1 << 33;
+}
+
+/// What the guest planted on its pages, one after the other.
+#[test]
+fn every_planted_page_is_known() {
+    let mut kinds = BTreeMap::<String, usize>::new();
+    for_each_set(false, &mut |set, _, machine, what| {
+        let kernel = machine.kernel().unwrap();
+        let map = kernel.page_map().unwrap();
+        let Some(planted) = set.planted("pages.txt") else { return };
+        let (pid, child): (i32, i32) = (planted["pid"].parse().unwrap(), planted["child"].parse().unwrap());
+        let files: BTreeMap<String, String> = lines(set, "planted/pages.txt", "file")
+            .iter()
+            .map(|f| (f["kind"].clone(), f["path"].clone()))
+            .collect();
+        for page in lines(set, "planted/pages.txt", "page") {
+            let (kind, at, pfn) = (page["kind"].as_str(), hex(&page["virtual"]), Pfn(hex(&page["pfn"])));
+            let what = format!("{what}: {kind} page {pfn} at {at:#x}");
+            let about = About::new(kernel, map, pfn).unwrap_or_else(|e| panic!("{what}: {e}"));
+            *kinds.entry(kind.to_owned()).or_default() += 1;
+            assert_eq!(about.problems, Vec::<String>::new(), "{what}");
+            let wanted: &[Kind] = match kind {
+                "anon" | "anon-shared-with-child" | "mlocked" => &[Kind::Anon],
+                "anon-thp" => &[Kind::AnonLarge],
+                "file-clean" => &[Kind::File],
+                "file-dirty" => &[Kind::FileDirty],
+                "hugetlb" => &[Kind::HugeTlb],
+                "ksm" | "ksm-copy" => &[Kind::Ksm],
+                "shmem" => &[Kind::Shmem],
+                "swapcache" => &[Kind::SwapCache],
+                "zero" | "zero-huge" => &[Kind::Zero],
+                other => panic!("{what}: the lab plants {other}, which this test does not know"),
+            };
+            assert!(wanted.contains(&about.kind), "{what}: {:?}", about.kind);
+            if about.kind == Kind::Zero {
+                continue;
+            }
+            // Who maps it, and where; and not the page next to it.
+            let find = |pfn: Pfn| {
+                let about = About::new(kernel, map, pfn).unwrap();
+                users::of(kernel, &about.mapping, &about.indexes(), PhysAddr(about.phys()))
+            };
+            let users = find(pfn);
+            assert_eq!(users.problems, Vec::<String>::new(), "{what}");
+            let by = |who: i32| {
+                let theirs = |user: &&users::User| user.tasks.iter().any(|(pid, _)| *pid == who);
+                users.users.iter().filter(theirs).map(|user| user.address.0).collect::<Vec<_>>()
+            };
+            assert!(by(pid).contains(&at), "{what}: {users:x?}");
+            assert_eq!(by(child).contains(&at), kind == "anon-shared-with-child", "{what}: {users:x?}");
+            let neighbour = find(Pfn(pfn.0 + 1));
+            assert!(
+                neighbour
+                    .users
+                    .iter()
+                    .all(|user| user.address.0 != at || user.tasks.iter().all(|(p, _)| *p != pid)),
+                "{what}: {neighbour:x?}"
+            );
+            // How often, as /proc/kpagecount says.
+            let count: i64 = page["kpagecount"].parse().unwrap();
+            assert_eq!(about.mapcount.unwrap().page, count, "{what}");
+            assert_eq!(users.users.len() as i64, count, "{what}: {users:x?}");
+            let memcg: u64 = page["memcg"].parse().unwrap();
+            // Before v6.3 the kernel said nothing of tails.
+            if memcg != 0 {
+                let known = about.memcg.as_ref().unwrap_or_else(|| panic!("{what}: no memcg"));
+                // The number in the file is the directory's inode, of which the kernel keeps 64 bits.
+                assert_eq!(known.ino.map(|ino| ino & 0xffff_ffff), Some(memcg), "{what}: {known:?}");
+            }
+            flags_agree(&about, hex(&page["kpageflags"]), &what);
+            if let Some(path) = files.get(kind) {
+                let file = about.file.as_ref().unwrap();
+                let (fs, name) = (file.fs.as_deref(), file.path.as_deref().unwrap());
+                assert_eq!(fs, Some("ext4"), "{what}");
+                assert!(path.ends_with(name) && name.len() > 8, "{what}: {name}");
+            }
+            if matches!(about.kind, Kind::File | Kind::FileDirty | Kind::Shmem) {
+                assert_eq!(about.held, Some(Held::This), "{what}");
+            }
+        }
+    });
+    assert!(lab::sets().is_none() || kinds.len() >= 12, "{kinds:?}");
+}
+
+/// The flags' names against the guest's own, bit by bit.
+fn flags_agree(about: &About<'_>, flags: u64, what: &str) {
+    let set = |name: &str| about.flags.iter().any(|flag| flag == name);
+    let is_tail = about.compound.is_some_and(|compound| compound.index > 0);
+    assert_eq!(is_tail, flags & kpf::TAIL != 0, "{what}");
+    assert_eq!(about.compound.is_some_and(|compound| compound.index == 0), flags & kpf::HEAD != 0, "{what}");
+    assert_eq!(about.kind == Kind::HugeTlb, flags & kpf::HUGE != 0, "{what}");
+    if is_tail {
+        let shown = about.flags.iter().all(|flag| flag == "hwpoison" || flag == "anon_exclusive");
+        assert!(shown, "{what}: {:?}", about.flags);
+        return;
+    }
+    // Being dirty, referenced or on a list may have changed since; these may not.
+    for (bit, name) in [
+        (kpf::SWAPBACKED, "swapbacked"),
+        (kpf::MLOCKED, "mlocked"),
+        (kpf::UNEVICTABLE, "unevictable"),
+        (kpf::RESERVED, "reserved"),
+        (kpf::SWAPCACHE, "swapcache"),
+    ] {
+        assert_eq!(set(name), flags & bit != 0, "{what}: {name} in {:?}, {flags:#x}", about.flags);
+    }
+    // A dirty page may have been written since; a clean one is not touched any more.
+    assert!(set("dirty") || flags & kpf::DIRTY == 0 || about.kind == Kind::File, "{what}: {:?}", about.flags);
+    for alias in ["checked", "reported", "savepinned", "pinned", "slab", "error"] {
+        assert!(!set(alias), "{what}: {alias} in {:?}", about.flags);
+    }
+}
+
+/// Every page of the machine against the kernel's own census.
+#[test]
+fn every_page_is_what_kpageflags_says() {
+    let mut machines = 0;
+    for_each_set(false, &mut |set, _, machine, what| {
+        let Ok(bytes) = std::fs::read(set.dir.join("facts/proc/kpageflags")) else { return };
+        let truth: Vec<u64> =
+            bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+        let kernel = machine.kernel().unwrap();
+        let map = kernel.page_map().unwrap();
+        let marks = Marks::new(kernel, map);
+        let pages: Vec<(Pfn, Option<Kind>, u64, bool)> = for_each_section(kernel, map, |section| {
+            let mut pages = Vec::new();
+            each_page(kernel, section, &marks, |pfn, raw, kind, tail| {
+                pages.push((pfn, kind, raw.flags, tail))
+            });
+            pages
+        })
+        .into_iter()
+        .flatten()
+        .collect();
+        machines += 1;
+        // KSM: 6.12 sets it on every anonymous page.
+        let ksm_is_told =
+            truth.iter().filter(|&&flags| flags & kpf::KSM != 0).all(|flags| flags & kpf::ANON != 0)
+                && truth.iter().filter(|&&flags| flags & kpf::KSM != 0).count() < 200;
+        let compare = |shift: usize| {
+            let mut differ = BTreeMap::<&str, (u64, u64)>::new();
+            let mut note = |name, ours: bool, theirs: bool| {
+                let entry = differ.entry(name).or_default();
+                entry.0 += u64::from(ours != theirs);
+                entry.1 += u64::from(theirs);
+            };
+            for (pfn, kind, flags, tail) in &pages {
+                let Some(&told) = truth.get(pfn.0 as usize + shift).filter(|&&told| told & kpf::NOPAGE == 0)
+                else {
+                    continue;
+                };
+                let kind = kind.unwrap();
+                let is = |bit| told & bit != 0;
+                // The kernel names the first page of a free block only, until v6.10 or so.
+                if is(kpf::BUDDY) {
+                    note("buddy", kind == Kind::Free, true);
+                }
+                note("tail", *tail, is(kpf::TAIL));
+                note(
+                    "reserved",
+                    flags & map.flags.mask("reserved") != 0 && !tail && kind != Kind::Free,
+                    is(kpf::RESERVED),
+                );
+                note("page-table", kind == Kind::PageTable, is(kpf::PGTABLE));
+                note("hugetlb", kind == Kind::HugeTlb, is(kpf::HUGE));
+                if !tail {
+                    note("slab", kind == Kind::Slab, is(kpf::SLAB));
+                    let anon = matches!(kind, Kind::Anon | Kind::AnonLarge | Kind::Ksm | Kind::SwapCache);
+                    // A page of tmpfs in the swap cache is not.
+                    if kind != Kind::HugeTlb && kind != Kind::SwapCache {
+                        note("anon", anon, is(kpf::ANON));
+                    }
+                    let shmem =
+                        is(kpf::SWAPBACKED) && !is(kpf::ANON) && !is(kpf::HUGE) && !is(kpf::SWAPCACHE);
+                    note("shmem", kind == Kind::Shmem, shmem && is(kpf::LRU | kpf::UNEVICTABLE));
+                    if ksm_is_told {
+                        note("ksm", kind == Kind::Ksm, is(kpf::KSM));
+                    }
+                }
+            }
+            differ
+        };
+        let right = compare(0);
+        eprintln!("  {right:?}");
+        assert!(
+            right["slab"].1 > 500 && right["anon"].1 > 100 && right["tail"].1 > 1000,
+            "{what}: {right:?}"
+        );
+        // The guest went on for a moment: some pages were freed, others taken.
+        for (name, (differ, told)) in &right {
+            // The program that copied all this was anonymous memory itself.
+            let slack = if *name == "anon" { 200 } else { 60 };
+            assert!(*differ <= slack + told / 10, "{what}: {name}: {differ} of {told} differ");
+        }
+        // Mutation check: of every page's neighbour it is not true.
+        let wrong = compare(1);
+        let sum = |all: &BTreeMap<&str, (u64, u64)>| all.values().map(|(differ, _)| differ).sum::<u64>();
+        assert!(sum(&wrong) > 3 * sum(&right) + 500, "{what}: {wrong:?}, right {right:?}");
+        let zero =
+            truth.iter().position(|flags| flags & kpf::ZERO != 0 && flags & kpf::RESERVED != 0).unwrap();
+        assert_eq!(About::new(kernel, map, Pfn(zero as u64)).unwrap().kind, Kind::Zero, "{what}");
+    });
+    assert!(lab::sets().is_none() || machines > 0, "no set has kpageflags");
+}
+
+#[test]
+fn planted_user_memory_is_where_the_guest_says() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let planted = set.planted("memory.txt").unwrap();
+        let pid = &planted["pid"];
+        let maps = fact(set, &format!("proc/{pid}/maps")).unwrap();
+        let mut seen = BTreeSet::new();
+        for page in lines(set, "planted/memory.txt", "page") {
+            let (at, phys) = (hex(&page["virtual"]), hex(&page["physical"]));
+            let answer = json(machine, &format!("vtop -c {pid} {at:x}"));
+            let walk = &answer[0];
+            let told = walk["physical"].as_str().map_or(0, hex);
+            assert_eq!(told, phys, "{what}: {} at {at:#x}: {walk}", page["name"]);
+            let area = maps.lines().find(|line| {
+                let (start, end) = line.split_whitespace().next().unwrap().split_once('-').unwrap();
+                (hex(start)..hex(end)).contains(&at)
+            });
+            let words: Vec<&str> = area
+                .unwrap_or_else(|| panic!("{what}: {at:#x} in no line of maps"))
+                .split_whitespace()
+                .collect();
+            let (start, end) = words[0].split_once('-').unwrap();
+            let vma = &walk["vma"];
+            assert_eq!(hex(vma["start"].as_str().unwrap()), hex(start), "{what}: {walk}");
+            assert_eq!(hex(vma["end"].as_str().unwrap()), hex(end), "{what}: {walk}");
+            assert_eq!(vma["permissions"].as_str(), Some(words[1]), "{what}: {walk}");
+            let last = walk["steps"].as_array().unwrap().last().unwrap();
+            let flags: Vec<&str> =
+                last["flags"].as_array().unwrap().iter().map(|f| f.as_str().unwrap()).collect();
+            match page["name"].as_str() {
+                "protnone" => assert_eq!(flags, ["PROTNONE"], "{what}"),
+                "untouched" => assert_eq!((told, flags.len()), (0, 0), "{what}"),
+                name => {
+                    assert!(flags.contains(&"PRESENT") && flags.contains(&"USER"), "{what}: {flags:?}");
+                    let large = name == "hugetlb" || name == "transparent-huge";
+                    assert_eq!(flags.contains(&"PSE"), large, "{what}: {name} {flags:?}");
+                    assert_eq!(
+                        walk["page_size"].as_u64(),
+                        Some(if large { 2 << 20 } else { 4096 }),
+                        "{what}"
+                    );
+                }
+            }
+            seen.insert(page["name"].clone());
+        }
+        assert!(seen.len() >= 6, "{what}: {seen:?}");
+        // Mutation check: another process has something else there.
+        let at = lines(set, "planted/memory.txt", "page")[0]["virtual"].clone();
+        assert_ne!(
+            json(machine, &format!("vtop -c 1 {at}"))[0]["physical"],
+            json(machine, &format!("vtop -c {pid} {at}"))[0]["physical"],
+            "{what}"
+        );
+    });
+}
+
+#[test]
+fn swapped_pages_are_in_their_slots() {
+    let mut checked = 0;
+    for_each_set(false, &mut |set, _, machine, what| {
+        let Some(planted) = set.planted("pages.txt") else { return };
+        for page in lines(set, "planted/pages.txt", "swapped") {
+            let walk = &json(machine, &format!("vtop -c {} {}", planted["pid"], page["virtual"]))[0];
+            let number = |key: &str| page[key].parse::<u64>().unwrap();
+            assert_eq!(walk["swap"]["area"].as_u64(), Some(number("type")), "{what}: {walk}");
+            assert_eq!(walk["swap"]["offset"].as_u64(), Some(number("offset")), "{what}: {walk}");
+            checked += 1;
+        }
+    });
+    assert!(lab::sets().is_none() || checked > 0);
+}
+
+#[test]
+fn zones_are_those_of_zoneinfo() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let text = fact(set, "proc/zoneinfo").unwrap();
+        let zones = json(machine, "kmem -z");
+        let mut here: Option<&Value> = None;
+        let mut compared = 0;
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if line.starts_with("Node") {
+                let (node, name) = (words[1].trim_end_matches(','), words[3]);
+                let same = |zone: &&Value| zone["name"] == name && zone["node"].as_u64() == node.parse().ok();
+                here = Some(
+                    zones.as_array().unwrap().iter().find(same).unwrap_or_else(|| panic!("{what}: {line}")),
+                );
+                continue;
+            }
+            let keys = [
+                ("min", "watermark_min"),
+                ("low", "watermark_low"),
+                ("high", "watermark_high"),
+                ("boost", "watermark_boost"),
+                ("spanned", "spanned"),
+                ("present", "present"),
+                ("managed", "managed"),
+                ("start_pfn:", "start_pfn"),
+            ];
+            // 'high' of a CPU's list has a colon, and pages free have two words.
+            let [word, value] = words.as_slice() else { continue };
+            if let (Some((_, key)), Some(zone)) = (keys.iter().find(|(told, _)| told == word), here) {
+                // With a boost the marks that are shown are higher by it.
+                let boost = if key.starts_with("watermark_") && *key != "watermark_boost" {
+                    zone["watermark_boost"].as_u64().unwrap_or(0)
+                } else {
+                    0
+                };
+                assert_eq!(
+                    zone[key].as_u64().map(|n| n + boost),
+                    value.parse().ok(),
+                    "{what}: {line} in {}",
+                    zone["name"]
+                );
+                compared += 1;
+            }
+        }
+        assert!(compared >= 14, "{what}: {compared}");
+    });
+}
+
+#[test]
+fn memory_by_use_is_that_of_meminfo() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let text = fact(set, "proc/meminfo").unwrap();
+        let told: BTreeMap<&str, u64> = text
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .filter_map(|(name, rest)| Some((name, rest.split_whitespace().next()?.parse().ok()?)))
+            .collect();
+        let info = json(machine, "kmem -i");
+        // (file, here, how far it may have moved in KiB)
+        let rows = [
+            ("MemTotal", "total", 0),
+            ("SwapTotal", "swap_total", 0),
+            ("CommitLimit", "commit_limit", 8),
+            ("MemFree", "free", 48 << 10),
+            ("SwapFree", "swap_free", 512),
+            ("SwapCached", "swap_cached", 256),
+            ("Buffers", "buffers", 256),
+            ("Shmem", "shmem", 24 << 10),
+            ("Cached", "cached", 24 << 10),
+            ("AnonPages", "anon", 4 << 10),
+            ("Slab", "slab", 12 << 10),
+            ("SUnreclaim", "slab_unreclaimable", 10 << 10),
+            ("PageTables", "page_tables", 512),
+            ("KernelStack", "kernel_stacks", 512),
+            ("Committed_AS", "committed", 32 << 10),
+        ];
+        for (name, key, slack) in rows {
+            let Some(&told) = told.get(name) else { continue };
+            let found = info[key].as_u64().unwrap_or_else(|| panic!("{what}: {name}")) * 4;
+            assert!(found.abs_diff(told) <= slack, "{what}: {name} is {told} kB, here {found}");
+        }
+        let pools = json(machine, "kmem -h");
+        let pool = pools.as_array().unwrap().iter().find(|pool| pool["name"] == "hugepages-2048kB").unwrap();
+        for (name, key) in
+            [("HugePages_Total", "total"), ("HugePages_Free", "free"), ("HugePages_Rsvd", "reserved")]
+        {
+            assert_eq!(pool[key].as_u64(), told.get(name).copied(), "{what}: {name}");
+        }
+    });
+}
+
+#[test]
+fn free_lists_hold_what_is_counted() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let zones = json(machine, "kmem -F");
+        let free = json(machine, "kmem --census")["kinds"]["free"]["pages"].as_u64().unwrap();
+        let listed: u64 = zones.as_array().unwrap().iter().map(|zone| zone["free"].as_u64().unwrap()).sum();
+        // CPU 2 may be in the middle of something; a panic stops it anywhere.
+        assert!(
+            free.abs_diff(listed) <= 64,
+            "{what}: {free} pages are marked free, {listed} are on the lists"
+        );
+        let busy = set.json["panic"].is_object();
+        for zone in zones.as_array().unwrap() {
+            assert!(busy || zone["problems"].as_array().unwrap().is_empty(), "{what}: {}", zone["problems"]);
+        }
+        // Every counter that has a twin in vmstat was near that.
+        let text = fact(set, "proc/vmstat").unwrap();
+        let counters = json(machine, "kmem -V");
+        let (mut near, mut all) = (0, 0);
+        for line in text.lines() {
+            let (name, told) = line.split_once(' ').unwrap();
+            let name = name.to_uppercase();
+            let value =
+                ["zone", "node", "event"].iter().find_map(|group| counters[group][&name]["value"].as_i64());
+            let Some(value) = value else { continue };
+            all += 1;
+            let told: i64 = told.trim().parse().unwrap();
+            let is_near = value.abs_diff(told) <= 500 + told.unsigned_abs() / 4;
+            near += usize::from(is_near);
+            if !is_near {
+                eprintln!("  {name}: {told} then, {value} now");
+            }
+        }
+        assert!(all > 60 && near * 10 >= all * 9, "{what}: {near} of {all} counters are near");
+    });
+}
+
+#[test]
+fn planted_objects_are_allocated_and_freed() {
+    let mut checked = (0, 0);
+    for_each_set(false, &mut |set, _, machine, what| {
+        let Some(planted) =
+            set.planted("kstub_plant.txt").filter(|planted| planted.contains_key("slab.cache"))
+        else {
+            return;
+        };
+        let kernel = machine.kernel().unwrap();
+        let map = kernel.page_map().unwrap();
+        let cache = kernel.slab_cache(VirtAddr(hex(&planted["slab.cache"]))).unwrap();
+        assert_eq!(cache.name, planted["slab.cache.name"], "{what}");
+        assert_eq!(cache.object_size.to_string(), planted["slab.cache.object_size"], "{what}");
+        let every = kernel.slab_pages(map);
+        let walk = cache.walk(map, every.get(&cache.cache.at).map(Vec::as_slice));
+        assert_eq!((walk.bad.as_slice(), walk.problems.as_slice()), (&[][..], &[][..]), "{what}");
+        let objects = |prefix: &str| {
+            let is_object =
+                |key: &str| key.strip_prefix(prefix).is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
+            planted.iter().filter(|(key, _)| is_object(key)).map(|(_, at)| hex(at)).collect::<Vec<_>>()
+        };
+        let (live, freed) = (objects("slab.live."), objects("slab.freed."));
+        assert!(live.len() > 20 && freed.len() > 3, "{what}: {} {}", live.len(), freed.len());
+        for &at in &live {
+            assert_eq!(walk.state(VirtAddr(at)), ObjectState::Allocated, "{what}: {at:#x}");
+            let found = &json(machine, &format!("kmem {:x}", at + 8))[0];
+            assert_eq!(found["slab"]["cache"], planted["slab.cache.name"].as_str(), "{what}: {found}");
+            assert_eq!(found["slab"]["object"].as_str().map(hex), Some(at), "{what}: {found}");
+            assert_eq!(found["slab"]["state"], "allocated", "{what}: {found}");
+        }
+        for &at in &freed {
+            assert_ne!(walk.state(VirtAddr(at)), ObjectState::Allocated, "{what}: {at:#x}");
+        }
+        assert_eq!(walk.allocated(), live.len() as u64, "{what}");
+        checked.0 += live.len();
+        checked.1 += freed.len();
+    });
+    assert!(lab::sets().is_none() || checked.0 > 0 && checked.1 > 0);
+}
+
+#[test]
+fn caches_are_those_of_slabinfo() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let text = fact(set, "proc/slabinfo").unwrap();
+        let answer = json(machine, "kmem -s");
+        let caches: BTreeMap<&str, &Value> =
+            answer["caches"].as_array().unwrap().iter().map(|c| (c["name"].as_str().unwrap(), c)).collect();
+        assert_eq!(answer["problems"], serde_json::json!([]), "{what}");
+        let (mut same, mut all) = (0, 0);
+        for line in text.lines().skip(2) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let cache = caches.get(words[0]).unwrap_or_else(|| panic!("{what}: no cache {}", words[0]));
+            let number = |i: usize| words[i].parse::<u64>().unwrap();
+            // What slabinfo calls the object's size is the distance between objects.
+            assert_eq!(cache["size"].as_u64(), Some(number(3)), "{what}: {line}");
+            assert_eq!(cache["objects_per_slab"].as_u64(), Some(number(4)), "{what}: {line}");
+            assert_eq!(cache["slab_bytes"].as_u64(), Some(number(5) * 4096), "{what}: {line}");
+            assert_eq!(cache["bad_pointers"], serde_json::json!([]), "{what}: {line}");
+            all += 1;
+            let near = |told: u64, found: u64| found.abs_diff(told) <= 64 + told / 5;
+            same += usize::from(near(number(2), cache["total"].as_u64().unwrap()));
+        }
+        assert!(
+            all > 60 && same * 20 >= all * 18,
+            "{what}: {same} of {all} caches have about as many objects"
+        );
+        // A task_struct for every thread and every CPU but the first, whose is in the image.
+        let tasks = json(machine, "kmem -s task_struct")["caches"][0]["allocated"].as_u64().unwrap() as usize;
+        let known = machine.kernel().unwrap().tasks().unwrap().tasks.len();
+        assert!(tasks + 1 >= known && tasks < known + 8, "{what}: {tasks} task_structs for {known} tasks");
+    });
+}
+
+#[test]
+fn areas_are_those_of_vmallocinfo() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let text = fact(set, "proc/vmallocinfo").unwrap();
+        let answer = json(machine, "kmem -v");
+        assert_eq!(answer["problems"], serde_json::json!([]), "{what}");
+        // Addresses are hashed in the file: an area is told by its size, caller and pages.
+        let mut found = BTreeMap::<(u64, String, Option<u64>), i64>::new();
+        for area in answer["areas"].as_array().unwrap() {
+            let caller = area["caller"].as_str().unwrap_or("");
+            *found
+                .entry((area["size"].as_u64().unwrap(), caller.to_owned(), area["pages"].as_u64()))
+                .or_default() += 1;
+        }
+        let (mut all, mut missing) = (0, Vec::new());
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let (size, Some(caller)) = (words[1].parse::<u64>().unwrap(), words.get(2)) else { continue };
+            // Areas in modules have callers that only modules' symbols name.
+            if line.contains('[')
+                || !caller.contains("+0x")
+                || line.contains("unpurged")
+                || line.contains("vm_map_ram")
+            {
+                continue;
+            }
+            let pages = words.iter().find_map(|word| word.strip_prefix("pages=")?.parse::<u64>().ok());
+            let key = (size, caller.split('/').next().unwrap().to_owned(), pages);
+            all += 1;
+            match found.get_mut(&key) {
+                Some(count) if *count > 0 => *count -= 1,
+                _ => missing.push(line),
+            }
+        }
+        assert!(
+            all > 100 && missing.len() * 20 <= all,
+            "{what}: {} of {all} are missing: {missing:#?}",
+            missing.len()
+        );
+    });
+}
+
+#[test]
+fn what_an_address_belongs_to() {
+    for_each_set(false, &mut |set, _, machine, what| {
+        let ask = |at: &str| json(machine, &format!("kmem {at}"))[0].clone();
+        assert_eq!(ask("init_task")["symbol"]["name"], "init_task", "{what}");
+        assert_eq!(ask("init_task")["task"]["pid"], 0, "{what}");
+        let pid: i32 = set.planted("memory.txt").unwrap()["pid"].parse().unwrap();
+        let task = machine.kernel().unwrap().find_task(pid).unwrap().unwrap();
+        let of_task = ask(&format!("{:x}", task.at.0 + 64));
+        assert_eq!(of_task["task"]["pid"], pid, "{what}: {of_task}");
+        assert_eq!(of_task["slab"]["cache"], "task_struct", "{what}: {of_task}");
+        assert_eq!(of_task["slab"]["object"].as_str().map(hex), Some(task.at.0), "{what}: {of_task}");
+        let stack = ask(&format!("{:x}", task.get("stack").unwrap() + 0x100));
+        assert_eq!(stack["stack_of"]["pid"], pid, "{what}: {stack}");
+        assert_eq!(stack["page"]["kind"], "kernel-stack", "{what}: {stack}");
+        let Some(planted) = set.planted("kstub_plant.txt") else { return };
+        for cpu in 0..2u32 {
+            let at = ask(&planted[&format!("percpu.dynamic.{cpu}.address")]);
+            assert_eq!(at["percpu"]["cpu"].as_u64(), Some(cpu.into()), "{what}: {at}");
+            assert_eq!(at["page"]["kind"], "percpu", "{what}: {at}");
+        }
+        if let Some(at) = planted.get("vmalloc.address").or(planted.get("vmalloc.0")) {
+            let found = ask(at);
+            assert!(hex(found["vmalloc"]["start"].as_str().unwrap()) <= hex(at), "{what}: {found}");
+            assert_eq!(found["page"]["kind"], "vmalloc", "{what}: {found}");
+        }
+    });
+}
+
+/// A dump that lacks user memory and free pages still has its struct pages.
+#[test]
+fn a_filtered_dump_has_its_census() {
+    for_each_set(true, &mut |_, _, machine, what| {
+        let census = json(machine, "kmem --census");
+        assert_eq!(census["unreadable"], 0, "{what}: {census}");
+        let pages = |kind: &str| census["kinds"][kind]["pages"].as_u64().unwrap_or(0);
+        assert!(pages("free") > 1000 && pages("slab") > 1000 && pages("anon") > 10, "{what}: {census}");
+    });
+}
+
+/// A dump with some words of its memory replaced.
+struct Damaged {
+    dump: Dump,
+    words: BTreeMap<u64, u64>,
+}
+
+impl PhysicalMemory for Damaged {
+    fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let outcome = self.dump.read_phys(at, buf);
+        for (&place, value) in &self.words {
+            for (i, byte) in value.to_le_bytes().into_iter().enumerate() {
+                if let Some(index) = (place + i as u64).checked_sub(at.0)
+                    && let Some(slot) = buf.get_mut(index as usize)
+                {
+                    *slot = byte;
+                }
+            }
+        }
+        outcome
+    }
+
+    fn ranges(&self) -> Vec<PhysRange> {
+        self.dump.ranges()
+    }
+}
+
+impl Backend for Damaged {
+    fn saved_cpus(&self) -> &[SavedCpu] {
+        self.dump.saved_cpus()
+    }
+    fn vmcoreinfo_note(&self) -> Option<&[u8]> {
+        self.dump.vmcoreinfo_note()
+    }
+    fn phys_base_hints(&self) -> Vec<u64> {
+        self.dump.phys_base_hints()
+    }
+    fn facts(&self) -> Vec<Fact> {
+        self.dump.facts()
+    }
+    fn problems(&self) -> Vec<String> {
+        self.dump.problems()
+    }
+}
+
+fn phys(kernel: &Kernel, at: VirtAddr) -> u64 {
+    kernel.found().space.translate(&**kernel.backend(), at).unwrap().phys.0
+}
+
+#[test]
+fn a_broken_free_list_is_told_and_costs_only_itself() {
+    let mut machines = 0;
+    for_each_set(false, &mut |set, dump, machine, what| {
+        if set.json["kind"] != "qemu" || dump.format != "elf" {
+            return;
+        }
+        let kernel = machine.kernel().unwrap();
+        let map = kernel.page_map().unwrap();
+        let all = kernel.slab_caches().unwrap();
+        // A slab of dentries with two free objects or more: the second is lost when the first one's pointer is broken.
+        let cache = all.caches.iter().find(|cache| cache.name == "dentry").unwrap();
+        let before = cache.walk(map, None);
+        let victim = before.slabs.iter().find(|placed| placed.free >= 2).unwrap().slab;
+        let broken = cache.pointer_at(victim.freelist);
+        let words = BTreeMap::from([(phys(kernel, broken), 0x4141_4141_4141_4141)]);
+        let damaged = machine_of(Arc::new(Damaged { dump: Dump::open(&dump.path).unwrap(), words }), dump);
+        let answer = json(&damaged, "kmem -s");
+        let cache =
+            answer["caches"].as_array().unwrap().iter().find(|cache| cache["name"] == "dentry").unwrap();
+        let bad = cache["bad_pointers"].as_array().unwrap();
+        assert_eq!(bad.len(), 1, "{what}: {cache}");
+        assert_eq!(bad[0]["slab"].as_str().map(hex), Some(victim.at.0), "{what}: {cache}");
+        assert_eq!(bad[0]["object"].as_str().map(hex), Some(victim.freelist), "{what}: {cache}");
+        assert_eq!(bad[0]["stored"].as_str().map(hex), Some(0x4141_4141_4141_4141), "{what}: {cache}");
+        // The slab's own count is whole, so the cache's is.
+        assert_eq!(cache["allocated"].as_u64(), Some(before.allocated()), "{what}");
+        let others = answer["caches"].as_array().unwrap().iter().filter(|cache| cache["name"] != "dentry");
+        assert!(others.clone().count() > 60, "{what}");
+        for other in others {
+            assert_eq!(other["bad_pointers"], serde_json::json!([]), "{what}: {other}");
+        }
+        machines += 1;
+    });
+    assert!(lab::sets().is_none() || machines > 0);
+}
+
+#[test]
+fn a_page_that_its_file_lost_is_told() {
+    let mut machines = 0;
+    for_each_set(false, &mut |set, dump, machine, what| {
+        let Some(page) =
+            lines(set, "planted/pages.txt", "page").into_iter().find(|page| page["kind"] == "file-clean")
+        else {
+            return;
+        };
+        if dump.format != "elf" {
+            return;
+        }
+        let pfn = Pfn(hex(&page["pfn"]));
+        let kernel = machine.kernel().unwrap();
+        let map = kernel.page_map().unwrap();
+        assert_eq!(About::new(kernel, map, pfn).unwrap().held, Some(Held::This), "{what}");
+        // The index is moved by one, to where another page of the file is.
+        let at = map.page(pfn).unwrap();
+        let index = kernel.object("page", at).unwrap().either(&["__folio_index", "index"]).unwrap();
+        let words = BTreeMap::from([(phys(kernel, index.at), index.u64().unwrap() + 1)]);
+        let damaged = machine_of(Arc::new(Damaged { dump: Dump::open(&dump.path).unwrap(), words }), dump);
+        let kernel = damaged.kernel().unwrap();
+        let about = About::new(kernel, kernel.page_map().unwrap(), pfn).unwrap();
+        assert!(matches!(about.held, Some(Held::Other(_))), "{what}: {:?}", about.held);
+        machines += 1;
+    });
+    assert!(lab::sets().is_none() || machines > 0);
+}
