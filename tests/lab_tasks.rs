@@ -383,11 +383,11 @@ fn modules_are_those_of_proc_modules() {
 /// The last `[ seconds.micros]` of the console.
 fn last_on_console(set: &Set) -> f64 {
     let console = std::fs::read_to_string(set.dir.join("console.log")).unwrap();
-    let stamps = console.lines().filter_map(|line| {
+    let mut stamps = console.lines().filter_map(|line| {
         let (stamp, _) = line.trim_start().strip_prefix('[')?.split_once(']')?;
         stamp.trim().parse::<f64>().ok()
     });
-    stamps.last().unwrap()
+    stamps.next_back().unwrap()
 }
 
 #[test]

@@ -387,6 +387,9 @@ impl Parser<'_> {
         match token {
             Token::Number(literal) => self.node(Expr::Number(literal)),
             Token::Register(name) => self.node(Expr::Register(name)),
+            Token::Name(name) if matches!(name.as_str(), "struct" | "union" | "enum") => {
+                Err(format!("'{name}' begins a type, and a value is wanted there"))
+            }
             Token::Name(name) => {
                 self.first_name.get_or_insert(at + name.len());
                 if self.take(":") {
