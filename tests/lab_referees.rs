@@ -195,7 +195,7 @@ fn tasks_are_drgns() {
     compare("tasks", 1000, &|case| {
         let (mut ours, mut theirs) = (Rows::new(), Rows::new());
         for task in rows(&case.drgn["tasks"]) {
-            let user = !task["mm"].as_str().is_none_or(|mm| hex(mm) == 0);
+            let user = task["mm"].as_str().is_some_and(|mm| hex(mm) != 0);
             let pages = |rss: &Value| -> u64 {
                 let parts = rss.as_object().unwrap();
                 parts
@@ -717,7 +717,7 @@ fn planted_words_are_read_and_threads_found() {
             planted.iter().filter(|(key, _)| key.starts_with("thread.") && key.ends_with(".pid"))
         {
             let thread = key.trim_end_matches(".pid");
-            let task = rows(&tasks["tasks"]).find(|task| task["pid"].to_string() == *pid).unwrap();
+            let task = rows(&tasks["tasks"]).find(|task| task["pid"].as_i64() == pid.parse().ok()).unwrap();
             assert_eq!(task["task"], json!(planted[&format!("{thread}.task")]), "{what}: {thread}");
             assert_eq!(task["state"], json!(planted[&format!("{thread}.state")]), "{what}: {thread}");
             compared += 2;

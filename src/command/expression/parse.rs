@@ -588,6 +588,10 @@ mod tests {
                 trees += 1;
                 assert!(!parsed.label(3).is_empty(), "{text}");
                 parsed.any_name(&|name| !name.is_empty());
+                // A type's name as a value is a cast once parentheses stand around it, in C too.
+                if parsed.any_name(&is_type) {
+                    continue;
+                }
                 // What is shown of a tree is the same tree again.
                 let shown =
                     show(&parsed.expr).replace("({", "((").replace("sizeof{", "sizeof(").replace('}', ")");
