@@ -178,7 +178,7 @@ fn every_member_is_where_btf_has_it() {
 
         for (variable, spelled) in [
             ("init_task", "struct task_struct"),
-            ("jiffies", "long unsigned int"),
+            ("jiffies", "unsigned long"),
             ("init_mm", "struct mm_struct"),
             ("super_blocks", "struct list_head"),
             ("saved_command_line", "char *"),

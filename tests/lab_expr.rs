@@ -589,12 +589,15 @@ fn normal(text: &str) -> String {
     // Prefixes that do nothing, on nops, returns, and data that is decoded; on string instructions they do something.
     let strings = ["movs", "stos", "lods", "scas", "cmps", "ins", "outs"];
     while let Some((prefix, rest)) = text.split_once(' ')
-        && ["data16", "cs", "repz", "repnz", "rep", "bnd", "notrack", "ds", "es", "ss"].contains(&prefix)
+        && (["data16", "cs", "repz", "repnz", "rep", "bnd", "notrack", "ds", "es", "ss"].contains(&prefix)
+            // A jump to an address reads no memory.
+            || ["fs", "gs"].contains(&prefix) && rest.trim_start_matches("gs ").starts_with('j') && !rest.contains('*'))
         && !strings.iter().any(|name| rest.starts_with(name))
     {
         text = rest.to_owned();
     }
-    text
+    // The port of string instructions, as older and newer binutils spell it.
+    text.replace("(%dx)", "%dx")
 }
 
 #[test]
