@@ -22,6 +22,7 @@ pub mod rbtree;
 pub mod runqueue;
 pub mod sched;
 pub mod slab;
+pub mod stack;
 mod switched_out;
 pub mod taint;
 mod task;
