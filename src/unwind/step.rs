@@ -85,6 +85,7 @@ fn by_orc(frame: &mut Frame, row: OrcEntry, stack: &dyn Stack) -> Result<Step, N
         OrcReg::R10 => plus(reg(Reg::R10)?),
         OrcReg::R13 => plus(reg(Reg::R13)?),
         OrcReg::Di => plus(reg(Reg::Rdi)?),
+        OrcReg::Ax => plus(reg(Reg::Rax)?),
         OrcReg::Dx => plus(reg(Reg::Rdx)?),
         OrcReg::BpIndirect => word(plus(reg(Reg::Rbp)?))?,
         // Since Linux commit 87ccc826bf1c ("x86/unwind/orc: Change REG_SP_INDIRECT") (in v5.12); before, no row had it
