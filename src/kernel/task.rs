@@ -106,12 +106,14 @@ impl Kernel {
     /// The user address space of `mm`: its `pgd` is a pointer into the direct map. The error says why it is unknown.
     pub fn user_space(&self, mm: VirtAddr) -> Result<AddressSpace, String> {
         let lost = |why: String| format!("the page tables of mm {mm} cannot be found: {why}");
-        let member = self.member("mm_struct", "pgd").ok_or_else(|| lost("no type tells mm_struct.pgd".to_owned()))?;
+        let member =
+            self.member("mm_struct", "pgd").ok_or_else(|| lost("no type tells mm_struct.pgd".to_owned()))?;
         let mut pgd = [0; 8];
         if let Some(why) = self.read(mm.wrapping_add(member.offset), &mut pgd).stopped {
             return Err(lost(format!("mm_struct.pgd: {why}")));
         }
         let root = self.found.space.translate(&*self.backend, VirtAddr(u64::from_le_bytes(pgd)));
-        root.map(|root| AddressSpace { root: root.phys, ..self.found.space }).map_err(|why| lost(why.to_string()))
+        root.map(|root| AddressSpace { root: root.phys, ..self.found.space })
+            .map_err(|why| lost(why.to_string()))
     }
 }
