@@ -87,10 +87,7 @@ pub fn user_space<'a>(
             printable(&comm)
         ))
     })?;
-    match kernel.user_space(mm.at) {
-        Some(space) => Ok((space, Some(mm))),
-        None => Err(CommandError(format!("the page tables of the mm at {} cannot be found", mm.at))),
-    }
+    kernel.user_space(mm.at).map(|space| (space, Some(mm))).map_err(CommandError)
 }
 
 fn show(context: &Context<'_>, walk: &Walk, mm: Option<Object<'_>>) -> Result<(String, Value), CommandError> {
