@@ -18,6 +18,8 @@ import sys
 import types
 
 import gdb
+import gdb.FrameDecorator
+import gdb.unwinder
 
 # What gdb's own users type every day stays gdb's, abbreviations included.
 GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "whatis", "x"}
@@ -212,6 +214,82 @@ class Task(gdb.Function):
         return gdb.Value(int(found[0]["task"], 16)).cast(gdb.lookup_type("struct task_struct").pointer())
 
 
+class Frames(gdb.unwinder.Unwinder):
+    """The frames that gdb gets wrong, as kstub found them: entry code and stack switches, which no call frame
+    information describes or describes rightly, and code of which gdb has none at all."""
+
+    def __init__(self):
+        super().__init__("kstub")
+        self.known = {}
+        gdb.events.cont.connect(self.forget)
+        gdb.events.exited.connect(self.forget)
+
+    def forget(self, event=None):
+        """What runs has other frames later."""
+        self.known.clear()
+
+    def frames(self):
+        """The selected thread's, by pc and stack pointer; none if it is not kstub's."""
+        thread = gdb.selected_thread()
+        key = (gdb.selected_inferior().connection, thread and thread.ptid)
+        if key not in self.known:
+            self.known[key] = {}
+            # send() would select no thread for a moment, and gdb forget the frame that it is asking about.
+            packet = "maintenance packet qkstub.unwind:" + thread_id(None)
+            try:
+                answer = gdb.execute(packet, to_string=True).split('received: "', 1)[1]
+                rows = json.loads(bytes.fromhex(answer.split('"', 1)[0]))
+                self.known[key] = {(row["pc"], row["sp"]): row for row in rows}
+            except (gdb.error, IndexError, ValueError):
+                pass
+        return self.known[key]
+
+    def __call__(self, pending):
+        def register(name):
+            return int(pending.read_register(name)) & U64
+
+        try:
+            row = self.frames().get((register("rip"), register("rsp")))
+        except gdb.error:
+            return None
+        if row is None or not row["wrong"] and gdb_knows(row["pc"]):
+            return None
+        integer = gdb.selected_inferior().architecture().integer_type
+        frame = types.SimpleNamespace(sp=gdb.Value(row["cfa"]), pc=gdb.Value(row["function"] or row["pc"]))
+        caller = pending.create_unwind_info(frame)
+        # A caller at 0 is none.
+        for name, value in (row["caller"] or {"rip": 0, "rsp": row["cfa"]}).items():
+            bits = 32 if name in ("eflags", "cs", "ss") else 64
+            caller.add_saved_register(name, gdb.Value(value).cast(integer(bits, False)))
+        return caller
+
+
+def gdb_knows(pc):
+    """Whether gdb has debug information of the function at an address, and so call frame information."""
+    block = gdb.block_for_pc(pc)
+    while block is not None and block.function is None:
+        block = block.superblock
+    return block is not None
+
+
+class Named(gdb.FrameDecorator.FrameDecorator):
+    """A frame of which nobody has the name."""
+
+    def function(self):
+        return super().function() or ("<user mode>" if self.inferior_frame().pc() < 1 << 63 else "??")
+
+
+class EndOfStack:
+    """Leaves out the frame at 0 by which gdb is told that a backtrace ends."""
+
+    def __init__(self):
+        self.name, self.priority, self.enabled = "kstub-end-of-stack", 100, True
+        gdb.frame_filters[self.name] = self
+
+    def filter(self, frames):
+        return (Named(frame) for frame in frames if frame.inferior_frame().pc() != 0)
+
+
 def has_command(name):
     """Whether gdb has a command of exactly this name."""
     return name in gdb.execute("complete " + name, to_string=True).split("\n")
@@ -253,7 +331,8 @@ def expose():
 
 
 expose()
-Prefix(), PerCpu(), Page(), Task()
+Prefix(), PerCpu(), Page(), Task(), EndOfStack()
+gdb.unwinder.register_unwinder(None, Frames(), replace=True)
 if not register():
     for happens in CONNECTED:
         happens.connect(register_later)

@@ -8,6 +8,7 @@ mod bulk;
 mod description;
 mod engine;
 mod files;
+mod frames;
 mod front;
 pub mod index;
 mod libraries;

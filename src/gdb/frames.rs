@@ -1,0 +1,66 @@
+//! Backtraces for a client that unwinds itself and gets stuck: `qkstub.unwind`.
+//!
+//! gdb has the compiler's call frame information, and kstub needs not do what that does. It lacks the entry code's,
+//! that of code made at run time, and of modules without debug files; and what the compiler wrote about functions that
+//! switch stacks in inline assembly is wrong. Source: GDB manual, "Unwinding Frames in Python".
+
+use super::threads::{Thread, Threads};
+use crate::addr::VirtAddr;
+use crate::kernel::Machine;
+use crate::kernel::stack::{Trace, Tracer};
+use crate::unwind::{Frame, FrameSource, Regs};
+use serde_json::{Map, Value, json};
+
+/// The frames of a thread as JSON: of each `pc` and `sp`, by which the client knows it again, `cfa`, `function` (its
+/// start), the registers of its `caller` (`null`: there is none), and whether call frame information would get it
+/// `wrong`. It ends before the first frame that is a guess.
+pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option<Value> {
+    let tracer = Tracer::new(machine)?;
+    let trace = match threads.task(machine, thread) {
+        Some(task) => tracer.task(task.at),
+        None => tracer.cpu(threads.cpu(machine, thread)),
+    };
+    let function = |pc: u64| {
+        let found = machine.kernel()?.symbolize(VirtAddr(pc))?;
+        Some(pc.wrapping_sub(found.offset))
+    };
+    let row = |pc: u64,
+               sp: u64,
+               cfa: Option<u64>,
+               caller: Option<Regs>,
+               wrong: bool,
+               function: Option<u64>| {
+        let cfa = cfa.or(caller.and_then(|regs| regs.sp())).unwrap_or(sp);
+        json!({ "pc": pc, "sp": sp, "cfa": cfa, "function": function, "caller": caller.map(registers), "wrong": wrong })
+    };
+    let user = trace.user().copied();
+    let frames = places(&trace);
+    let guess = frames.iter().position(|(_, frame)| frame.source.is_guess());
+    let mut rows = Vec::new();
+    for (index, (stack, frame)) in frames.iter().take(guess.unwrap_or(frames.len())).enumerate() {
+        let next = frames.get(index + 1).filter(|(_, next)| !next.source.is_guess());
+        let is_last = index + 1 == frames.len();
+        let caller = next.map(|(_, next)| next.regs).or(user.filter(|_| is_last));
+        let wrong = next.is_none_or(|(there, next)| {
+            there != stack || next.source == FrameSource::PtRegs || next.restored.is_some()
+        });
+        rows.push(row(frame.pc, frame.sp, frame.cfa, caller, wrong, function(frame.lookup_pc())));
+    }
+    // In user mode gdb would have nothing to go by but the frame pointer, which few programs keep.
+    if let Some((pc, sp)) = user.and_then(|user| Some((user.pc()?, user.sp()?))) {
+        rows.push(row(pc, sp, None, None, true, None));
+    }
+    Some(Value::Array(rows))
+}
+
+/// Each frame with the number of the segment that it is in.
+fn places(trace: &Trace) -> Vec<(usize, &Frame)> {
+    let segments = trace.segments.iter().enumerate();
+    segments.flat_map(|(index, segment)| segment.frames.iter().map(move |frame| (index, frame))).collect()
+}
+
+fn registers(regs: Regs) -> Value {
+    Value::Object(
+        regs.known().map(|(reg, value)| (reg.name().to_owned(), json!(value))).collect::<Map<_, _>>(),
+    )
+}
