@@ -8,7 +8,7 @@ mod regs;
 mod step;
 
 pub use regs::{PT_REGS_SIZE, PtRegs, Regs};
-pub use step::{NoStep, Step, by_call_frames, by_depth, by_frame_pointer, by_top_of_stack, step};
+pub use step::{NoStep, Step, by_call_frames, by_frame_pointer, by_own_code, by_top_of_stack, step};
 
 use crate::debuginfo::cfi::CfiRow;
 use crate::debuginfo::orc::OrcEntry;

@@ -391,7 +391,7 @@ impl<'k> Walk<'k> {
         let mut code = vec![0; (frame.pc.checked_sub(start)?.checked_add(16)?).min(CODE_MAX) as usize];
         let filled = self.kernel.read(VirtAddr(start), &mut code).filled;
         let pushed = disasm::pushed_at(code.get(..filled)?, start, frame.pc);
-        if let Some(Step::Caller(next)) = pushed.and_then(|pushed| by_depth(frame, pushed, &self.memory))
+        if let Some(Step::Caller(next)) = pushed.and_then(|pushed| by_own_code(frame, &pushed, &self.memory))
             && self.tables.call_before(next.pc) == Some(Call::Direct(start))
         {
             return Some(self.called(frame, next));
