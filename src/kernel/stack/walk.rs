@@ -15,8 +15,8 @@ use crate::bytes::u64_at;
 use crate::debuginfo::orc::OrcEntry;
 use crate::kernel::{CpuId, Kernel};
 use crate::unwind::{
-    self, Frame, FrameSource, NoStep, PT_REGS_SIZE, PtRegs, Regs, Stack, Step, Why, by_call_frames, by_depth,
-    by_frame_pointer, by_top_of_stack,
+    self, Frame, FrameSource, NoStep, PT_REGS_SIZE, PtRegs, Regs, Stack, Step, Why, by_call_frames,
+    by_frame_pointer, by_own_code, by_top_of_stack,
 };
 use std::cell::RefCell;
 
