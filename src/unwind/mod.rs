@@ -8,7 +8,7 @@ mod regs;
 mod step;
 
 pub use regs::{PT_REGS_SIZE, PtRegs, Regs};
-pub use step::{NoStep, Step, by_frame_pointer, by_top_of_stack, step};
+pub use step::{NoStep, Step, by_call_frames, by_frame_pointer, by_own_code, by_top_of_stack, step};
 
 use crate::debuginfo::cfi::CfiRow;
 use crate::debuginfo::orc::OrcEntry;
@@ -23,10 +23,14 @@ pub enum FrameSource {
     PtRegs,
     /// What a task left on its stack when it was switched out: a first frame.
     InactiveTask,
+    /// What a function that does not return has left on a stack that is known to be in use: a first frame.
+    Remains,
     /// The kernel's ORC tables.
     Orc,
     /// DWARF call frame information.
     Cfi,
+    /// The function's own code, followed from its start: what it has pushed; and a call of it is where that leads.
+    Code,
     /// `rbp` and the word above the one it points at.
     FramePointer,
     /// The top of the stack: of code that was called and has pushed nothing yet.
@@ -42,8 +46,10 @@ impl FrameSource {
             Self::Registers => "registers",
             Self::PtRegs => "pt_regs",
             Self::InactiveTask => "inactive_task_frame",
+            Self::Remains => "remains",
             Self::Orc => "orc",
             Self::Cfi => "cfi",
+            Self::Code => "code",
             Self::FramePointer => "frame pointer",
             Self::TopOfStack => "top of stack",
             Self::Scan => "scan",

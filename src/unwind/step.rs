@@ -4,6 +4,7 @@
 
 use super::{Frame, FrameSource, PT_REGS_SIZE, PtRegs, Regs, Stack, Tables, Why};
 use crate::arch::x86_64::Reg;
+use crate::arch::x86_64::disasm::Pushed;
 use crate::debuginfo::cfi::{self, CfiRow, Rule};
 use crate::debuginfo::orc::{OrcEntry, OrcKind, OrcReg};
 use std::fmt;
@@ -63,7 +64,12 @@ pub fn step(frame: &mut Frame, tables: &dyn Tables, stack: &dyn Stack) -> Result
     if let Some(row) = tables.orc(pc) {
         return by_orc(frame, row, stack);
     }
-    match tables.cfi(pc) {
+    by_call_frames(frame, tables, stack)
+}
+
+/// One step by call frame information alone.
+pub fn by_call_frames(frame: &mut Frame, tables: &dyn Tables, stack: &dyn Stack) -> Result<Step, NoStep> {
+    match tables.cfi(frame.lookup_pc()) {
         Some(row) => by_cfi(frame, row, stack),
         None => Err(NoStep::NoRow),
     }
@@ -195,6 +201,26 @@ pub fn by_top_of_stack(
     }
     let place = (pc, pc_at, pc_at.wrapping_add(8));
     Some(Step::Caller(caller(frame, place, regs, FrameSource::TopOfStack, (Why::Because(why), false))))
+}
+
+/// The caller of a function, by what its own code has `pushed`.
+pub fn by_own_code(frame: &mut Frame, pushed: &Pushed, stack: &dyn Stack) -> Option<Step> {
+    let pc_at = frame.sp.wrapping_add(pushed.bytes);
+    let pc = stack.word(pc_at)?;
+    let mut regs = Regs::default();
+    for reg in KEPT_BY_CALLS {
+        let value = match pushed.saved.iter().find(|(saved, _)| *saved == reg) {
+            Some((_, below)) => stack.word(pc_at.wrapping_sub(*below)),
+            None => frame.regs.get(reg),
+        };
+        if let Some(value) = value {
+            regs.set(reg, value);
+        }
+    }
+    const WHY: &str =
+        "what the function has pushed by its own code, up to a return address behind a call of it";
+    let place = (pc, pc_at, pc_at.wrapping_add(8));
+    Some(Step::Caller(caller(frame, place, regs, FrameSource::Code, (Why::Because(WHY), false))))
 }
 
 /// `place`: the caller's pc, where that was found, and the canonical frame address of `frame`.

@@ -196,10 +196,6 @@ impl Tables for KernelTables<'_> {
     }
 
     fn cfi(&self, pc: u64) -> Option<CfiRow> {
-        // Where there is ORC, what it leaves out has no call frame information either.
-        if self.tables.image.is_some() {
-            return None;
-        }
         let frames = self.tables.frames.get_or_init(|| {
             let frames = self.kernel.debug_info().map(CallFrames::of)?;
             frames.unwrap_or_else(|error| {
