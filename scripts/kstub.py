@@ -258,7 +258,11 @@ class Frames(gdb.unwinder.Unwinder):
         frame = types.SimpleNamespace(sp=gdb.Value(row["cfa"]), pc=gdb.Value(row["function"] or row["pc"]))
         caller = pending.create_unwind_info(frame)
         # A caller at 0 is none.
-        for name, value in (row["caller"] or {"rip": 0, "rsp": row["cfa"]}).items():
+        registers = row["caller"] or {"rip": 0, "rsp": row["cfa"]}
+        if row["through"] and gdb.solib_name(row["through"]):
+            # gdb's own frame of a signal in between: behind one a pc is no return address, and stacks may change.
+            registers = registers | {"rip": row["through"], "rsp": row["saved"]}
+        for name, value in registers.items():
             bits = 32 if name in ("eflags", "cs", "ss") else 64
             caller.add_saved_register(name, gdb.Value(value).cast(integer(bits, False)))
         return caller
@@ -273,10 +277,11 @@ def gdb_knows(pc):
 
 
 class Named(gdb.FrameDecorator.FrameDecorator):
-    """A frame of which nobody has the name."""
+    """A frame in user mode, of which gdb has no name."""
 
     def function(self):
-        return super().function() or ("<user mode>" if self.inferior_frame().pc() < 1 << 63 else "??")
+        name = super().function()
+        return "<user mode>" if isinstance(name, int) and name < 1 << 63 else name
 
 
 class EndOfStack:

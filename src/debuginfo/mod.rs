@@ -4,6 +4,7 @@
 //! Everything above asks [`DebugInfo`] and cannot tell whether BTF or DWARF answered.
 
 mod btf;
+pub mod call_frames;
 pub mod cfi;
 pub mod debuginfod;
 mod dwarf;

@@ -1,6 +1,7 @@
 //! An ELF file made of names alone: what gives gdb symbols where there is no file of the kernel's or a module's.
 //!
-//! Knows ELF and no kernel. Sections have an address and a size and no bytes: gdb reads those from the target.
+//! Knows ELF and no kernel. Sections have an address and a size and no bytes: gdb reads those from the target. What
+//! only gdb reads, such as `.debug_frame`, has bytes and no address.
 //! Source: the ELF-64 object file format; gdb `elfread.c` (`elf_symtab_read`: what a symbol is, its section tells),
 //! `symfile.c` (`qOffsets` wants a program header).
 
@@ -44,6 +45,7 @@ const PROGRAM_HEADER: usize = 56;
 const ET_REL: u16 = 1;
 const ET_EXEC: u16 = 2;
 const EM_X86_64: u16 = 62;
+const SHT_PROGBITS: u32 = 1;
 const SHT_SYMTAB: u32 = 2;
 const SHT_STRTAB: u32 = 3;
 const SHT_NOBITS: u32 = 8;
@@ -57,6 +59,16 @@ const NONE: u32 = 0;
 
 /// The bytes of the file. Symbols outside of all sections are left out; sections must not overlap.
 pub fn write<'a>(kind: Kind, sections: &[Section<'_>], symbols: impl Iterator<Item = Named<'a>>) -> Vec<u8> {
+    write_with(kind, sections, symbols, &[])
+}
+
+/// As [`write`], with `debug` sections: names and bytes.
+pub fn write_with<'a>(
+    kind: Kind,
+    sections: &[Section<'_>],
+    symbols: impl Iterator<Item = Named<'a>>,
+    debug: &[(&str, &[u8])],
+) -> Vec<u8> {
     let (mut locals, mut globals, mut strings) = (vec![0; 24], Vec::new(), vec![0]);
     for symbol in symbols {
         let inside = |s: &Section<'_>| symbol.address.checked_sub(s.address).is_some_and(|at| at < s.size);
@@ -120,9 +132,16 @@ pub fn write<'a>(kind: Kind, sections: &[Section<'_>], symbols: impl Iterator<It
         0,
     ));
     let shstrtab = name(".shstrtab");
+    let debug_names: Vec<u32> = debug.iter().map(|(text, _)| name(text)).collect();
     let names_at = strtab_at + strings.len();
     headers.push(header(shstrtab, SHT_STRTAB, 0, [0, names_at as u64, names.len() as u64], (NONE, NONE), 0));
-    let headers_at = (names_at + names.len()).next_multiple_of(8);
+    let mut end_of_parts = names_at + names.len();
+    for (name, (_, bytes)) in debug_names.into_iter().zip(debug) {
+        let place = [0, end_of_parts as u64, bytes.len() as u64];
+        headers.push(header(name, SHT_PROGBITS, 0, place, (NONE, NONE), 0));
+        end_of_parts += bytes.len();
+    }
+    let headers_at = end_of_parts.next_multiple_of(8);
 
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     put16(&mut file, if kind == Kind::Executable { ET_EXEC } else { ET_REL });
@@ -148,6 +167,7 @@ pub fn write<'a>(kind: Kind, sections: &[Section<'_>], symbols: impl Iterator<It
     for part in [locals, strings, names] {
         file.extend(part);
     }
+    debug.iter().for_each(|(_, bytes)| file.extend_from_slice(bytes));
     file.resize(headers_at, 0);
     file.extend(headers.concat());
     file

@@ -4,16 +4,21 @@
 //! that of code made at run time, and of modules without debug files; and what the compiler wrote about functions that
 //! switch stacks in inline assembly is wrong. Source: GDB manual, "Unwinding Frames in Python".
 
+use super::libraries::INTERRUPTED;
 use super::threads::{Thread, Threads};
 use crate::addr::VirtAddr;
 use crate::kernel::Machine;
 use crate::kernel::stack::{Trace, Tracer};
-use crate::unwind::{Frame, FrameSource, Regs};
+use crate::unwind::{Frame, FrameSource, Regs, Why};
 use serde_json::{Map, Value, json};
+
+/// `offsetof(struct pt_regs, ip)`
+const PT_REGS_IP: u64 = 128;
 
 /// The frames of a thread as JSON: of each `pc` and `sp`, by which the client knows it again, `cfa`, `function` (its
 /// start), the registers of its `caller` (`null`: there is none), and whether call frame information would get it
-/// `wrong`. It ends before the first frame that is a guess.
+/// `wrong`. Where registers were saved between the two, `saved` is where their `ip` is, and `through` the pc of the code
+/// in [`super::libraries`] that stands for that. It ends before the first frame that is a guess.
 pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option<Value> {
     let tracer = Tracer::new(machine)?;
     let trace = match threads.task(machine, thread) {
@@ -23,15 +28,6 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
     let function = |pc: u64| {
         let found = machine.kernel()?.symbolize(VirtAddr(pc))?;
         Some(pc.wrapping_sub(found.offset))
-    };
-    let row = |pc: u64,
-               sp: u64,
-               cfa: Option<u64>,
-               caller: Option<Regs>,
-               wrong: bool,
-               function: Option<u64>| {
-        let cfa = cfa.or(caller.and_then(|regs| regs.sp())).unwrap_or(sp);
-        json!({ "pc": pc, "sp": sp, "cfa": cfa, "function": function, "caller": caller.map(registers), "wrong": wrong })
     };
     let user = trace.user().copied();
     let frames = places(&trace);
@@ -44,13 +40,30 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
         let wrong = next.is_none_or(|(there, next)| {
             there != stack || next.source == FrameSource::PtRegs || next.restored.is_some()
         });
-        rows.push(row(frame.pc, frame.sp, frame.cfa, caller, wrong, function(frame.lookup_pc())));
+        let saved = match next.map(|(_, next)| &next.why) {
+            Some(Why::PtRegs { at, .. }) => Some(at.wrapping_add(PT_REGS_IP)),
+            _ => None,
+        };
+        let mut row = row(frame.pc, frame.sp, caller, wrong);
+        row["cfa"] = json!(frame.cfa.or(caller.and_then(|regs| regs.sp())).unwrap_or(frame.sp));
+        row["function"] = json!(function(frame.lookup_pc()));
+        row["saved"] = json!(saved);
+        row["through"] = json!(saved.map(|_| INTERRUPTED));
+        rows.push(row);
     }
     // In user mode gdb would have nothing to go by but the frame pointer, which few programs keep.
     if let Some((pc, sp)) = user.and_then(|user| Some((user.pc()?, user.sp()?))) {
-        rows.push(row(pc, sp, None, None, true, None));
+        rows.push(row(pc, sp, None, true));
     }
     Some(Value::Array(rows))
+}
+
+fn row(pc: u64, sp: u64, caller: Option<Regs>, wrong: bool) -> Value {
+    let none = Value::Null;
+    json!({
+        "pc": pc, "sp": sp, "cfa": sp, "function": none, "caller": caller.map(registers), "wrong": wrong,
+        "saved": none, "through": none,
+    })
 }
 
 /// Each frame with the number of the segment that it is in.

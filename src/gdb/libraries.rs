@@ -7,6 +7,7 @@
 
 use super::threads::xml_escape;
 use crate::addr::VirtAddr;
+use crate::debuginfo::call_frames::{self, Rule};
 use crate::debuginfo::find::{ModuleFile, ModuleFiles, Places};
 use crate::debuginfo::{Contents, synth};
 use crate::kernel::module::{Module, Region};
@@ -21,6 +22,15 @@ use std::sync::{Arc, OnceLock};
 const HOLE: u64 = 0xffff_ffff_ffe0_0000;
 /// Its length in bytes, but for the last page: gdb takes the end of the address space for damage.
 const HOLE_LEN: u64 = (2 << 20) - 4096;
+
+/// Code that is nowhere, for frames between two contexts: at the end of the hole below the kernel image. gdb looks in a
+/// file for call frame information of no code below the file's own.
+const FRAMES: u64 = 0xffff_ffff_8000_0000 - 4096;
+const FRAMES_LEN: u64 = 64;
+/// The pc of frames between an interrupt's and what it interrupted; gdb also looks at the byte before.
+pub(super) const INTERRUPTED: u64 = FRAMES + 8;
+/// What stands for a user's code.
+const USER_MODE: u64 = FRAMES + 16;
 
 /// Bytes of files that are copied to put their sections at 0.
 const COPIES_MAX: u64 = 2 << 30;
@@ -98,15 +108,19 @@ impl Inner {
 
     fn make_list(&self, kernel: &Kernel) -> List {
         let files = ModuleFiles::search(&kernel.found().release, &self.places, self.machine.vmlinux());
-        let mut list = List { xml: "<library-list version=\"1.0\">\n".to_owned(), paths: Vec::new() };
         let (mut nowhere, mut room) = (Nowhere(0), COPIES_MAX);
-        for module in &kernel.modules().list {
+        let module = |module: &Module| {
             let own = module.build_id.as_deref().and_then(|id| files.file(&module.name, id));
             let own = own.and_then(|file| {
                 let addresses = place(kernel, module, &file, &mut nowhere)?;
                 Some((self.relocatable(module, file, &mut room)?, addresses))
             });
-            let Some((path, addresses)) = own.or_else(|| self.made(kernel, module)) else { continue };
+            own.or_else(|| self.made(kernel, module))
+        };
+        let modules: Vec<_> = kernel.modules().list.iter().filter_map(module).collect();
+        let frames = self.write("kstub-frames", &frames(kernel)).map(|path| (path, vec![FRAMES]));
+        let mut list = List { xml: "<library-list version=\"1.0\">\n".to_owned(), paths: Vec::new() };
+        for (path, addresses) in modules.into_iter().chain(frames) {
             let _ = writeln!(list.xml, "<library name=\"{}\">", xml_escape(&path.to_string_lossy()));
             for address in addresses {
                 let _ = writeln!(list.xml, "  <section address=\"{address:#x}\"/>");
@@ -188,6 +202,24 @@ fn place(kernel: &Kernel, module: &Module, file: &ModuleFile, nowhere: &mut Nowh
         _ => nowhere.take(*size),
     };
     Some(file.sections.iter().map(address).collect())
+}
+
+/// Call frame information of code that has none, and the code that stands for what lies between two contexts.
+fn frames(kernel: &Kernel) -> Vec<u8> {
+    let mut writer = call_frames::Writer::new(FRAMES, USER_MODE);
+    writer.add(FRAMES, USER_MODE - FRAMES, Rule::Interrupted);
+    writer.add(USER_MODE, FRAMES + FRAMES_LEN - USER_MODE, Rule::End);
+    for (from, length, row) in kernel.assembly_rows() {
+        writer.add(from, length, Rule::Orc(row));
+    }
+    let text = synth::Section { name: ".text", address: FRAMES, size: FRAMES_LEN, executable: true };
+    let named = |name, address, size| synth::Named { name, address, size, global: false };
+    let symbols = [
+        named("interrupted", FRAMES, USER_MODE - FRAMES),
+        named("user_mode", USER_MODE, FRAMES + FRAMES_LEN - USER_MODE),
+    ];
+    let debug = writer.finish();
+    synth::write_with(synth::Kind::Relocatable, &[text], symbols.into_iter(), &[(".debug_frame", &debug)])
 }
 
 /// The names of the kernel image at link-time addresses, as a file.

@@ -19,7 +19,8 @@ pub use tracer::Tracer;
 
 use super::{CpuId, Kernel};
 use crate::addr::VirtAddr;
-use crate::unwind::{Frame, PtRegs, Regs};
+use crate::debuginfo::orc::OrcEntry;
+use crate::unwind::{Frame, PtRegs, Regs, Tables};
 use entry::KnownCode;
 use returns::ReturnLayout;
 use runtime_code::RuntimePieces;
@@ -279,6 +280,42 @@ impl Kernel {
             Some(region.kind.contains("text") || matches!(region.kind, "core" | "init"))
         };
         self.is_image_text(at) || of_module().unwrap_or_else(|| self.runtime_code(at).is_some())
+    }
+
+    /// Rows of code that compilers know nothing of: `(from, length, row)` of the entry code and of where tasks and CPUs
+    /// begin. None for kernels without ORC.
+    pub fn assembly_rows(&self) -> Vec<(u64, u64, OrcEntry)> {
+        /// Bytes of entry code: some eight thousand.
+        const TEXT_MAX: u64 = 64 << 10;
+        const STARTS: [&str; 6] = [
+            "ret_from_fork",
+            "ret_from_fork_asm",
+            "asm_call_on_stack",
+            "secondary_startup_64",
+            "secondary_startup_64_no_verify",
+            "common_startup_64",
+        ];
+        let tables = self.stacks().tables(self);
+        let entry = self.symbol("__entry_text_start").zip(self.symbol("__entry_text_end"));
+        let entry = entry.map(|(start, end)| (start.0, end.0.saturating_sub(start.0)));
+        let starts = STARTS.iter().filter_map(|name| {
+            let symbols = self.symbols().ok()?;
+            let found = symbols.lookup(name)?;
+            Some((self.symbol(name)?.0, found.size))
+        });
+        let mut rows: Vec<(u64, u64, OrcEntry)> = Vec::new();
+        for (start, size) in entry.into_iter().chain(starts) {
+            for pc in start..start.saturating_add(size.min(TEXT_MAX)) {
+                let Some(row) = tables.orc(pc) else { continue };
+                match rows.last_mut() {
+                    Some((from, length, last)) if *last == row && from.wrapping_add(*length) == pc => {
+                        *length += 1
+                    }
+                    _ => rows.push((pc, 1, row)),
+                }
+            }
+        }
+        rows
     }
 
     /// The stacks of `cpu` but for those of tasks.
