@@ -131,6 +131,12 @@ fn check_root(kernel: &Kernel, task: VirtAddr, trace: &Trace) -> Result<(), Stri
             }
         }
         Ended::NotStarted if trace.start == Start::Released => Ok(()),
+        // makedumpfile takes pages of kernels newer than itself for a user's.
+        Ended::Broken { why, .. }
+            if trace.start == Start::Unreadable && why.contains("excluded by the dump's filter") =>
+        {
+            Ok(())
+        }
         other => Err(format!("{:?}: {other:?}", trace.start)),
     }
 }
@@ -235,6 +241,10 @@ fn as_drgn_has_them() {
                 .take_while(|(pc, _)| *pc >= 0xffff_ffff_8000_0000)
                 .collect();
             let (ours, pcs_of_theirs) = (pcs(&trace), theirs.iter().map(|(pc, _)| *pc).collect::<Vec<_>>());
+            // drgn unwinds what lies where the stack of a task that has exited was.
+            if trace.start == Start::Released {
+                continue;
+            }
             compared += 1;
             if ours != pcs_of_theirs {
                 let at = ours.iter().zip(&pcs_of_theirs).take_while(|(a, b)| a == b).count();
