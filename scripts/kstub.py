@@ -277,11 +277,21 @@ def gdb_knows(pc):
 
 
 class Named(gdb.FrameDecorator.FrameDecorator):
-    """A frame in user mode, of which gdb has no name."""
+    """A frame in user mode, of which gdb has no name; or one between two contexts, which is nowhere."""
+
+    def is_between(self):
+        return self.inferior_frame().type() == gdb.SIGTRAMP_FRAME
 
     def function(self):
-        name = super().function()
-        return "<user mode>" if isinstance(name, int) and name < 1 << 63 else name
+        frame = self.inferior_frame()
+        nameless = frame.pc() < 1 << 63 and frame.function() is None
+        return "<user mode>" if nameless else super().function()
+
+    def address(self):
+        return None if self.is_between() else super().address()
+
+    def filename(self):
+        return None if self.is_between() else super().filename()
 
 
 class EndOfStack:

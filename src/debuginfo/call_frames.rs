@@ -69,15 +69,13 @@ pub struct Writer {
     bytes: Vec<u8>,
     /// What the code of a user is shown as.
     user: u64,
-    /// What addresses count from.
-    base: u64,
 }
 
 impl Writer {
-    /// For a file that gdb moves by `base`, below all code. A user's code is given out for the code at `user`: gdb would
-    /// have nothing to go by there.
-    pub fn new(base: u64, user: u64) -> Self {
-        let mut writer = Self { bytes: Vec::new(), user, base };
+    /// For a relocatable file, which has no relocations left: gdb takes its addresses as they are. A user's code is given
+    /// out for the code at `user`: gdb would have nothing to go by there.
+    pub fn new(user: u64) -> Self {
+        let mut writer = Self { bytes: Vec::new(), user };
         writer.common(b"\0");
         writer.common(b"S\0");
         writer
@@ -106,7 +104,7 @@ impl Writer {
         let Some((signal, rules)) = self.rules(rule) else { return };
         let common: u32 = if signal { self.second() } else { 0 };
         let mut body = common.to_le_bytes().to_vec();
-        body.extend(from.wrapping_sub(self.base).to_le_bytes());
+        body.extend(from.to_le_bytes());
         body.extend(length.to_le_bytes());
         body.extend(rules);
         self.entry(body);
@@ -179,8 +177,7 @@ impl Writer {
         pc.push(DW_OP_SKIP);
         pc.extend(9i16.to_le_bytes());
         pc.push(DW_OP_ADDR);
-        // gdb adds what it has moved the file by.
-        pc.extend(self.user.wrapping_sub(self.base).to_le_bytes());
+        pc.extend(self.user.to_le_bytes());
         rules.extend(block(&[DW_CFA_VAL_EXPRESSION, RETURN_ADDRESS], &pc));
         for (register, index) in all.iter().flat_map(|_| PT_REGS) {
             let at = [all.clone().unwrap_or_default(), added(index as i64 * 8)].concat();
@@ -252,7 +249,7 @@ mod tests {
     #[test]
     fn another_reader_finds_the_rows() {
         let base = 0xffff_ffff_7fff_f000;
-        let mut writer = Writer::new(base, base + 16);
+        let mut writer = Writer::new(base + 16);
         writer.add(0xffff_ffff_8100_0000, 0x10, Rule::Orc(CALL));
         writer.add(0xffff_ffff_8100_0010, 0x10, Rule::Orc(OrcEntry { kind: OrcKind::Regs, ..CALL }));
         writer.add(base, 16, Rule::Interrupted);
@@ -263,9 +260,9 @@ mod tests {
         section.set_address_size(8);
         let bases = gimli::BaseAddresses::default();
         let row = |at: u64| {
-            let entry = section.fde_for_address(&bases, at - base, DebugFrame::cie_from_offset).ok()?;
+            let entry = section.fde_for_address(&bases, at, DebugFrame::cie_from_offset).ok()?;
             let mut context = UnwindContext::new();
-            let row = entry.unwind_info_for_address(&section, &bases, &mut context, at - base).unwrap();
+            let row = entry.unwind_info_for_address(&section, &bases, &mut context, at).unwrap();
             Some((entry.cie().is_signal_trampoline(), row.clone()))
         };
         let (signal, call) = row(0xffff_ffff_8100_000f).unwrap();

@@ -23,8 +23,7 @@ const HOLE: u64 = 0xffff_ffff_ffe0_0000;
 /// Its length in bytes, but for the last page: gdb takes the end of the address space for damage.
 const HOLE_LEN: u64 = (2 << 20) - 4096;
 
-/// Code that is nowhere, for frames between two contexts: at the end of the hole below the kernel image. gdb looks in a
-/// file for call frame information of no code below the file's own.
+/// Code that is nowhere, for frames between two contexts: at the end of the hole below the kernel image.
 const FRAMES: u64 = 0xffff_ffff_8000_0000 - 4096;
 const FRAMES_LEN: u64 = 64;
 /// The pc of frames between an interrupt's and what it interrupted; gdb also looks at the byte before.
@@ -206,7 +205,7 @@ fn place(kernel: &Kernel, module: &Module, file: &ModuleFile, nowhere: &mut Nowh
 
 /// Call frame information of code that has none, and the code that stands for what lies between two contexts.
 fn frames(kernel: &Kernel) -> Vec<u8> {
-    let mut writer = call_frames::Writer::new(FRAMES, USER_MODE);
+    let mut writer = call_frames::Writer::new(USER_MODE);
     writer.add(FRAMES, USER_MODE - FRAMES, Rule::Interrupted);
     writer.add(USER_MODE, FRAMES + FRAMES_LEN - USER_MODE, Rule::End);
     for (from, length, row) in kernel.assembly_rows() {
