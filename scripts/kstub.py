@@ -228,6 +228,10 @@ class Frames(gdb.unwinder.Unwinder):
         """What runs has other frames later."""
         self.known.clear()
 
+    def of(self, frame):
+        """What kstub knows of a frame."""
+        return self.frames().get(tuple(int(frame.read_register(name)) & U64 for name in ("rip", "rsp")))
+
     def frames(self):
         """The selected thread's, by pc and stack pointer; none if it is not kstub's."""
         thread = gdb.selected_thread()
@@ -245,11 +249,8 @@ class Frames(gdb.unwinder.Unwinder):
         return self.known[key]
 
     def __call__(self, pending):
-        def register(name):
-            return int(pending.read_register(name)) & U64
-
         try:
-            row = self.frames().get((register("rip"), register("rsp")))
+            row = self.of(pending)
         except gdb.error:
             return None
         if row is None or not row["wrong"] and gdb_knows(row["pc"]):
@@ -277,15 +278,17 @@ def gdb_knows(pc):
 
 
 class Named(gdb.FrameDecorator.FrameDecorator):
-    """A frame in user mode, of which gdb has no name; or one between two contexts, which is nowhere."""
+    """A frame of which gdb has no name: kstub's name of it; or one between two contexts, which is nowhere."""
 
     def is_between(self):
         return self.inferior_frame().type() == gdb.SIGTRAMP_FRAME
 
     def function(self):
         frame = self.inferior_frame()
-        nameless = frame.pc() < 1 << 63 and frame.function() is None
-        return "<user mode>" if nameless else super().function()
+        if self.is_between() or frame.function() is not None:
+            return super().function()
+        row = FRAMES.of(frame)
+        return row and row["name"] or ("<user mode>" if frame.pc() < 1 << 63 else super().function())
 
     def address(self):
         return None if self.is_between() else super().address()
@@ -347,7 +350,8 @@ def expose():
 
 expose()
 Prefix(), PerCpu(), Page(), Task(), EndOfStack()
-gdb.unwinder.register_unwinder(None, Frames(), replace=True)
+FRAMES = Frames()
+gdb.unwinder.register_unwinder(None, FRAMES, replace=True)
 if not register():
     for happens in CONNECTED:
         happens.connect(register_later)

@@ -7,6 +7,7 @@
 use super::libraries::INTERRUPTED;
 use super::threads::{Thread, Threads};
 use crate::addr::VirtAddr;
+use crate::command::printable;
 use crate::kernel::Machine;
 use crate::kernel::stack::{Trace, Tracer};
 use crate::unwind::{Frame, FrameSource, Regs, Why};
@@ -16,7 +17,7 @@ use serde_json::{Map, Value, json};
 const PT_REGS_IP: u64 = 128;
 
 /// The frames of a thread as JSON: of each `pc` and `sp`, by which the client knows it again, `cfa`, `function` (its
-/// start), the registers of its `caller` (`null`: there is none), and whether call frame information would get it
+/// start) and its `name`, the registers of its `caller` (`null`: there is none), and whether call frame information would get it
 /// `wrong`. Where registers were saved between the two, `saved` is where their `ip` is, and `through` the pc of the code
 /// in [`super::libraries`] that stands for that. It ends before the first frame that is a guess.
 pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option<Value> {
@@ -25,10 +26,8 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
         Some(task) => tracer.task(task.at),
         None => tracer.cpu(threads.cpu(machine, thread)),
     };
-    let function = |pc: u64| {
-        let found = machine.kernel()?.symbolize(VirtAddr(pc))?;
-        Some(pc.wrapping_sub(found.offset))
-    };
+    let kernel = machine.kernel()?;
+    let named = |pc: u64| kernel.symbolize(VirtAddr(pc)).or_else(|| kernel.symbolize_runtime(VirtAddr(pc)));
     let user = trace.user().copied();
     let frames = places(&trace);
     let guess = frames.iter().position(|(_, frame)| frame.source.is_guess());
@@ -46,7 +45,9 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
         };
         let mut row = row(frame.pc, frame.sp, caller, wrong);
         row["cfa"] = json!(frame.cfa.or(caller.and_then(|regs| regs.sp())).unwrap_or(frame.sp));
-        row["function"] = json!(function(frame.lookup_pc()));
+        let named = named(frame.lookup_pc());
+        row["name"] = json!(named.as_ref().map(|named| printable(named.name)));
+        row["function"] = json!(named.map(|named| frame.lookup_pc().wrapping_sub(named.offset)));
         row["saved"] = json!(saved);
         row["through"] = json!(saved.map(|_| INTERRUPTED));
         rows.push(row);
@@ -61,7 +62,7 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
 fn row(pc: u64, sp: u64, caller: Option<Regs>, wrong: bool) -> Value {
     let none = Value::Null;
     json!({
-        "pc": pc, "sp": sp, "cfa": sp, "function": none, "caller": caller.map(registers), "wrong": wrong,
+        "pc": pc, "sp": sp, "cfa": sp, "function": none, "name": none, "caller": caller.map(registers), "wrong": wrong,
         "saved": none, "through": none,
     })
 }

@@ -295,7 +295,7 @@ impl Kernel {
             "secondary_startup_64_no_verify",
             "common_startup_64",
         ];
-        let tables = self.stacks().tables(self);
+        let tables = self.stacks().tables(self, true);
         let entry = self.symbol("__entry_text_start").zip(self.symbol("__entry_text_end"));
         let entry = entry.map(|(start, end)| (start.0, end.0.saturating_sub(start.0)));
         let starts = STARTS.iter().filter_map(|name| {
