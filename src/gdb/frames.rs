@@ -7,7 +7,7 @@
 use super::libraries::INTERRUPTED;
 use super::threads::{Thread, Threads};
 use crate::addr::VirtAddr;
-use crate::command::printable;
+use crate::bytes::printable;
 use crate::kernel::Machine;
 use crate::kernel::stack::{Trace, Tracer};
 use crate::unwind::{Frame, FrameSource, Regs, Why};
@@ -27,7 +27,7 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
         None => tracer.cpu(threads.cpu(machine, thread)),
     };
     let kernel = machine.kernel()?;
-    let named = |pc: u64| kernel.symbolize(VirtAddr(pc)).or_else(|| kernel.symbolize_runtime(VirtAddr(pc)));
+    let named = |pc: u64| kernel.symbolize(VirtAddr(pc));
     let user = trace.user().copied();
     let frames = places(&trace);
     let guess = frames.iter().position(|(_, frame)| frame.source.is_guess());
