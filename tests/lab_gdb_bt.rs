@@ -35,7 +35,7 @@ fn gdb(gdb: &Path, dump: &Path, script: bool, commands: &[&str]) -> String {
     if script {
         session.args(["-ex", &source]);
     }
-    commands.iter().for_each(|command| drop(session.args(["-ex", command])));
+    session.args(commands.iter().flat_map(|command| ["-ex", command]));
     let output = session.output().unwrap();
     server.kill().unwrap();
     server.wait().unwrap();
