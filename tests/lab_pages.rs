@@ -95,6 +95,8 @@ mod kpf {
     pub const TAIL: u64 = 1 << 16;
     pub const HUGE: u64 = 1 << 17;
     pub const UNEVICTABLE: u64 = 1 << 18;
+    /// Bits of pages that someone has.
+    pub const ANY_USE: u64 = SLAB | ANON | HEAD | TAIL | HUGE | LRU | PGTABLE;
     pub const NOPAGE: u64 = 1 << 20;
     pub const KSM: u64 = 1 << 21;
     pub const ZERO: u64 = 1 << 24;
@@ -254,9 +256,11 @@ fn every_page_is_what_kpageflags_says() {
                 };
                 let kind = kind.unwrap();
                 let is = |bit| told & bit != 0;
-                // The kernel names the first page of a free block only, until v6.10 or so.
-                if is(kpf::BUDDY) {
-                    note("buddy", kind == Kind::Free, true);
+                // The guest went on: some pages were freed, others taken. (Free on a CPU's list shows as unknown.)
+                let is_free = matches!(kind, Kind::Free | Kind::Unknown);
+                note("moved", is_free && told & kpf::ANY_USE != 0, is(kpf::BUDDY) && kind != Kind::Free);
+                if is_free || is(kpf::BUDDY) {
+                    continue;
                 }
                 note("tail", *tail, is(kpf::TAIL));
                 note(
@@ -269,8 +273,8 @@ fn every_page_is_what_kpageflags_says() {
                 if !tail {
                     note("slab", kind == Kind::Slab, is(kpf::SLAB));
                     let anon = matches!(kind, Kind::Anon | Kind::AnonLarge | Kind::Ksm | Kind::SwapCache);
-                    // A page of tmpfs in the swap cache is not.
-                    if kind != Kind::HugeTlb && kind != Kind::SwapCache {
+                    // A page of tmpfs in the swap cache is not; and 6.12 says it of slabs.
+                    if !matches!(kind, Kind::HugeTlb | Kind::SwapCache | Kind::Slab) {
                         note("anon", anon, is(kpf::ANON));
                     }
                     let shmem =
@@ -289,11 +293,10 @@ fn every_page_is_what_kpageflags_says() {
             right["slab"].1 > 500 && right["anon"].1 > 100 && right["tail"].1 > 1000,
             "{what}: {right:?}"
         );
-        // The guest went on for a moment: some pages were freed, others taken.
+        // Some were freed and taken for something else.
         for (name, (differ, told)) in &right {
-            // The program that copied all this was anonymous memory itself.
-            let slack = if *name == "anon" { 200 } else { 60 };
-            assert!(*differ <= slack + told / 10, "{what}: {name}: {differ} of {told} differ");
+            let slack = if *name == "moved" { 3000 } else { 20 + told / 50 };
+            assert!(*differ <= slack, "{what}: {name}: {differ} of {told} differ");
         }
         // Mutation check: of every page's neighbour it is not true.
         let wrong = compare(1);
