@@ -221,7 +221,7 @@ def register():
     """Makes the commands; False where there is no kstub to ask for them yet."""
     try:
         known = run("help")
-    except gdb.error:
+    except (gdb.error, gdb.GdbError):
         return False
     for command in known:
         name = command["name"]
@@ -233,10 +233,15 @@ def register():
     return True
 
 
-def register_later():
-    """Before a prompt: the first one that finds a connection."""
+# `target remote` ends with a stop; in a session without prompts (-batch) nothing else tells of it.
+CONNECTED = (gdb.events.stop, gdb.events.before_prompt)
+
+
+def register_later(event=None):
+    """When something happens that a connection may be behind: the first time that there is one."""
     if register():
-        gdb.events.before_prompt.disconnect(register_later)
+        for happens in CONNECTED:
+            happens.disconnect(register_later)
 
 
 def expose():
@@ -250,4 +255,5 @@ def expose():
 expose()
 Prefix(), PerCpu(), Page(), Task()
 if not register():
-    gdb.events.before_prompt.connect(register_later)
+    for happens in CONNECTED:
+        happens.connect(register_later)

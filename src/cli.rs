@@ -75,7 +75,10 @@ The exit code is 1 if a command failed; those behind it were run all the same.";
 pub enum Command {
     /// Start gdb on a dump: right vmlinux, KASLR offset, index cache
     #[command(
-        after_help = "Examples:\n  kstub gdb vmcore\n  kstub gdb vmcore -- -batch -ex 'thread apply all bt'"
+        after_help = "In gdb, kstub's commands are commands: ps, log, files 229; 'kstub help' lists them.\n\n\
+                      Examples:\n  kstub gdb vmcore\n  kstub gdb vmcore -- -batch -ex 'thread apply all bt'\n  \
+                      kstub gdb vmcore -- -batch -ex ps -ex 'p $task(1)->mm'\n  \
+                      kstub gdb vmcore --threads all -- -batch -ex 'thread apply all bt'"
     )]
     Gdb {
         #[command(flatten)]
@@ -94,6 +97,7 @@ pub enum Command {
     #[command(
         after_help = "Examples:\n  kstub serve vmcore\n  kstub serve vmcore --listen unix:/tmp/kstub.sock\n  \
                             kstub serve vmcore --listen 0.0.0.0:1234 --allow-remote --files serve\n  \
+                            kstub serve vmcore --threads tasks\n  \
                             gdb -ex 'target remote | kstub serve vmcore --listen -'"
     )]
     Serve {

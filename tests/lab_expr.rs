@@ -586,10 +586,11 @@ fn normal(text: &str) -> String {
             .replace(&format!("{shift} $1,"), &format!("{shift} "));
     }
     text = text.replace(" 0x0(", " (").replace(",0x0(", ",(").replace("*0x0(", "*(").replace(":0x0(", ":(");
-    // Prefixes that do nothing, on nops and returns.
-    while let Some(rest) = ["data16 ", "cs ", "repz ", "rep ", "bnd ", "notrack ", "ds ", "es ", "ss "]
-        .iter()
-        .find_map(|prefix| text.strip_prefix(prefix))
+    // Prefixes that do nothing, on nops, returns, and data that is decoded; on string instructions they do something.
+    let strings = ["movs", "stos", "lods", "scas", "cmps", "ins", "outs"];
+    while let Some((prefix, rest)) = text.split_once(' ')
+        && ["data16", "cs", "repz", "repnz", "rep", "bnd", "notrack", "ds", "es", "ss"].contains(&prefix)
+        && !strings.iter().any(|name| rest.starts_with(name))
     {
         text = rest.to_owned();
     }

@@ -217,12 +217,18 @@ fn maps_line(vma: &Value) -> String {
     }
 }
 
-fn compare_maps(told: &str, answer: &Value) -> Result<(), String> {
-    let ours: Vec<String> = answer["vmas"].as_array().unwrap().iter().map(maps_line).collect();
-    let told: Vec<String> =
-        told.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
-    for (told, ours) in told.iter().zip(&ours) {
-        if told != ours {
+/// Compares areas; `lossy` is a dump whose filter left out pages of the kernel: of that only ranges and permissions.
+fn compare_maps(told: &str, answer: &Value, lossy: bool) -> Result<(), String> {
+    let ours = answer["vmas"].as_array().unwrap();
+    let told: Vec<Vec<&str>> = told.lines().map(|line| line.split_whitespace().collect()).collect();
+    for (told, vma) in told.iter().zip(ours) {
+        let ours = maps_line(vma);
+        let mut ours: Vec<&str> = ours.split_whitespace().collect();
+        if lossy {
+            ours.truncate(2);
+            ours.extend(&told[2..]);
+        }
+        if *told != ours {
             return Err(format!("told {told:?}, found {ours:?}"));
         }
     }
@@ -234,19 +240,25 @@ fn address_spaces_are_those_of_proc_maps() {
     for_each_set(&mut |set, what, machine| {
         let told = sleeping_processes(set);
         assert!(told.len() >= 2, "{what}: {told:?}");
-        for (i, task) in told.iter().enumerate() {
+        for task in &told {
             let answer = json(machine, &format!("vm {}", task.pid));
-            assert_eq!(answer["problem"], Value::Null, "{what}");
+            let lossy = what.contains("newest") && what.contains("d31");
+            let excused = lossy && text(&answer, "problem").contains("excluded");
+            assert!(answer["problem"].is_null() || excused, "{what}: {}", answer["problem"]);
             let maps = |task: &Told| facts(set, &format!("proc/{}/maps", task.pid));
-            compare_maps(&maps(task), &answer).unwrap_or_else(|why| panic!("{what}: {task:?}: {why}"));
-            let other = maps(&told[(i + 1) % told.len()]);
-            assert!(compare_maps(&other, &answer).is_err(), "{what}: another's maps must differ");
+            compare_maps(&maps(task), &answer, lossy).unwrap_or_else(|why| panic!("{what}: {task:?}: {why}"));
+            // A child may have the same as its parent.
+            let other = told.iter().map(maps).find(|other| *other != maps(task)).unwrap();
+            assert!(compare_maps(&other, &answer, lossy).is_err(), "{what}: another's maps must differ");
             // Sizes, to the page.
             let status = facts(set, &format!("proc/{}/status", task.pid));
             let told = |key: &str| {
                 let line = status.lines().find(|line| line.starts_with(key))?;
                 line.split_whitespace().nth(1)?.parse::<u64>().ok()
             };
+            if lossy {
+                continue;
+            }
             assert_eq!(answer["vsz_kib"].as_u64(), told("VmSize:"), "{what}: {task:?}");
             // VmRSS is not exact: threads (before v6.2) or CPUs have counts that they have not handed in.
             let ours = answer["rss_kib"].as_u64().unwrap();
@@ -371,11 +383,11 @@ fn modules_are_those_of_proc_modules() {
 /// The last `[ seconds.micros]` of the console.
 fn last_on_console(set: &Set) -> f64 {
     let console = std::fs::read_to_string(set.dir.join("console.log")).unwrap();
-    let stamps = console.lines().filter_map(|line| {
+    let mut stamps = console.lines().filter_map(|line| {
         let (stamp, _) = line.trim_start().strip_prefix('[')?.split_once(']')?;
         stamp.trim().parse::<f64>().ok()
     });
-    stamps.last().unwrap()
+    stamps.next_back().unwrap()
 }
 
 #[test]

@@ -382,7 +382,7 @@ fn in_guest(set: &Set, symbol: &str) -> String {
 fn kernels() -> Vec<Set> {
     let mut seen = BTreeSet::new();
     let mut sets = lab::sets().unwrap_or_default();
-    sets.retain(|set| seen.insert(set.json["release"].to_string()));
+    sets.retain(|set| set.json["chain"].is_null() && seen.insert(set.json["release"].to_string()));
     sets
 }
 

@@ -141,8 +141,11 @@ pub fn address(context: &Context<'_>, text: &str) -> Result<VirtAddr, CommandErr
 pub fn addresses(context: &Context<'_>, text: &str) -> Result<Vec<(Option<CpuId>, VirtAddr)>, CommandError> {
     let plain = match args::address(context, text) {
         Ok(args::Address::Virtual(at)) => {
-            // A per-CPU symbol alone is the selected CPU's copy.
-            match context.kernel().ok().filter(|kernel| !text.starts_with('$') && kernel.is_per_cpu(at)) {
+            // A per-CPU symbol alone is the selected CPU's copy; a number is an address.
+            let name = text.split('+').next().unwrap_or(text);
+            let symbol =
+                |kernel: &&Kernel| kernel.symbol_anywhere(name).is_some_and(|at| kernel.is_per_cpu(at));
+            match context.kernel().ok().filter(symbol) {
                 Some(kernel) => kernel.per_cpu_pointer(at, context.cpu).map(|at| (Some(context.cpu), at)),
                 None => Some((None, at)),
             }

@@ -3,6 +3,7 @@
 use super::ps::bare;
 use super::table::Table;
 use super::{Command, CommandError, Context, Output, args, printable};
+use crate::kernel::vfs::Mounts;
 use serde_json::json;
 use std::fmt::Write;
 
@@ -26,7 +27,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         ["-n", task] => args::task(context, task)?,
         _ => return Err(CommandError("'mount' takes -n PID or nothing; try 'help mount'".into())),
     };
-    let Some((mounts, problem)) = kernel.mounts(task)? else {
+    let Some(Mounts { mounts, problem }) = kernel.mounts(task)? else {
         return Err(CommandError(format!("the task at {} has no mount namespace: it has ended", task.at)));
     };
     let mut table = Table::new(&["MOUNT", "SUPERBLK", "TYPE", "", "DEVNAME", "DIRNAME"]);

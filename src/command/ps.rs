@@ -126,10 +126,13 @@ enum What {
     States,
 }
 
+/// Whether a task is wanted.
+type Keep = dyn Fn(&TaskInfo) -> bool;
+
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
     let tasks = Tasks::read(context.kernel()?)?;
     let mut what = What::Table;
-    let mut keep: Vec<Box<dyn Fn(&TaskInfo) -> bool>> = Vec::new();
+    let mut keep: Vec<Box<Keep>> = Vec::new();
     let mut named: Option<HashSet<VirtAddr>> = None;
     let mut words = arguments.iter();
     while let Some(&word) = words.next() {

@@ -106,7 +106,7 @@ fn by_address(kernel: &Kernel, at: VirtAddr) -> Result<Row<'_>, CommandError> {
         };
         return Ok(row(name, place.offset, module, Some(place.cpu.0)));
     }
-    match kernel.symbolize(at) {
+    match kernel.symbolize(at).or_else(|| kernel.per_cpu_symbol(at)) {
         Some(found) => Ok(row(found.name, found.offset, found.module, None)),
         None => Err(CommandError(format!("{at} is in no symbol that is known; see 'why {at}'"))),
     }

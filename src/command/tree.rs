@@ -44,6 +44,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let offset = |name| options.value(name).map_or(Ok(0), |text| member_offset(kernel, text));
     let root = address(context, &options.rest.join(" "))?.wrapping_add(offset("r")?);
     let (entries, problem) = entries(kernel, options.value("t").unwrap_or("rbtree"), root)?;
+    if let (Some(why), true) = (&problem, entries.is_empty()) {
+        return Err(CommandError(why.clone()));
+    }
     let node = offset("o")?;
     let wanted: Vec<Wanted<'_>> =
         options.values("s").map(|name| Wanted::read(kernel, name)).collect::<Result<_, _>>()?;

@@ -131,6 +131,10 @@ fn area_json(kernel: &Kernel, vma: &Vma) -> Value {
         "file": file.map(|(at, _)| at.to_string()),
         "device": file.and_then(|(_, file)| file.device).map(|(major, minor)| format!("{major}:{minor}")),
         "ino": file.and_then(|(_, file)| file.ino),
-        "path": what(vma),
+        "path": match file {
+            Some((_, file)) => file.path.clone().ok(),
+            None => Some(what(vma)),
+        },
+        "problem": file.and_then(|(_, file)| file.path.as_ref().err()),
     })
 }

@@ -55,6 +55,10 @@ fn list_of_tables(asked: &str) -> String {
         for table in TABLES {
             item(&mut xml, [("Type", table.name), ("Description", table.title), ("Title", table.title)]);
         }
+    } else {
+        let known: Vec<&str> = TABLES.iter().map(|table| table.name).collect();
+        let problem = format!("there is no table '{}'; there are: {}", printable(asked), known.join(", "));
+        item(&mut xml, [("problem", problem.as_str())]);
     }
     xml + "</osdata>\n"
 }
@@ -91,6 +95,10 @@ fn cell(value: &Value) -> String {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),
         Value::Array(values) => values.iter().map(cell).collect::<Vec<_>>().join(", "),
+        Value::Object(fields) => {
+            let one = |(key, value): (&String, &Value)| format!("{key}={}", cell(value));
+            fields.iter().map(one).collect::<Vec<_>>().join(" ")
+        }
         other => other.to_string(),
     }
 }

@@ -48,31 +48,36 @@ impl Kernel {
     pub fn list_within(&self, head: VirtAddr, max: usize) -> Walk {
         let mut walk = Walk::default();
         let mut seen = HashSet::new();
+        let read = |at| word(&|at, buf| self.fill(at, buf), at);
+        // struct list_head { next, prev }: its layout has never been another.
+        let mut next = match read(head) {
+            Ok(first) => VirtAddr(first),
+            Err(why) => {
+                walk.problem = Some(format!("list at {head}: its 'next' cannot be read: {why}"));
+                return walk;
+            }
+        };
         let mut previous = head;
-        loop {
-            // struct list_head { next, prev }: its layout has never been another.
-            let Some(next) = self.read_u64(previous).map(VirtAddr) else {
-                walk.problem = Some(format!("list at {head}: 'next' of {previous} cannot be read"));
-                return walk;
+        while next != head {
+            let after = read(next);
+            let broken = if !seen.insert(next) {
+                Some(format!("list at {head}: {next} comes a second time, after {previous}"))
+            } else if walk.nodes.len() >= max {
+                Some(format!("list at {head}: more than {max} entries"))
+            } else {
+                let why = after.as_ref().err();
+                why.map(|why| {
+                    format!("list at {head}: {previous} leads to {next}, which cannot be read: {why}")
+                })
             };
-            if next == head {
+            if let (None, Ok(after)) = (&broken, after) {
+                walk.nodes.push(next);
+                (previous, next) = (next, VirtAddr(after));
+            } else {
+                walk.problem = broken;
                 return walk;
             }
-            if !seen.insert(next) {
-                walk.problem = Some(format!("list at {head}: {next} comes a second time, after {previous}"));
-                return walk;
-            }
-            if self.read_u64(next).is_none() {
-                walk.problem =
-                    Some(format!("list at {head}: {previous} leads to {next}, which cannot be read"));
-                return walk;
-            }
-            if walk.nodes.len() >= max {
-                walk.problem = Some(format!("list at {head}: more than {max} entries"));
-                return walk;
-            }
-            walk.nodes.push(next);
-            previous = next;
         }
+        walk
     }
 }

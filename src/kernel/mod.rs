@@ -209,11 +209,11 @@ impl Kernel {
         let Some((image, types)) = self.own_types().filter(|(_, types)| !types.has_modules()) else { return };
         let sources =
             self.modules().list.iter().filter_map(|module| Some((module, self.module_btf(module)?)));
-        let parsed = (1u16..).zip(sources).filter_map(|(source, (module, btf))| {
+        let parsed = (1u16..).zip(sources).map(|(source, (module, btf))| {
             let btf = Btf::parse_module(btf, image, source);
             let btf = btf.inspect_err(|error| tracing::warn!("BTF of module '{}': {error}", module.name));
             // A damaged one keeps its place: the others' ids count on it.
-            Some(btf.map_or_else(|_| Arc::new(NoTypes) as Arc<dyn TypeSource>, |btf| Arc::new(btf)))
+            btf.map_or_else(|_| Arc::new(NoTypes) as Arc<dyn TypeSource>, |btf| Arc::new(btf))
         });
         types.set_modules(parsed.collect());
     }

@@ -98,6 +98,15 @@ pub struct Mount {
     pub read_only: bool,
 }
 
+/// A mount namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mounts {
+    /// In the namespace's order.
+    pub mounts: Vec<Mount>,
+    /// What was broken.
+    pub problem: Option<String>,
+}
+
 impl Kernel {
     /// The open files of the process that `task` is of, by descriptor; `None` if it has none left.
     pub fn open_files(&self, task: Object<'_>) -> Result<Option<Vec<OpenFile>>, ObjectError> {
@@ -157,8 +166,8 @@ impl Kernel {
         Ok(if deleted { text + " (deleted)" } else { text })
     }
 
-    /// What is mounted in the mount namespace of `task`, and what was broken; `None` if it has none left.
-    pub fn mounts(&self, task: Object<'_>) -> Result<Option<(Vec<Mount>, Option<String>)>, ObjectError> {
+    /// What is mounted in the mount namespace of `task`; `None` if it has none left.
+    pub fn mounts(&self, task: Object<'_>) -> Result<Option<Mounts>, ObjectError> {
         let Some(proxy) = task.at("nsproxy")? else { return Ok(None) };
         let Some(namespace) = proxy.at("mnt_ns")? else { return Ok(None) };
         // Since Linux commit 2eea9ce4310d ("mounts: keep list of mounts in an rbtree") (in v6.8).
@@ -179,7 +188,7 @@ impl Kernel {
                 }
             }
         }
-        Ok(Some((mounts, problem)))
+        Ok(Some(Mounts { mounts, problem }))
     }
 }
 

@@ -132,7 +132,9 @@ impl Kernel {
         let (found, problem) = self.vma_addresses(space, &fields)?;
         let names = Names::of(space);
         let mut areas = Vec::new();
-        let mut broken = problem;
+        let unnamed = space.get("start_brk").and(space.get("brk")).and(space.get("start_stack")).err();
+        let mut broken =
+            problem.or_else(|| unnamed.map(|error| format!("[heap] and [stack] are not named: {error}")));
         for at in found {
             let row = fields.read(at);
             let (Some(start), Some(end), Some(flags)) = (row.u64(START), row.u64(END), row.u64(VMA_FLAGS))

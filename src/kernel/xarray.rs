@@ -151,7 +151,7 @@ impl Layout {
         let bits = self.chunk.trailing_zeros();
         let fits = match below {
             Some(parent) => Some(shift) == parent.checked_sub(bits),
-            None => shift < 64 && shift % bits == 0,
+            None => shift < 64 && shift.is_multiple_of(bits),
         };
         if !fits {
             return Err(format!("xarray node at {at} has shift {shift}, which is not that of its level"));
@@ -252,7 +252,10 @@ mod tests {
     const LAYOUT: Layout = Layout { head: 8, shift: 0, slots: 40, chunk: 64 };
 
     /// Memory with a head and nodes of (address, shift, slots).
-    fn memory(head: u64, nodes: &[(u64, u8, &[(u64, u64)])]) -> MemoryImage {
+    /// A node: where it is, its shift, and its slots that are not empty.
+    type Node<'a> = (u64, u8, &'a [(u64, u64)]);
+
+    fn memory(head: u64, nodes: &[Node<'_>]) -> MemoryImage {
         let mut image = MemoryImage::new();
         image.write_u64(PhysAddr(ROOT + 8), head);
         for (at, shift, slots) in nodes {
