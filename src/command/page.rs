@@ -3,7 +3,7 @@
 use super::args::{self, Address};
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::{PAGE_SIZE, Pfn, PhysAddr, VirtAddr};
-use crate::kernel::page::about::About;
+use crate::kernel::page::about::{About, Pages};
 use crate::kernel::page::mapping::{Held, Mapping};
 use crate::kernel::page::users::{self, Users};
 use crate::kernel::page::{Kind, PageMap};
@@ -50,8 +50,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let map = kernel.page_map()?;
     let first = find(context, map, wanted, task)?;
     let (mut text, mut json) = (String::new(), Vec::new());
+    let pages = Pages::new(kernel, map);
     for i in 0..count {
-        let about = About::new(kernel, map, Pfn(first.0 + i))?;
+        let about = pages.about(Pfn(first.0.saturating_add(i)))?;
         let users = users::of(kernel, &about.mapping, &about.indexes(), PhysAddr(about.phys()));
         if i > 0 {
             text.push('\n');

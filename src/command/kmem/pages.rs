@@ -5,7 +5,7 @@ use crate::addr::Pfn;
 use crate::bytes::ByteSize;
 use crate::command::page::{line, pages_to_bytes};
 use crate::command::{CommandError, Context, Output, printable};
-use crate::kernel::page::about::About;
+use crate::kernel::page::about::Pages;
 use crate::kernel::page::census::Census;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -62,9 +62,10 @@ pub fn list(context: &Context<'_>, range: &[&str]) -> Result<Output, CommandErro
         }
         _ => return Err(bad()),
     };
+    let pages = Pages::new(kernel, map);
     let (mut text, mut json) = (String::new(), Vec::new());
     for pfn in (first..first.saturating_add(count)).map(Pfn) {
-        match About::new(kernel, map, pfn) {
+        match pages.about(pfn) {
             Ok(about) => {
                 let _ = writeln!(text, "{}", printable(&line(&about)));
                 json.push(json!({

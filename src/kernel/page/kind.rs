@@ -7,6 +7,7 @@ use super::flags::Context;
 use super::{PageMap, RawPage};
 use crate::addr::{Pfn, VirtAddr};
 use crate::kernel::{CpuId, Kernel};
+use std::collections::HashMap;
 
 /// What a page is used for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -272,22 +273,19 @@ pub fn buddy_block(kernel: &Kernel, map: &PageMap, pfn: Pfn) -> Option<Free> {
     })
 }
 
-/// The block on some CPU's free list that `pfn` lies in.
-pub fn per_cpu_block(kernel: &Kernel, map: &PageMap, pfn: Pfn) -> Option<Free> {
-    let zones = kernel.zones().ok()?;
-    let lists = zones.iter().flat_map(|zone| zone.per_cpu_lists(map));
-    lists.flat_map(|(cpu, lists)| lists.blocks.into_iter().map(move |block| (cpu, block))).find_map(
-        |(cpu, block)| {
-            let within = pfn.0.wrapping_sub(block.pfn.0) < 1 << block.order;
-            let free = Free {
-                head: block.pfn,
-                order: block.order,
-                cpu: Some(cpu),
-                migratetype: Some(block.migratetype),
-            };
-            within.then_some(free)
-        },
-    )
+/// Every page on a CPU's list of free pages, with the block it lies in.
+pub fn per_cpu_blocks(kernel: &Kernel, map: &PageMap) -> HashMap<Pfn, Free> {
+    let mut pages = HashMap::new();
+    for zone in kernel.zones().unwrap_or_default() {
+        for (cpu, lists) in zone.per_cpu_lists(map) {
+            for block in lists.blocks {
+                let migratetype = Some(block.migratetype);
+                let free = Free { head: block.pfn, order: block.order, cpu: Some(cpu), migratetype };
+                pages.extend((0..1u64 << block.order.min(18)).map(|i| (Pfn(block.pfn.0 + i), free)));
+            }
+        }
+    }
+    pages
 }
 
 /// The page after `at`.
