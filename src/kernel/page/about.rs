@@ -2,9 +2,9 @@
 //!
 //! Each fact is found by a file beside; a fact that cannot be had is left out and, if something is broken, said.
 
-use super::census::Owners;
 use super::kind::{self, Free, Kind, Marks};
 use super::mapping::{self, FileIdentity, Held, Mapping, SwapEntry};
+use super::owners::{Block, Owners};
 use super::{PageMap, RawPage, flags};
 use crate::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use crate::kernel::memcg::MemCgroup;
@@ -53,6 +53,8 @@ pub struct About<'k> {
     pub kind: Kind,
     /// Where it lies free.
     pub free: Option<Free>,
+    /// What it was allocated with, if it is not the first page of that.
+    pub block: Option<Block>,
     /// Names of its own flags.
     pub flags: Vec<String>,
     /// What the first tail says of the whole compound page.
@@ -164,7 +166,7 @@ impl<'k> About<'k> {
             None => (at, raw),
         };
         let mut kind = marks.kind(map, &head, || kind::second(kernel, map, head_at));
-        let mut free = None;
+        let (mut free, mut block) = (None, None);
         if kind == Kind::Free || head.refcount == 0 && kind == Kind::Unknown {
             free = pages.free(pfn);
             kind = match free {
@@ -175,7 +177,11 @@ impl<'k> About<'k> {
         }
         if matches!(kind, Kind::Kernel | Kind::Unknown | Kind::Reserved) {
             let owners = pages.owners.get_or_init(|| Owners::collect(kernel, map));
-            kind = owners.kind(pfn).unwrap_or(kind);
+            kind = owners.kind(pfn, kind).unwrap_or(kind);
+            if kind == Kind::Unknown {
+                block = owners.block(kernel, map, marks, pfn);
+                kind = block.map_or(kind, |block| block.kind);
+            }
         }
         let compound = compound(kernel, map, pfn, (head_at, &head), tail_of.is_some());
         let is_tail = compound.is_some_and(|compound| compound.index > 0);
@@ -213,6 +219,7 @@ impl<'k> About<'k> {
             compound,
             kind,
             free,
+            block,
         };
         about.look_further(kernel, map, head_at, marks);
         Ok(about)

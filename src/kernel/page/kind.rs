@@ -1,7 +1,7 @@
 //! What a page is used for, told from the words of its `struct page` and, for a tail, of its head.
 //!
 //! Kinds that only other structures tell (per-CPU free lists, vmalloc, stacks) are laid over it: see
-//! [`Owners`](super::census::Owners). Source: `include/linux/page-flags.h`, `fs/proc/page.c` (`stable_page_flags`).
+//! [`Owners`](super::owners::Owners). Source: `include/linux/page-flags.h`, `fs/proc/page.c` (`stable_page_flags`).
 
 use super::flags::Context;
 use super::{PageMap, RawPage};
@@ -44,6 +44,12 @@ pub enum Kind {
     Vmalloc,
     /// Per-CPU variables.
     PerCpu,
+    /// The kernel's image: code, data and what it was loaded with.
+    Image,
+    /// The `struct page`s themselves.
+    Vmemmap,
+    /// Ftrace's records of what can be traced.
+    Ftrace,
     /// The page of zeros that untouched memory is read from, and the huge one.
     Zero,
     /// Memory of a device (`ZONE_DEVICE`).
@@ -58,7 +64,7 @@ pub enum Kind {
     Unaccepted,
     /// Kernel pages that can be moved.
     Movable,
-    /// Reserved: the image, firmware's, allocated before the page allocator ran, absent.
+    /// Other reserved pages: firmware's, allocated before the page allocator ran, absent.
     Reserved,
     /// Other pages that the kernel holds.
     Kernel,
@@ -68,7 +74,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order they are shown in.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::Free,
         Self::FreePerCpu,
         Self::Anon,
@@ -85,6 +91,9 @@ impl Kind {
         Self::Stack,
         Self::Vmalloc,
         Self::PerCpu,
+        Self::Ftrace,
+        Self::Vmemmap,
+        Self::Image,
         Self::Zero,
         Self::Kernel,
         Self::Movable,
@@ -116,6 +125,9 @@ impl Kind {
             Self::Stack => "kernel-stack",
             Self::Vmalloc => "vmalloc",
             Self::PerCpu => "percpu",
+            Self::Image => "kernel-image",
+            Self::Vmemmap => "vmemmap",
+            Self::Ftrace => "ftrace",
             Self::Zero => "zero",
             Self::Device => "device",
             Self::Offline => "offline",
