@@ -224,11 +224,15 @@ def huge_pools(text):
 
 
 def objects(text):
-    """kmem -S: objects of each slab; [address] is in use, behind a free one whose it is may stand"""
-    return {
-        f"0x{at}": bool(used)
-        for used, at in re.findall(r"^\s+(\[?)([0-9a-f]{16})\]?(?:  \(cpu \d+ cache\))?$", text, re.MULTILINE)
-    }
+    """kmem -S: objects of each slab, behind "FREE / [ALLOCATED]"; behind a free one may stand whose it is"""
+    found = {}
+    for part in text.split("FREE / [ALLOCATED]")[1:]:
+        for line in part.splitlines()[1:]:
+            row = re.match(r"^\s+(\[?)([0-9a-f]{16})\]?(?:  \(cpu \d+ cache\))?$", line)
+            if not row:
+                break
+            found[f"0x{row[2]}"] = bool(row[1])
+    return found
 
 
 def usage(text):

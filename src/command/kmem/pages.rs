@@ -52,7 +52,8 @@ pub fn list(context: &Context<'_>, range: &[&str]) -> Result<Output, CommandErro
     let kernel = context.kernel()?;
     let map = kernel.page_map()?;
     let hex = |text: &str| u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
-    let bad = || usage(&format!("-p takes a page frame number in hexadecimal, and a count up to {LINES_MAX}"));
+    let bad =
+        || usage(&format!("-p takes a page frame number in hexadecimal, and a count up to {LINES_MAX}"));
     let first_of_all = map.sections.first().map_or(0, |section| section.start.0);
     let (first, count) = match range {
         [] => (first_of_all, LINES),

@@ -49,7 +49,6 @@ impl Owners {
             owners.problems.push(format!("records of ftrace: {error}"));
         }
         owners.tables(kernel, map);
-        owners.first_tables(kernel, map);
         for zone in kernel.zones().unwrap_or_default() {
             for (_, lists) in zone.per_cpu_lists(map) {
                 owners.problems.extend(lists.problems);
@@ -102,15 +101,16 @@ impl Owners {
         };
         let is_rest = |pfn: Pfn| {
             let raw = read(pfn).filter(|raw| raw.refcount == 0);
-            raw.and_then(|raw| kind_of(&raw, pfn)).is_some_and(|(own, kind)| own == Kind::Unknown && kind == own)
+            raw.and_then(|raw| kind_of(&raw, pfn))
+                .is_some_and(|(own, kind)| own == Kind::Unknown && kind == own)
         };
         if !is_rest(pfn) {
             return None;
         }
         // The first page has the lowest number that the order allows, so it is met before any other with references.
-        let head = (1..=ORDER_MAX).map(|order| Pfn(pfn.0 & !((1 << order) - 1))).find(|&head| {
-            head != pfn && !read(head).is_some_and(|raw| raw.refcount == 0)
-        })?;
+        let head = (1..=ORDER_MAX)
+            .map(|order| Pfn(pfn.0 & !((1 << order) - 1)))
+            .find(|&head| head != pfn && !read(head).is_some_and(|raw| raw.refcount == 0))?;
         let first = read(head)?;
         let (own, kind) = kind_of(&first, head)?;
         if own != Kind::Kernel || marks.is_head(&first) || kind == Kind::FreePerCpu {
@@ -122,42 +122,50 @@ impl Owners {
         (pfn.0 - head.0 < 1 << order).then_some(Block { head, order, kind })
     }
 
-    /// The tables that the kernel's half of memory is mapped by, and the pages of the vmemmap.
+    /// The tables that the kernel's half of memory is mapped by, and the pages of the vmemmap; and of each task's half
+    /// those above the last two levels, which in older kernels no type marks.
     fn tables(&mut self, kernel: &Kernel, map: &PageMap) {
         let space = kernel.found().space;
         let mask = 0x000f_ffff_ffff_f000 & !space.sme_mask;
         let sections = map.sections.last().map_or(0, |last| last.start.0 + SECTION_PAGES);
         let vmemmap = map.vmemmap.0..map.vmemmap.0.saturating_add(sections.saturating_mul(map.page_bytes));
+        let levels = u32::from(space.levels.clamp(4, 5));
+        let table = |at: u64, is_user| Table { at: at & mask, below: levels - 1, start: 0, is_user };
+        // The first tables have no type either; where each has two (PTI), the second is the rest of its block.
+        let mut pending: Vec<Table> =
+            first_tables(kernel, map).into_iter().map(|at| table(at, true)).collect();
+        pending.push(table(space.root.0, false));
         let mut seen = HashSet::new();
-        // (table, how many levels lie below it, first address of what it maps)
-        let mut pending = vec![(space.root.0 & mask, u32::from(space.levels.clamp(4, 5)) - 1, 0)];
         let mut frames = Vec::new();
-        while let Some((table, below, start)) = pending.pop() {
-            if !seen.insert(table) {
+        while let Some(table) = pending.pop() {
+            if !seen.insert((table.at, table.is_user)) {
                 continue;
             }
             if seen.len() > TABLES_MAX {
-                self.problems.push(format!("the kernel's page tables are more than {TABLES_MAX}"));
+                self.problems.push(format!("there are more than {TABLES_MAX} page tables"));
                 break;
             }
-            self.pages.insert(PhysAddr(table).pfn(), Kind::PageTable);
+            self.pages.insert(PhysAddr(table.at).pfn(), Kind::PageTable);
             let mut bytes = [0; PAGE_SIZE as usize];
-            if kernel.backend().read_phys(PhysAddr(table), &mut bytes).stopped.is_some() {
+            if table.is_user && table.below < 2
+                || kernel.backend().read_phys(PhysAddr(table.at), &mut bytes).stopped.is_some()
+            {
                 continue;
             }
-            let shift = 12 + 9 * below;
-            let is_top = start == 0;
             for (index, word) in (0u64..).zip(bytes.chunks_exact(8)) {
                 let entry = u64_at(word, 0).unwrap_or(0);
-                // Sign extension: the upper half of the top table is the kernel's.
-                if entry & 1 == 0 || is_top && index < 256 {
+                // The upper half of a first table is the kernel's.
+                if entry & 1 == 0 || table.below == levels - 1 && table.is_user == (index >= 256) {
                     continue;
                 }
-                let high = if is_top { u64::MAX.checked_shl(shift + 9).unwrap_or(0) } else { start };
-                let at = high | index << shift;
-                let is_leaf = below == 0 || entry & 0x80 != 0 && below <= 2;
-                if !is_leaf {
-                    pending.push((entry & mask, below - 1, at));
+                let (at, below) = (table.address(index), table.below);
+                if below > 0 && (entry & 0x80 == 0 || below > 2) {
+                    pending.push(Table {
+                        at: entry & mask,
+                        below: below - 1,
+                        start: at,
+                        is_user: table.is_user,
+                    });
                 } else if vmemmap.contains(&at) {
                     let first = (entry & mask) >> 12 & !((1 << (9 * below)) - 1);
                     frames.push(first..first + (1 << (9 * below)));
@@ -169,17 +177,6 @@ impl Owners {
             match self.pieces.last_mut() {
                 Some((last, _)) if last.end >= frames.start => last.end = last.end.max(frames.end),
                 _ => self.pieces.push((frames, Kind::Vmemmap)),
-            }
-        }
-    }
-
-    /// The first tables of all user memory: no type marks them, and with two for each (PTI) the second is the user's.
-    fn first_tables(&mut self, kernel: &Kernel, map: &PageMap) {
-        for task in kernel.tasks().map(|all| all.tasks).unwrap_or_default() {
-            let mm = task.at("mm").ok().flatten().or_else(|| task.at("active_mm").ok().flatten());
-            let table = mm.and_then(|mm| mm.get("pgd").ok());
-            if let Some(phys) = table.and_then(|at| map.direct_to_phys(VirtAddr(at))) {
-                self.pages.insert(phys.pfn(), Kind::PageTable);
             }
         }
     }
@@ -200,6 +197,38 @@ impl Owners {
         }
         Err(ObjectError::NotA { what: "ftrace_page.next".into(), wanted: "a list that ends" })
     }
+}
+
+/// A page table to be looked through.
+struct Table {
+    /// Physical address.
+    at: u64,
+    /// How many levels lie below it.
+    below: u32,
+    /// First address of what it maps.
+    start: u64,
+    /// Whether it belongs to a task's half.
+    is_user: bool,
+}
+
+impl Table {
+    /// First address of what entry `index` maps.
+    fn address(&self, index: u64) -> u64 {
+        let shift = 12 + 9 * self.below;
+        // Addresses of the upper half have ones above those that are translated.
+        let high = if self.start == 0 && index >= 256 { u64::MAX << (shift + 9) } else { self.start };
+        high | index << shift
+    }
+}
+
+/// Physical addresses of the first tables of all user memory.
+fn first_tables(kernel: &Kernel, map: &PageMap) -> Vec<u64> {
+    let tasks = kernel.tasks().map(|all| all.tasks).unwrap_or_default();
+    let of = |task: crate::kernel::Object<'_>| {
+        let mm = task.at("mm").ok().flatten().or_else(|| task.at("active_mm").ok().flatten())?;
+        map.direct_to_phys(VirtAddr(mm.get("pgd").ok()?)).map(|phys| phys.0)
+    };
+    tasks.into_iter().filter_map(of).collect()
 }
 
 /// The pages that are mapped where memory was read and never written.
