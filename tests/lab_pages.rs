@@ -669,6 +669,32 @@ fn what_an_address_belongs_to() {
     });
 }
 
+/// The census and the list of all pages are two ways to the same.
+#[test]
+fn the_census_is_what_each_page_says() {
+    let mut releases = BTreeSet::new();
+    for_each_set(false, &mut |set, _, machine, what| {
+        if !releases.insert(set.json["release"].to_string()) {
+            return;
+        }
+        let map = machine.kernel().unwrap().page_map().unwrap();
+        let census = json(machine, "kmem --census");
+        let mut kinds = BTreeMap::<String, u64>::new();
+        for section in &map.sections {
+            for page in json(machine, &format!("kmem -p {:x} 32768", section.start.0)).as_array().unwrap() {
+                *kinds.entry(page["kind"].as_str().unwrap().to_owned()).or_default() += 1;
+            }
+        }
+        for (kind, told) in census["kinds"].as_object().unwrap() {
+            assert_eq!(kinds.remove(kind), told["pages"].as_u64(), "{what}: {kind}");
+        }
+        assert!(kinds.is_empty(), "{what}: {kinds:?}");
+        // What has no references and is not free is the rest of a block.
+        assert_eq!(census["kinds"]["unknown"], Value::Null, "{what}: {census}");
+    });
+    assert!(lab::sets().is_none() || !releases.is_empty());
+}
+
 /// A dump that lacks user memory and free pages still has its struct pages.
 #[test]
 fn a_filtered_dump_has_its_census() {

@@ -230,6 +230,58 @@ def listed(prog, pages):
     return {name: value for name, value in found.items() if name not in errors}, errors
 
 
+def mapped(prog, at):
+    """pfn behind a kernel address, by the page tables: virt_to_pfn() is right for the direct map only."""
+    return number(mm.follow_phys(prog["init_mm"].address_of_(), at)) >> 12
+
+
+def kernel_tables(prog):
+    """pfns of the page tables that map the kernel's half."""
+    root = mapped(prog, number(prog["init_mm"].pgd))
+    found, pending = {}, [(root, 5 if pgtable_l5_enabled(prog) else 4)]
+    while pending:
+        pfn, level = pending.pop()
+        if pfn in found:
+            continue
+        found[pfn] = level
+        if level > 1:
+            entries = struct.unpack("<512Q", prog.read(pfn << 12, 4096, True))
+            for entry in entries[256:] if pfn == root else entries:
+                if entry & 1 and not entry & 0x80:
+                    pending.append(((entry & 0xFFFFFFFFFF000) >> 12, level - 1))
+    return sorted(found)
+
+
+def ftrace_pages(prog):
+    """First and last page of each piece of ftrace's records."""
+    group = prog["ftrace_pages_start"]
+    found = []
+    while group:
+        records = number(group.records)
+        size = first(
+            lambda: 4096 << number(group.order),
+            lambda: number(group.size) * drgn.sizeof(prog.type("struct dyn_ftrace")),
+        )
+        found += [number(mm.virt_to_pfn(prog, at)) for at in (records, records + size - 1)]
+        group = group.next.read_()
+    return found
+
+
+def holders(prog, pages):
+    """Pages that no struct page tells the use of, by who holds them: {kind: [pfn]}"""
+    names = ("init_task", "linux_banner", "vfs_read", "init_net")
+    structs = [base + pfn * pages.size for start, end, base, _ in pages.ranges for pfn in range(start, end, 977)]
+    own = lambda cpu: number(percpu.per_cpu(prog["runqueues"], cpu).address_of_())
+    return {
+        "kernel-image": [mapped(prog, prog.symbol(name).address) for name in names],
+        "vmemmap": attempt(lambda: [mapped(prog, at) for at in structs]),
+        "percpu": attempt(lambda: [mapped(prog, own(cpu)) for cpu in cpumask.for_each_possible_cpu(prog)]),
+        "zero": attempt(lambda: [mapped(prog, prog.symbol("empty_zero_page").address)]),
+        "ftrace": attempt(lambda: ftrace_pages(prog)),
+        "page-table": attempt(lambda: spread(kernel_tables(prog), LISTED)),
+    }
+
+
 def objects(prog, pages, kinds):
     """Objects of some slabs: where each begins, of which cache it is, whether it is in use."""
     slabs = sorted(
@@ -308,9 +360,6 @@ def facts_of(prog):
     wanted = {pfn for rows in kinds.values() for pfn in spread(rows, SAMPLES)}
     for rows in by_list.values():
         wanted.update(pfn for pfn in spread(sorted(pfn for pfn in rows if pfn is not None), LISTED))
-    zero = attempt(lambda: number(mm.virt_to_pfn(prog, prog.symbol("empty_zero_page").address)))
-    if isinstance(zero, int):
-        wanted.add(zero)
     known, rows = {}, []
     for pfn in sorted(pfn for pfn in wanted if pages.row(pfn)):
         row = page_facts(pages, pfn)
@@ -329,9 +378,9 @@ def facts_of(prog):
         "release": attempt(lambda: prog["UTS_RELEASE"].string_().decode()),
         "struct_page_size": pages.size,
         "flag_bits": pages.flag_bits,
-        "zero_pfn": zero,
         "listed": {name: len(rows) for name, rows in by_list.items()},
         "pages": rows,
+        "holders": attempt(lambda: holders(prog, pages)),
         "objects": attempt(lambda: objects(prog, pages, kinds)),
         "counters": attempt(lambda: counters(prog)),
         "zones": attempt(lambda: zones(prog)),
