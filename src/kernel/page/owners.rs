@@ -110,7 +110,7 @@ impl Owners {
         // The first page has the lowest number that the order allows, so it is met before any other with references.
         let head = (1..=ORDER_MAX)
             .map(|order| Pfn(pfn.0 & !((1 << order) - 1)))
-            .find(|&head| head != pfn && !read(head).is_some_and(|raw| raw.refcount == 0))?;
+            .find(|&head| head != pfn && read(head).is_none_or(|raw| raw.refcount != 0))?;
         let first = read(head)?;
         let (own, kind) = kind_of(&first, head)?;
         if own != Kind::Kernel || marks.is_head(&first) || kind == Kind::FreePerCpu {
