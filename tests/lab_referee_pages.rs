@@ -304,7 +304,7 @@ fn pages_are_drgns() {
 /// Pages whose use only their holders tell.
 #[test]
 fn pages_are_their_holders() {
-    compare("holders", 400, &|case| {
+    compare("holders", 300, &|case| {
         let facts = case.referee("pages")?;
         let (mut ours, mut theirs) = (Rows::new(), Rows::new());
         for (kind, pfns) in facts["holders"].as_object().unwrap() {
