@@ -308,8 +308,9 @@ fn pages_are_their_holders() {
         let facts = case.referee("pages")?;
         let (mut ours, mut theirs) = (Rows::new(), Rows::new());
         for (kind, pfns) in facts["holders"].as_object().unwrap() {
-            for pfn in rows(pfns) {
-                let name = format!("page {:#x} kind", pfn.as_u64().unwrap());
+            for (i, pfn) in rows(pfns).enumerate() {
+                // One of each holder after the other, so that the next row is about another kind.
+                let name = format!("{i:04} page {:#x} kind", pfn.as_u64().unwrap());
                 let said = case.ask(&format!("page pfn:{:x}", pfn.as_u64().unwrap()));
                 theirs.insert(name.clone(), json!(kind));
                 ours.insert(name, said["kind"].clone());
