@@ -27,7 +27,8 @@ fn dump_of(set: &Set) -> PathBuf {
 fn open(dump: &Path) -> Machine {
     let opened = Dump::open(dump).unwrap_or_else(|e| panic!("{}: {e}", dump.display()));
     let beside = dump.parent().map(Path::to_owned);
-    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() }, ..Options::default() };
+    let options =
+        Options { vmlinux: None, places: Places { beside, ..Places::default() }, ..Options::default() };
     Machine::open(Arc::new(opened), &options, &|_, _| ()).unwrap()
 }
 

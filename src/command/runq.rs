@@ -55,7 +55,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let cpus = cpus.ok_or_else(|| CommandError("which CPUs there are is not known".into()))?;
     let reader = kernel.task_reader()?;
     let (mut text, mut rows) = (String::new(), Vec::new());
-    let latest = || kernel.possible_cpus().into_iter().filter_map(|cpu| kernel.run_queue(cpu).ok()?.clock).max();
+    let latest =
+        || kernel.possible_cpus().into_iter().filter_map(|cpu| kernel.run_queue(cpu).ok()?.clock).max();
     let latest = if what == What::Lags { latest() } else { None };
     for cpu in cpus {
         let queue = match kernel.run_queue(cpu) {

@@ -350,8 +350,12 @@ fn types_missing(kernel: &Kernel, from: TypesFrom) -> Option<String> {
             "neither BTF in the kernel's memory that can be read nor types in a vmlinux: commands that look into \
              structures fail; pass --vmlinux FILE with debug info"
         }
-        TypesFrom::Btf => "no BTF in the kernel's memory that can be read nor in a vmlinux: no types; drop --types btf",
-        TypesFrom::Dwarf => "no vmlinux with DWARF: no types; pass --vmlinux FILE with debug info, or drop --types dwarf",
+        TypesFrom::Btf => {
+            "no BTF in the kernel's memory that can be read nor in a vmlinux: no types; drop --types btf"
+        }
+        TypesFrom::Dwarf => {
+            "no vmlinux with DWARF: no types; pass --vmlinux FILE with debug info, or drop --types dwarf"
+        }
     };
     kernel.types().is_none().then(|| wanted.to_owned())
 }

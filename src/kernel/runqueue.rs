@@ -136,7 +136,14 @@ impl<'k> Walk<'_, 'k> {
     fn group_queue(&self, queue: Object<'k>, depth: usize, real_time: bool) -> GroupQueue {
         let group = queue.at("tg").ok().flatten();
         let name = group.and_then(|group| self.group_name(group));
-        GroupQueue { at: queue.at, real_time, depth, group: group.map(|group| group.at), name, tasks: Vec::new() }
+        GroupQueue {
+            at: queue.at,
+            real_time,
+            depth,
+            group: group.map(|group| group.at),
+            name,
+            tasks: Vec::new(),
+        }
     }
 
     /// A group is a cgroup's, or made for a session (`kernel/sched/autogroup.c`); the root has both.
