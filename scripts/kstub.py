@@ -286,10 +286,35 @@ def mend_symbols(symbols):
     Mended()
 
 
+def mend_timerlist(timerlist):
+    """linux.timerlist: until about v6.4 it looks for members of a timerqueue's head that went in v5.4, and counts
+    bytes of a CPU mask in fractions."""
+
+    def active_timers(base):
+        queue = base["active"]
+        if "rb_root" not in [field.name for field in queue.type.fields()]:
+            yield from print_active_timers(base)
+            return
+        node, index = queue["rb_root"]["rb_leftmost"], 0
+        while node:
+            yield timerlist.print_timer(node, index)
+            node, index = timerlist.rbtree.rb_next(node), index + 1
+
+    def cpumask(mask):
+        bits, count = mask["bits"], int(gdb.parse_and_eval("nr_cpu_ids"))
+        number = sum(int(bits[i]) << 64 * i for i in range((count + 63) // 64))
+        digits = "%0*x" % ((count + 3) // 4, number)
+        groups = range(len(digits), 0, -8)
+        return ",".join(reversed([digits[max(end - 8, 0) : end] for end in groups]))
+
+    print_active_timers = timerlist.print_active_timers
+    timerlist.print_active_timers, timerlist.pr_cpumask = active_timers, cpumask
+
+
 class KernelScripts:
     """Mends modules of the kernel's own scripts once they are imported."""
 
-    MENDED = {"linux.cpus": mend_cpus, "linux.symbols": mend_symbols}
+    MENDED = {"linux.cpus": mend_cpus, "linux.symbols": mend_symbols, "linux.timerlist": mend_timerlist}
 
     @classmethod
     def find_spec(cls, name, path, target=None):

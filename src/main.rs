@@ -84,7 +84,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             let made = || libraries.image().filter(|_| vmlinux.is_none());
             let files = match (files, made()) {
                 (ServeFiles::None, _) => Files::none(),
-                (_, Some(made)) => Files::made(&made).with_libraries(libraries),
+                (ServeFiles::Local, Some(made)) => Files::made(&made).with_libraries(libraries),
+                (ServeFiles::Serve, Some(made)) => Files::serve_made(&made)
+                    .context("the file of the kernel's names is gone")?
+                    .with_libraries(libraries),
                 (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
                 (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
             };
