@@ -59,6 +59,8 @@ const MONITOR: &[(&str, &str)] = &[
     ("ps-option", "ps -z"),
     ("runq", "runq"),
     ("runq-cpu", "runq -m -c 1"),
+    ("runq-groups", "runq -g"),
+    ("runq-lags", "runq -T"),
     ("set", "set"),
     ("set-task", "set 27"),
     ("set-panic", "set -p"),

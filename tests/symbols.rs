@@ -387,7 +387,7 @@ fn dump_of(set: &Set) -> PathBuf {
 /// `ADDRESS <SYMBOL>` as the guest itself had it.
 fn in_guest(set: &Set, symbol: &str) -> String {
     let kallsyms = std::fs::read_to_string(set.dir.join("facts/proc/kallsyms")).unwrap();
-    let line = kallsyms.lines().find(|line| line.split(' ').nth(2) == Some(symbol)).unwrap();
+    let line = kallsyms.lines().find(|line| line.split_whitespace().nth(2) == Some(symbol)).unwrap();
     format!("0x{} <{symbol}>", line.split(' ').next().unwrap().trim_start_matches('0'))
 }
 

@@ -104,9 +104,10 @@ fn groups(queue: &RunQueue, current: Option<&TaskInfo>, reader: &TaskReader<'_>)
     for one in &queue.groups {
         let indent = 2 + 3 * one.depth;
         let kind = if one.real_time { "RT_RQ" } else { "CFS_RQ" };
-        let group = one.group.map_or_else(|| "none".to_owned(), bare);
+        // A kernel without groups of the class has none to name.
+        let group = one.group.map_or_else(String::new, |at| format!("TASK_GROUP: {}  ", bare(at)));
         let name = one.name.as_deref().map_or_else(String::new, |name| format!("  {}", printable(name)));
-        let _ = writeln!(text, "{:indent$}TASK_GROUP: {group}  {kind}: {}{name}", "", bare(one.at));
+        let _ = writeln!(text, "{:indent$}{group}{kind}: {}{name}", "", bare(one.at));
         if one.tasks.is_empty() {
             let _ = writeln!(text, "{:indent$}   none queued", "");
         }
