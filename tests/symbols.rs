@@ -99,14 +99,10 @@ impl Served {
             .spawn()
             .unwrap();
         let said = BufReader::new(child.stderr.take().unwrap()).lines().map(|line| line.unwrap());
-        let mut others = Vec::new();
-        for line in said {
-            if let Some((_, address)) = line.split_once("target remote ") {
-                return Self { child, address: address.to_owned(), _dir: dir };
-            }
-            others.push(line);
-        }
-        panic!("kstub ended: {others:?}");
+        let mut served = Self { child, address: String::new(), _dir: dir };
+        let address = |line: String| Some(line.split_once("target remote ")?.1.to_owned());
+        served.address = { said }.find_map(address).expect("the server is ready");
+        served
     }
 }
 
