@@ -10,8 +10,12 @@ then behind the prefix: `kstub list`, `kstub p`.
 Functions:  $percpu(&VAR, CPU)   $page(ADDR)   $task(PID)
 Python:     import kstub; kstub.run("ps"), kstub.read_many([(addr, len)]), kstub.tasks(), kstub.modules(),
             kstub.pages([addr, ...]), kstub.objects("struct page", [addr, ...])
+
+The kernel's own scripts (vmlinux-gdb.py), loaded before or after, get from kstub where per-CPU variables are
+($lx_per_cpu, $lx_current, lx-timerlist), and lx-symbols leaves alone what kstub has told gdb.
 """
 
+import importlib.machinery
 import json
 import re
 import sys
@@ -29,6 +33,8 @@ OPTIONS_WITH_VALUE = {"-c", "-n"}
 # Bytes that one packet may ask for and bring.
 REQUEST_MAX, READ_MAX = 32 * 1024, 2 << 20
 U64 = (1 << 64) - 1
+# Threads from here on are tasks, those below CPUs.
+FIRST_TASK = 1000000000
 
 
 def send(packet):
@@ -173,6 +179,18 @@ class Prefix(gdb.Command):
         gdb.write(ask("text", prepare(name, rest), None))
 
 
+def copy_of(pointer, cpu):
+    """The address of a CPU's own copy of a per-CPU variable of the kernel image, as a pointer."""
+    start = int(gdb.parse_and_eval("&__per_cpu_start")) & U64
+    for one in run("info")["cpus"]:
+        if one["cpu"] == int(cpu):
+            if one["per_cpu_base"] is None:
+                raise gdb.GdbError("where CPU %d has its per-CPU data is not known" % int(cpu))
+            address = ((int(pointer) & U64) - start + int(one["per_cpu_base"], 16)) & U64
+            return gdb.Value(address).cast(pointer.type)
+    raise gdb.GdbError("there is no CPU %d" % int(cpu))
+
+
 class PerCpu(gdb.Function):
     """$percpu(&VAR, CPU): address of the CPU's own copy of a per-CPU variable of the kernel image."""
 
@@ -180,14 +198,7 @@ class PerCpu(gdb.Function):
         super().__init__("percpu")
 
     def invoke(self, pointer, cpu):
-        start = int(gdb.parse_and_eval("&__per_cpu_start")) & U64
-        for one in run("info")["cpus"]:
-            if one["cpu"] == int(cpu):
-                if one["per_cpu_base"] is None:
-                    raise gdb.GdbError("where CPU %d has its per-CPU data is not known" % int(cpu))
-                address = ((int(pointer) & U64) - start + int(one["per_cpu_base"], 16)) & U64
-                return gdb.Value(address).cast(pointer.type)
-        raise gdb.GdbError("there is no CPU %d" % int(cpu))
+        return copy_of(pointer, cpu)
 
 
 class Page(gdb.Function):
@@ -329,6 +340,100 @@ def register():
     return True
 
 
+def is_kstub():
+    """Whether gdb is connected to kstub."""
+    try:
+        ask("text", "help", None)
+    except (gdb.error, gdb.GdbError):
+        return False
+    return True
+
+
+def selected_cpu():
+    """The CPU of the selected thread; of a task's, the one it last ran on."""
+    number = gdb.selected_thread().ptid[1]
+    return number - 1 if number < FIRST_TASK else run("task")["tasks"][0]["cpu"]
+
+
+def mend_cpus(cpus):
+    """linux.cpus: gdb has per-CPU symbols where KASLR would have put them, and these scripts do not know."""
+    per_cpu, get_current_cpu = cpus.per_cpu, cpus.get_current_cpu
+
+    def mended(pointer, cpu):
+        if not is_kstub():
+            return per_cpu(pointer, cpu)
+        return copy_of(pointer, selected_cpu() if int(cpu) == -1 else cpu).dereference()
+
+    cpus.per_cpu = mended
+    cpus.get_current_cpu = lambda: selected_cpu() if is_kstub() else get_current_cpu()
+
+
+def mend_symbols(symbols):
+    """linux.symbols: lx-symbols would load the vmlinux anew, where KASLR has not put it."""
+
+    class Mended(symbols.LxSymbols):
+        __doc__ = symbols.LxSymbols.__doc__
+
+        def invoke(self, arg, from_tty):
+            if not is_kstub():
+                return super().invoke(arg, from_tty)
+            gdb.write("kstub has told gdb where the kernel and its modules are: nothing to load\n")
+
+    Mended()
+
+
+def mend_timerlist(timerlist):
+    """linux.timerlist: until about v6.4 it looks for members of a timerqueue's head that went in v5.4, and counts
+    bytes of a CPU mask in fractions."""
+
+    def active_timers(base):
+        queue = base["active"]
+        if "rb_root" not in [field.name for field in queue.type.fields()]:
+            yield from print_active_timers(base)
+            return
+        node, index = queue["rb_root"]["rb_leftmost"], 0
+        while node:
+            yield timerlist.print_timer(node, index)
+            node, index = timerlist.rbtree.rb_next(node), index + 1
+
+    def cpumask(mask):
+        bits, count = mask["bits"], int(gdb.parse_and_eval("nr_cpu_ids"))
+        number = sum(int(bits[i]) << 64 * i for i in range((count + 63) // 64))
+        digits = "%0*x" % ((count + 3) // 4, number)
+        groups = range(len(digits), 0, -8)
+        return ",".join(reversed([digits[max(end - 8, 0) : end] for end in groups]))
+
+    print_active_timers = timerlist.print_active_timers
+    timerlist.print_active_timers, timerlist.pr_cpumask = active_timers, cpumask
+
+
+class KernelScripts:
+    """Mends modules of the kernel's own scripts once they are imported."""
+
+    MENDED = {"linux.cpus": mend_cpus, "linux.symbols": mend_symbols, "linux.timerlist": mend_timerlist}
+
+    @classmethod
+    def find_spec(cls, name, path, target=None):
+        mend = cls.MENDED.get(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if mend else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                mend(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+    @classmethod
+    def install(cls):
+        for name, mend in cls.MENDED.items():
+            if name in sys.modules:
+                mend(sys.modules[name])
+        sys.meta_path.insert(0, cls)
+
+
 # `target remote` ends with a stop; in a session without prompts (-batch) nothing else tells of it.
 CONNECTED = (gdb.events.stop, gdb.events.before_prompt)
 
@@ -349,6 +454,7 @@ def expose():
 
 
 expose()
+KernelScripts.install()
 Prefix(), PerCpu(), Page(), Task(), EndOfStack()
 FRAMES = Frames()
 gdb.unwinder.register_unwinder(None, FRAMES, replace=True)

@@ -206,4 +206,18 @@ pub struct Target {
     /// Do not ask the servers in DEBUGINFOD_URLS for a vmlinux
     #[arg(long)]
     pub no_debuginfod: bool,
+    /// What tells kstub the kernel's types
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Types::Auto)]
+    pub types: Types,
+}
+
+/// The debug info that tells types.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Types {
+    /// BTF; where there is none, DWARF
+    Auto,
+    /// BTF, in the dump or in the vmlinux
+    Btf,
+    /// The vmlinux's DWARF, whatever the kernel's BTF says
+    Dwarf,
 }

@@ -8,7 +8,7 @@ use kstub::command::Focus;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
 use kstub::gdb::{Files, Libraries, Settings, Show, index};
-use kstub::kernel::{CpuId, Machine, OpenError, Options};
+use kstub::kernel::{CpuId, Machine, OpenError, Options, TypesFrom};
 use kstub::{cli, command, debuginfo, server, vmcore};
 use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
@@ -84,7 +84,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             let made = || libraries.image().filter(|_| vmlinux.is_none());
             let files = match (files, made()) {
                 (ServeFiles::None, _) => Files::none(),
-                (_, Some(made)) => Files::made(&made).with_libraries(libraries),
+                (ServeFiles::Local, Some(made)) => Files::made(&made).with_libraries(libraries),
+                (ServeFiles::Serve, Some(made)) => Files::serve_made(&made)
+                    .context("the file of the kernel's names is gone")?
+                    .with_libraries(libraries),
                 (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
                 (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
             };
@@ -125,10 +128,14 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>) -> anyhow::Res
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
-    let context = command::Context { machine: &machine, cpu, task: None, focus: &focus };
+    // What 'set' has chosen counts from the next command on.
+    let context = || {
+        let cpu = focus.cpu.get().unwrap_or(cpu);
+        command::Context { machine: &machine, cpu, task: None, focus: &focus }
+    };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
-        let result = command::run(&context, line);
+        let result = command::run(&context(), line);
         failed |= result.is_err();
         if json {
             return print(format!("{}\n", command::envelope(line, &result)).as_bytes());
@@ -213,7 +220,12 @@ fn open(target: &Target) -> anyhow::Result<Machine> {
         memory: caches.as_ref().map(|caches| caches.join("kstub/vmlinux")),
         ..places(target)
     };
-    let options = Options { vmlinux: target.vmlinux.clone(), places };
+    let types = match target.types {
+        cli::Types::Auto => TypesFrom::Any,
+        cli::Types::Btf => TypesFrom::Btf,
+        cli::Types::Dwarf => TypesFrom::Dwarf,
+    };
+    let options = Options { vmlinux: target.vmlinux.clone(), places, types };
     let bar = scan_bar();
     let machine = Machine::open(Arc::new(dump), &options, &|done, total| {
         bar.set_length(total);

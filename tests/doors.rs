@@ -116,6 +116,23 @@ fn what_one_command_chooses_holds_for_those_behind_it() {
     assert!(out(&cpu).contains("kstub-spin"), "{}", out(&cpu));
 }
 
+/// By QEMU's word of where each CPU was.
+#[test]
+fn a_chosen_cpu_is_the_one_that_registers_are_of() {
+    let told = std::fs::read_to_string("tests/data/sample/registers.txt").unwrap();
+    let rips: Vec<String> = told
+        .lines()
+        .filter_map(|line| Some(format!("0x{}", line.strip_prefix("RIP=")?.split(' ').next()?)))
+        .collect();
+    let [first, second] = rips.as_slice() else { panic!("{told}") };
+    let answers =
+        lines(&run(&[DUMP, "--json", "regs", "set -c 0", "regs", "set -p", "regs", "set 1", "regs"]));
+    let rip = |i: usize| &answers[i]["result"]["registers"]["rip"]["value"];
+    // CPU 1 panicked, and a task that sleeps has no registers on any CPU: then it is that again.
+    assert_eq!([rip(0), rip(2), rip(4), rip(6)], [second, first, second, second], "{answers:?}");
+    assert_ne!(first, second);
+}
+
 #[test]
 fn wrong_arguments_have_their_own_exit_codes() {
     let none = run(&[DUMP]);

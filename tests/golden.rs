@@ -69,6 +69,8 @@ const MONITOR: &[(&str, &str)] = &[
     ("ps-option", "ps -z"),
     ("runq", "runq"),
     ("runq-cpu", "runq -m -c 1"),
+    ("runq-groups", "runq -g"),
+    ("runq-lags", "runq -T"),
     ("set", "set"),
     ("set-task", "set 27"),
     ("set-panic", "set -p"),
@@ -187,7 +189,7 @@ fn monitor(machine: &Machine, line: &str) -> String {
 /// Every golden file's name and what is printed today.
 fn outputs() -> BTreeMap<String, String> {
     let places = Places { beside: Some(SAMPLE.into()), ..Places::default() };
-    let options = Options { vmlinux: None, places };
+    let options = Options { places, ..Options::default() };
     let dump = Arc::new(Dump::open(&Path::new(SAMPLE).join("vmcore")).unwrap());
     let machine = Machine::open(dump, &options, &|_, _| ()).unwrap();
     let programs = PROGRAM.iter().map(|(name, arguments)| (format!("{name}.txt"), program(arguments)));

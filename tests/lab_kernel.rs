@@ -24,7 +24,8 @@ const PLANTED: [&str; 18] = [
 fn open(dump: &DumpFile) -> Machine {
     let opened = Dump::open(&dump.path).unwrap_or_else(|e| panic!("{}: {e}", dump.path.display()));
     let beside = dump.path.parent().map(Path::to_owned);
-    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+    let options =
+        Options { vmlinux: None, places: Places { beside, ..Places::default() }, ..Options::default() };
     Machine::open(Arc::new(opened), &options, &|_, _| ()).unwrap()
 }
 

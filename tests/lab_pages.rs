@@ -26,7 +26,8 @@ use support::lab::{self, DumpFile, Set};
 
 fn machine_of(backend: Arc<dyn Backend>, dump: &DumpFile) -> Machine {
     let beside = dump.path.parent().map(Path::to_owned);
-    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+    let options =
+        Options { vmlinux: None, places: Places { beside, ..Places::default() }, ..Options::default() };
     Machine::open(backend, &options, &|_, _| ()).unwrap()
 }
 

@@ -46,7 +46,11 @@ fn cases() -> &'static [Case] {
         let open = |set: Set| {
             let dump = set.dumps().first().unwrap().clone();
             let beside = dump.path.parent().map(std::path::Path::to_owned);
-            let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+            let options = Options {
+                vmlinux: None,
+                places: Places { beside, ..Places::default() },
+                ..Options::default()
+            };
             let machine =
                 Machine::open(Arc::new(Dump::open(&dump.path).unwrap()), &options, &|_, _| ()).unwrap();
             let kernel = machine.kernel().unwrap();

@@ -73,7 +73,11 @@ fn cases() -> &'static [Case] {
                     std::os::unix::fs::symlink(&dump.path, &path).unwrap();
                 }
                 let beside = path.parent().map(std::path::Path::to_owned);
-                let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+                let options = Options {
+                    vmlinux: None,
+                    places: Places { beside, ..Places::default() },
+                    ..Options::default()
+                };
                 let machine =
                     Machine::open(Arc::new(Dump::open(&path).unwrap()), &options, &|_, _| ()).unwrap();
                 assert_eq!(machine.vmlinux().is_some(), with_vmlinux, "{}", set.name());

@@ -21,7 +21,8 @@ use support::lab::{self, DumpFile, Set};
 fn open(dump: &DumpFile, with_vmlinux: bool) -> Machine {
     let opened = Dump::open(&dump.path).unwrap_or_else(|e| panic!("{}: {e}", dump.path.display()));
     let beside = dump.path.parent().map(Path::to_owned).filter(|_| with_vmlinux);
-    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+    let options =
+        Options { vmlinux: None, places: Places { beside, ..Places::default() }, ..Options::default() };
     Machine::open(Arc::new(opened), &options, &|_, _| ()).unwrap()
 }
 

@@ -32,7 +32,7 @@ fn text(name: &str) -> String {
 
 fn open_at(dump: &Path) -> Machine {
     let places = Places { beside: Some(SAMPLE.into()), ..Places::default() };
-    let options = Options { vmlinux: None, places };
+    let options = Options { places, ..Options::default() };
     Machine::open(Arc::new(Dump::open(dump).unwrap()), &options, &|_, _| ()).unwrap()
 }
 

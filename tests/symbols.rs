@@ -78,11 +78,19 @@ struct Served {
 impl Served {
     fn start(dump: &Path, arguments: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("socket");
+        let listen = format!("unix:{}", dir.path().join("socket").display());
+        Self::listening(dir, dump, &listen, arguments)
+    }
+
+    fn start_on(dump: &Path, listen: &str, arguments: &[&str]) -> Self {
+        Self::listening(tempfile::tempdir().unwrap(), dump, listen, arguments)
+    }
+
+    fn listening(dir: tempfile::TempDir, dump: &Path, listen: &str, arguments: &[&str]) -> Self {
         let mut child = Command::new(KSTUB)
             .arg("serve")
             .arg(dump)
-            .args(["--listen", &format!("unix:{}", socket.display())])
+            .args(["--listen", listen])
             .args(arguments)
             .env("XDG_CACHE_HOME", dir.path())
             .env_remove("DEBUGINFOD_URLS")
@@ -91,9 +99,10 @@ impl Served {
             .spawn()
             .unwrap();
         let said = BufReader::new(child.stderr.take().unwrap()).lines().map(|line| line.unwrap());
-        let said: Vec<String> = said.take_while(|line| !line.contains("target remote")).collect();
-        assert!(socket.exists(), "{said:?}");
-        Self { child, address: socket.display().to_string(), _dir: dir }
+        let mut served = Self { child, address: String::new(), _dir: dir };
+        let address = |line: String| Some(line.split_once("target remote ")?.1.to_owned());
+        served.address = { said }.find_map(address).expect("the server is ready");
+        served
     }
 }
 
@@ -374,7 +383,7 @@ fn dump_of(set: &Set) -> PathBuf {
 /// `ADDRESS <SYMBOL>` as the guest itself had it.
 fn in_guest(set: &Set, symbol: &str) -> String {
     let kallsyms = std::fs::read_to_string(set.dir.join("facts/proc/kallsyms")).unwrap();
-    let line = kallsyms.lines().find(|line| line.split(' ').nth(2) == Some(symbol)).unwrap();
+    let line = kallsyms.lines().find(|line| line.split_whitespace().nth(2) == Some(symbol)).unwrap();
     format!("0x{} <{symbol}>", line.split(' ').next().unwrap().trim_start_matches('0'))
 }
 
@@ -432,6 +441,59 @@ fn a_real_vmlinux_is_served_to_a_gdb_that_cannot_open_it() {
         let commands: Vec<&str> = print.iter().map(String::as_str).collect();
         let printed = bare(&gdb, &["set debug-file-directory"], &served.address, &commands);
         assert_guest_symbols(&set, &printed, &gdb);
+    }
+}
+
+/// A gdb that has none of the lab's files, nor what kstub has made in the directory for temporary files: as on
+/// another machine. `None` where one may not make a mount namespace.
+fn elsewhere(gdb: &Path, dir: &Path) -> Option<PathBuf> {
+    let may = Command::new("unshare").args(["--user", "--map-root-user", "--mount", "true"]).status();
+    if !may.is_ok_and(|status| status.success()) {
+        skip("unshare may not make a namespace");
+        return None;
+    }
+    let hidden = [lab::root().join("kernels"), lab::root().join("sets"), std::env::temp_dir()];
+    let hidden = hidden.iter().filter_map(|dir| dir.canonicalize().ok());
+    let hide: String = hidden.map(|dir| format!("mount -t tmpfs none '{}' && ", dir.display())).collect();
+    let script = format!(
+        "#!/bin/sh\nexec unshare --user --map-root-user --mount sh -c \"{hide}exec '{}' \\\"\\$@\\\"\" sh \"$@\"\n",
+        gdb.display()
+    );
+    let path = dir.join("gdb");
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    Some(path)
+}
+
+/// With the vmlinux and the modules' files, and with what kstub makes of the dump alone.
+#[test]
+fn a_gdb_on_another_machine_gets_every_file_through_the_connection() {
+    let with_modules = |set: &Set| {
+        let told = std::fs::read_to_string(set.dir.join("facts/proc/modules")).unwrap_or_default();
+        told.lines().any(|line| line.starts_with("dummy "))
+    };
+    let Some(set) = kernels().into_iter().find(with_modules) else { return };
+    let alone = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(dump_of(&set), alone.path().join("alone")).unwrap();
+    let (dump, alone) = (dump_of(&set), alone.path().join("alone"));
+    let wanted = [&GUEST_SYMBOLS[..], &["dummy_setup"]].concat();
+    let print: Vec<String> = wanted.iter().map(|symbol| format!("output/a &{symbol}")).collect();
+    for (dump, files) in [(&dump, "serve"), (&alone, "serve"), (&alone, "local")] {
+        let served = Served::start_on(dump, "127.0.0.1:0", &["--files", files]);
+        for gdb in gdbs() {
+            let dir = tempfile::Builder::new().tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+            let Some(gdb) = elsewhere(&gdb, dir.path()) else { return };
+            let mut commands: Vec<&str> = print.iter().map(String::as_str).collect();
+            commands.push("info sharedlibrary");
+            let started = Instant::now();
+            let printed = bare(&gdb, &["set debug-file-directory"], &served.address, &commands);
+            eprintln!("{}: {files}: {:?}", dump.display(), started.elapsed());
+            for symbol in &wanted {
+                let found = printed.contains(&in_guest(&set, symbol));
+                // What is only named is not there: the test sees the difference.
+                assert_eq!(found, files == "serve", "{}, {files}: {symbol}: {printed}", dump.display());
+            }
+        }
     }
 }
 

@@ -52,6 +52,31 @@ def _build_kexec_part(kernel, base, tree):
     shutil.copy(base, tree / "boot/initrd")
 
 
+def crowd_recipe():
+    """The hash of what the guest with many tasks has besides."""
+    return recipe_hash(*sorted((QEMU_SOURCES / "crowd").iterdir()))
+
+
+def build_crowd(kernel):
+    """The initramfs of the guest with many tasks, as a file: everyone's, and behind it /crowd."""
+    base = build(kernel) / "base.cpio"
+    final = LAB / "initramfs" / f"{kernel.name}-crowd"
+    stamp = recipe() + crowd_recipe() + (kernel / "kernel.json").read_text(encoding="utf-8")
+    if not is_current(final, stamp):
+        with step(f"initramfs with a crowd for {kernel.name}"), fresh_directory(final, stamp) as work:
+            own = work / "tree/crowd"
+            own.mkdir(parents=True)
+            shutil.copy(QEMU_SOURCES / "crowd/init", own / "init")
+            for source in (QEMU_SOURCES / "crowd").glob("*.c"):
+                run(["gcc", *CC_FLAGS, "-o", own / source.stem, source])
+            _pack(work / "tree", work / "part.cpio")
+            with open(work / "crowd.cpio", "wb") as out:
+                for part in (base, work / "part.cpio"):
+                    with open(part, "rb") as source:
+                        shutil.copyfileobj(source, out)
+    return final / "crowd.cpio"
+
+
 def build(kernel):
     """Builds both images of a kernel; returns the directory.
 

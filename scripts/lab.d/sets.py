@@ -3,6 +3,7 @@
 qemu-<kernel>-<levels>l[-novmcoreinfo][-split][-pti]   a running guest, dumped by QEMU
 qemu-chain[-<how>]-<kernel>[-5l]                 ended by kstub_chain, dumped by QEMU
 qemu-panic-<kernel>[-5l]                         panicked with no crash kernel, dumped by QEMU
+qemu-tasks-<kernel>[-5l]                         a running guest with ten thousand tasks, dumped by QEMU
 qemu-kexec-<kernel>[-5l]                         a second kernel after kexec, dumped by QEMU
 kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and makedumpfile
 """
@@ -36,9 +37,10 @@ SMP = 4
 MEMORY = "1G"
 BUSY_USER_CPU, BUSY_KERNEL_CPU = 1, 2  # as in qemu/init
 BOOT_TIMEOUT = 300
+CROWD_TIMEOUT = 600
 NAME = re.compile(
     r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?(?P<pti>-pti)?$"
-    r"|(?P<kind>kdump|qemu-panic|qemu-kexec|qemu-chain(?:-(?P<how>irq|fault|kprobe|overflow|locks))?)"
+    r"|(?P<kind>kdump|qemu-panic|qemu-kexec|qemu-tasks|qemu-chain(?:-(?P<how>irq|fault|kprobe|overflow|locks))?)"
     r"-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
 )
 
@@ -72,7 +74,7 @@ class Recipe:
             kernel=match["kernel"] or match["other_kernel"],
             levels=5 if match["levels"] == "5" or match["five"] else 4,
             how=how,
-            vmcoreinfo=kind in ("qemu", "qemu-panic", "qemu-chain") and not match["novmcoreinfo"],
+            vmcoreinfo=kind in ("qemu", "qemu-panic", "qemu-chain", "qemu-tasks") and not match["novmcoreinfo"],
             split=bool(match["split"]),
             pti=bool(match["pti"]),
             extra=extra,
@@ -93,6 +95,8 @@ class Recipe:
             words += ["kstub.then=panic"]
         elif self.kind == "qemu-chain":
             words += ["oops=panic", f"kstub.then=chain-{self.how}"]
+        elif self.kind == "qemu-tasks":
+            words += ["rdinit=/crowd/init"]
         elif self.kind == "qemu-kexec":
             words += ["kstub.then=kexec", "kstub.crash_args=console=ttyS0,panic=0,kstub.then=stay"]
         return " ".join(words)
@@ -209,18 +213,22 @@ def _wait_until_interesting(machine, recipe):
         time.sleep(1)
         return machine.stop_where({})
     boots = 2 if recipe.kind == "qemu-kexec" else 1
-    machine.wait_for("KSTUB-GUEST-READY", BOOT_TIMEOUT * boots, count=boots)
+    timeout = CROWD_TIMEOUT if recipe.kind == "qemu-tasks" else BOOT_TIMEOUT * boots
+    machine.wait_for("KSTUB-GUEST-READY", timeout, count=boots)
     machine.unpack_facts()
     if recipe.how:
         machine.wait_for("kstub_chain: all spin", BOOT_TIMEOUT)
     time.sleep(1)
-    return machine.stop_where({BUSY_USER_CPU: 3, BUSY_KERNEL_CPU: 0})
+    busy = {} if recipe.kind == "qemu-tasks" else {BUSY_USER_CPU: 3, BUSY_KERNEL_CPU: 0}
+    return machine.stop_where(busy)
 
 
 def _make_qemu(recipe, kernel, work):
     """Boots, stops and dumps; returns what the manifest has to say beyond the common part."""
-    images = initramfs.build(kernel)
-    initrd = images / ("kexec.cpio" if recipe.kind == "qemu-kexec" else "base.cpio")
+    if recipe.kind == "qemu-tasks":
+        initrd = initramfs.build_crowd(kernel)
+    else:
+        initrd = initramfs.build(kernel) / ("kexec.cpio" if recipe.kind == "qemu-kexec" else "base.cpio")
     with Machine(work, kernel / "vmlinuz", initrd, recipe.command_line(), **recipe.machine_options()) as machine:
         with step("guest boots and plants"):
             registers = _wait_until_interesting(machine, recipe)
@@ -229,7 +237,8 @@ def _make_qemu(recipe, kernel, work):
         with step("dumps"):
             ram = _save_ram(machine, work)
             dumps = _qemu_dumps(machine, work, recipe)
-    _check_levels(work, recipe)
+    if recipe.kind != "qemu-tasks":
+        _check_levels(work, recipe)
     return {
         "dumps": dumps,
         "panic": panic_facts(machine.console_text(), recipe.how or "sysrq-c") if recipe.panics else None,
@@ -261,7 +270,9 @@ def _stamp(recipe, kernel):
     """The recipe's hash; `extra` is left out, a set with more formats serves both."""
     kernel_facts = (kernel / "kernel.json").read_text(encoding="utf-8")
     shape = {key: value for key, value in asdict(recipe).items() if key != "extra"}
-    return recipe_hash(SCHEMA, shape, recipe.command_line(), recipe.machine_options(), initramfs.recipe(), kernel_facts)
+    own = [initramfs.crowd_recipe()] if recipe.kind == "qemu-tasks" else []
+    machine = recipe.machine_options()
+    return recipe_hash(SCHEMA, shape, recipe.command_line(), machine, initramfs.recipe(), kernel_facts, *own)
 
 
 def make(name, extra=False):

@@ -110,6 +110,35 @@ fn lines(record: &Record, style: &Style) -> String {
         let said = record.caller.map_or_else(|| "?".to_owned(), caller);
         let _ = write!(start, "[{said:>6}] ");
     }
-    let line = |line| format!("{start}{}\n", printable(line));
+    let line = |line| format!("{start}{}\n", escaped(line));
     record.text.split('\n').map(line).collect()
+}
+
+/// A line as `dmesg` shows it: tabs stay, other control characters are `\x1b`; and what would reorder the line is
+/// escaped, too.
+fn escaped(line: &str) -> String {
+    let mut out = String::with_capacity(line.len());
+    for c in line.chars() {
+        match c {
+            '\t' => out.push(c),
+            c if c.is_control() => {
+                for byte in c.encode_utf8(&mut [0; 4]).bytes() {
+                    let _ = write!(out, "\\x{byte:02x}");
+                }
+            }
+            c => out.push_str(&printable(c.encode_utf8(&mut [0; 4]))),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::escaped;
+
+    #[test]
+    fn control_characters() {
+        assert_eq!(escaped("\tSize: 3\u{1b}[31m é"), "\tSize: 3\\x1b[31m é");
+        assert_eq!(escaped("a\u{9b}b\u{7f}\u{202e}c\r"), "a\\xc2\\x9bb\\x7f\\u{202e}c\\x0d");
+    }
 }

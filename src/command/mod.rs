@@ -61,6 +61,8 @@ pub struct Context<'a> {
 pub struct Focus {
     /// Address of the `struct task_struct` chosen with `set`; without one, the task on the selected CPU.
     pub task: Cell<Option<VirtAddr>>,
+    /// The CPU that the chosen task runs on, for where nothing else selects one.
+    pub cpu: Cell<Option<CpuId>>,
 }
 
 impl<'a> Context<'a> {

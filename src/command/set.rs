@@ -11,7 +11,8 @@ pub const COMMAND: Command = Command {
     arguments: "[PID|TASK|-c CPU|-p]",
     summary: "choose the task that commands are about, or show it",
     help: "PID is a number, TASK the address of a task_struct; -c chooses the task that ran on a CPU, -p the one that \
-           panicked. The choice holds for this session; gdb's own selected thread stays.\n\n\
+           panicked. The choice holds for this session. 'kstub run' takes the CPU of a task that runs for regs, percpu and \
+           the like, too; gdb's own selected thread stays.\n\n\
            Examples:\n  set\n  set 1\n  set -c 2\n  set -p\n",
     run,
 };
@@ -34,12 +35,13 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         [word] if !word.starts_with('-') => args::task(context, word)?.at,
         _ => return Err(CommandError("'set' takes PID, TASK, -c CPU or -p; try 'help set'".into())),
     };
-    if !arguments.is_empty() {
-        context.focus.task.set(Some(task));
-    }
     let info = kernel.task_reader()?.read(task);
     let state = info.state.map_or("unreadable", State::words);
     let runs = info.cpu.and_then(|cpu| kernel.current(cpu)).is_some_and(|current| current.at == task);
+    if !arguments.is_empty() {
+        context.focus.task.set(Some(task));
+        context.focus.cpu.set(info.cpu.filter(|_| runs));
+    }
     let text = format!("{}  STATE: {state}{}\n", heading(&info), if runs { ", on its CPU" } else { "" });
     let mut json = identity(&info);
     json.insert("state".into(), json!(info.state.map(|state| state.letter().to_string())));

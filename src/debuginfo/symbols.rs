@@ -117,14 +117,19 @@ impl SymbolTable {
 
     /// The symbol that covers `addr`, and the offset into it: the nearest one below whose size, if it has one,
     /// reaches that far; one without a size reaches to the next symbol. Of several at one address a sized one wins,
-    /// then the first in the table, as in the kernel's own messages.
+    /// then the first in the table, as in the kernel's own messages; but `const_current_task` is the linker's alias of
+    /// `current_task`, and yields to it.
     pub fn at(&self, addr: u64) -> Option<(Symbol<'_>, u64)> {
         let end = self.entries.partition_point(|entry| entry.addr <= addr);
         let nearest = self.entries.get(end.checked_sub(1)?)?.addr;
         let start = self.entries.partition_point(|entry| entry.addr < nearest);
         let offset = addr - nearest;
-        let best =
-            self.entries.get(start..end)?.iter().rev().max_by_key(|e| (e.size > offset, e.size == 0))?;
+        let here = self.entries.get(start..end)?;
+        let is_alias = |entry: &Entry| {
+            let of = self.name(entry).strip_prefix(b"const_");
+            of.is_some_and(|of| here.iter().any(|other| self.name(other) == of))
+        };
+        let best = here.iter().rev().max_by_key(|e| (e.size > offset, e.size == 0, !is_alias(e)))?;
         let covers = if best.size == 0 { end < self.entries.len() } else { best.size > offset };
         covers.then(|| self.symbol(best)).flatten().map(|symbol| (symbol, offset))
     }
@@ -185,6 +190,11 @@ mod tests {
         assert_eq!(table.at(0x14), None, "past the end of a sized symbol");
         assert_eq!(table.at(0x24).map(|(s, o)| (s.name, o)), Some(("b", 4)));
         assert_eq!(table.at(0x30).map(|(s, o)| (s.name, o)), Some(("label", 0x10)));
+        let table = self::table(&[("const_current", 0x20, 0), ("current", 0x20, 0), ("const_c", 0x30, 0)]);
+        assert_eq!(table.at(0x20).map(|(s, _)| s.name), Some("current"));
+        assert_eq!(table.lookup("const_current").unwrap().addr, 0x20);
+        let table = self::table(&[("const_a", 0x20, 0), ("b", 0x20, 0), ("c", 0x30, 0)]);
+        assert_eq!(table.at(0x20).map(|(s, _)| s.name), Some("const_a"), "no alias of b");
         assert_eq!(table.at(0x99), None, "nothing bounds the last symbol");
         assert_eq!(table.at(0x0), None);
     }

@@ -156,6 +156,11 @@ impl DebugInfo {
         Some(self.dwarf_types.get_or_init(|| TypeTable::new(dwarf)))
     }
 
+    /// Its DWARF as one source among others of a table; `None` without DWARF.
+    pub fn dwarf_source(&self) -> Option<Arc<dyn TypeSource>> {
+        Some(self.dwarf()?)
+    }
+
     /// Where the instruction at link-time address `addr` comes from: the innermost inlined function first, the
     /// function that has the code last. `None` without DWARF, or where it knows no code.
     pub fn locate(&self, addr: u64) -> Option<Vec<Location>> {

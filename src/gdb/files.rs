@@ -67,6 +67,13 @@ impl Files {
         Self { offer: Some(Arc::new(offer)), libraries: None }
     }
 
+    /// The bytes of a file made of the kernel's names, for a gdb that cannot open it.
+    pub fn serve_made(path: &Path) -> std::io::Result<Self> {
+        let served = Served { stripped: Arc::new(Contents::of_file(path)?), debug: None };
+        let offer = Offer { program: path.as_os_str().as_bytes().to_vec(), served: Some(served) };
+        Ok(Self { offer: Some(Arc::new(offer)), libraries: None })
+    }
+
     /// The path of the vmlinux, for a gdb that can open it there.
     pub fn local(vmlinux: Option<&DebugInfo>) -> Self {
         let offer = Offer { program: program(vmlinux), served: None };

@@ -66,6 +66,8 @@ pub struct Front {
     files: OpenFiles,
     /// What `info os` was last asked for, and the document.
     table: (Vec<u8>, String),
+    /// The list of threads, and whether the ids in it name the process.
+    thread_list: Option<(bool, String)>,
 }
 
 /// The packets to send for one request: rarely more than one.
@@ -125,6 +127,7 @@ impl Front {
             physical: false,
             files: OpenFiles::new(settings.files),
             table: Default::default(),
+            thread_list: None,
         }
     }
 
@@ -388,8 +391,14 @@ impl Front {
     }
 
     /// `qXfer:threads:read::OFFSET,LENGTH`
-    fn thread_list(&self, request: &[u8]) -> Vec<u8> {
-        let xml = self.engine.target.threads.list(&self.machine, self.client.multiprocess);
+    /// gdb reads it in pieces of 4 KiB, often, and the threads of a dump stay what they are.
+    fn thread_list(&mut self, request: &[u8]) -> Vec<u8> {
+        let multiprocess = self.client.multiprocess;
+        if self.thread_list.as_ref().is_none_or(|(made_for, _)| *made_for != multiprocess) {
+            let xml = self.engine.target.threads.list(&self.machine, multiprocess);
+            self.thread_list = Some((multiprocess, xml));
+        }
+        let xml = self.thread_list.as_ref().map_or("", |(_, xml)| xml);
         window(xml.as_bytes(), request)
     }
 

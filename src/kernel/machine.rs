@@ -1,8 +1,8 @@
 //! A machine and, where one was found, the kernel in it: what gdb and the commands work on.
 
-use super::Kernel;
 use super::cpus::{ONLINE, PRESENT, derive_gs_base, distrust_thread_bases};
 use super::discover::{self, DiscoverError, Found, Progress};
+use super::{Kernel, TypesFrom};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::paging::Step;
 use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, Saved, TranslateError, Translation, VirtOutcome};
@@ -47,6 +47,8 @@ pub struct Options {
     pub vmlinux: Option<PathBuf>,
     /// Where to look for one besides the places that distributions use.
     pub places: find::Places,
+    /// What tells the types.
+    pub types: TypesFrom,
 }
 
 /// Why a machine could not be opened as asked.
@@ -116,7 +118,11 @@ impl Machine {
                 );
                 problems.append(&mut found.problems);
                 let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?;
-                let kernel = Kernel::new(backend.clone(), found, debug_info);
+                let (beside, debug_dirs) = (options.places.beside.clone(), options.places.debug_dirs.clone());
+                let places = find::Places { beside, debug_dirs, ..find::Places::default() };
+                let kernel =
+                    Kernel::new(backend.clone(), found, debug_info).with_types(options.types, places);
+                problems.extend(types_missing(&kernel, options.types));
                 if let Err(why) = kernel.symbols() {
                     problems.push(format!("{why}: no symbols; pass --vmlinux FILE that has a symbol table"));
                 }
@@ -337,6 +343,23 @@ fn choose_debug_info(
     Ok(chosen)
 }
 
+/// Why there are no types, or none of those that were asked for.
+fn types_missing(kernel: &Kernel, from: TypesFrom) -> Option<String> {
+    let wanted = match from {
+        TypesFrom::Any => {
+            "neither BTF in the kernel's memory that can be read nor types in a vmlinux: commands that look into \
+             structures fail; pass --vmlinux FILE with debug info"
+        }
+        TypesFrom::Btf => {
+            "no BTF in the kernel's memory that can be read nor in a vmlinux: no types; drop --types btf"
+        }
+        TypesFrom::Dwarf => {
+            "no vmlinux with DWARF: no types; pass --vmlinux FILE with debug info, or drop --types dwarf"
+        }
+    };
+    kernel.types().is_none().then(|| wanted.to_owned())
+}
+
 /// Why there is no vmlinux, and the cures.
 fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String>) {
     let rejected = search.rejected.iter();
@@ -349,7 +372,7 @@ fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String
         None => ("", String::new()),
     };
     problems.push(format!(
-        "no vmlinux with debug info for {release}: no types, source lines or locals in gdb; install the kernel's debug package \
+        "no vmlinux with debug info for {release}: gdb has no types, source lines or locals; install the kernel's debug package \
          (Debian: linux-image-{release}-dbg), pass --vmlinux FILE or --debug-dir DIR{servers} (searched{by}: {})",
         search.searched.join(", ")
     ));

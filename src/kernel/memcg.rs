@@ -51,7 +51,7 @@ impl Kernel {
 }
 
 /// The names from the root down to a `struct kernfs_node`.
-fn path(node: Object<'_>) -> Option<String> {
+pub(super) fn path(node: Object<'_>) -> Option<String> {
     let mut names = Vec::new();
     let mut here = node;
     for _ in 0..DEPTH {

@@ -27,6 +27,7 @@ mod switched_out;
 pub mod taint;
 mod task;
 pub mod time;
+mod types;
 pub mod vfs;
 pub mod vma;
 pub mod vmalloc;
@@ -37,27 +38,23 @@ pub use fields::{Fields, Row};
 pub use machine::{Cpu, CpuId, Machine, OpenError, Options, Why};
 pub use object::{Object, ObjectError};
 pub use task::{Task, Tasks};
+pub use types::TypesFrom;
 
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::VirtOutcome;
 use crate::backend::Backend;
 use crate::bytes::printable;
-use crate::debuginfo::types::{NoTypes, TypeSource};
-use crate::debuginfo::{Btf, DebugInfo, Member, SymbolTable, TypeTable};
+use crate::debuginfo::{DebugInfo, Member, SymbolTable};
 use discover::{Found, NoKallsyms, START_KERNEL_MAP};
 use std::fmt;
 use std::sync::{Arc, OnceLock};
-
-/// A kernel's BTF is some 5 MiB; what claims to be larger than this is no BTF.
-const BTF_MAX: u64 = 64 << 20;
 
 /// One boot of a Linux kernel.
 pub struct Kernel {
     backend: Arc<dyn Backend>,
     found: Found,
     debug_info: Option<DebugInfo>,
-    /// BTF in memory, and the table over it; `None` where there is none.
-    own_types: OnceLock<Option<(Arc<Btf>, TypeTable)>>,
+    types: types::Types,
     kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
     /// Where per-CPU memory lies; `None` without SMP or symbols.
     per_cpu: OnceLock<Option<percpu::Areas>>,
@@ -94,7 +91,7 @@ impl Kernel {
             backend,
             found,
             debug_info,
-            own_types: OnceLock::new(),
+            types: types::Types::default(),
             kallsyms: OnceLock::new(),
             per_cpu: OnceLock::new(),
             modules: OnceLock::new(),
@@ -183,51 +180,6 @@ impl Kernel {
             return None;
         }
         self.symbols().ok()?.at(link).map(|(symbol, offset)| (symbol.name, offset))
-    }
-
-    /// The kernel's types: from BTF in its own memory, else from its vmlinux.
-    pub fn types(&self) -> Option<&TypeTable> {
-        let own = self.own_types().map(|(_, types)| types);
-        own.or_else(|| self.debug_info.as_ref().map(DebugInfo::types))
-    }
-
-    fn own_types(&self) -> Option<&(Arc<Btf>, TypeTable)> {
-        let own = self.own_types.get_or_init(|| {
-            let btf = self.btf_in_memory()?;
-            match Btf::parse(btf) {
-                Ok(btf) => {
-                    let btf = Arc::new(btf);
-                    Some((Arc::clone(&btf), TypeTable::new(btf)))
-                }
-                Err(error) => {
-                    tracing::warn!("the kernel's BTF in memory is damaged: {error}");
-                    None
-                }
-            }
-        });
-        own.as_ref()
-    }
-
-    /// Makes the types of loaded modules known to [`Self::types`], once.
-    fn add_module_types(&self) {
-        let Some((image, types)) = self.own_types().filter(|(_, types)| !types.has_modules()) else { return };
-        let sources =
-            self.modules().list.iter().filter_map(|module| Some((module, self.module_btf(module)?)));
-        let parsed = (1u16..).zip(sources).map(|(source, (module, btf))| {
-            let btf = Btf::parse_module(btf, image, source);
-            let btf = btf.inspect_err(|error| tracing::warn!("BTF of module '{}': {error}", module.name));
-            // A damaged one keeps its place: the others' ids count on it.
-            btf.map_or_else(|_| Arc::new(NoTypes) as Arc<dyn TypeSource>, |btf| Arc::new(btf))
-        });
-        types.set_modules(parsed.collect());
-    }
-
-    /// The bytes between `__start_BTF` and `__stop_BTF` (`include/asm-generic/vmlinux.lds.h`).
-    fn btf_in_memory(&self) -> Option<Vec<u8>> {
-        let (start, stop) = (self.symbol("__start_BTF")?, self.symbol("__stop_BTF")?);
-        let len = stop.0.checked_sub(start.0).filter(|&len| len <= BTF_MAX)?;
-        let mut btf = vec![0; usize::try_from(len).ok()?];
-        self.read(start, &mut btf).stopped.is_none().then_some(btf)
     }
 
     /// The member at `path` of the structure or union `container`.

@@ -4,6 +4,7 @@
 //! queued here. Source: `kernel/sched/sched.h`, `kernel/sched/{fair,rt,deadline}.c`.
 
 use super::list::ENTRIES_MAX;
+use super::memcg::path;
 use super::{CpuId, Kernel, Object, ObjectError};
 use crate::addr::VirtAddr;
 use std::collections::HashSet;
@@ -20,6 +21,23 @@ pub struct Waiting {
     pub depth: usize,
     /// Asleep already, and kept in the queue until its lag is used up (`sched_delayed`, since about v6.12).
     pub delayed: bool,
+}
+
+/// A queue of a class: the CPU's own, or that of a group of tasks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GroupQueue {
+    /// Its `struct cfs_rq`, or `struct rt_rq`.
+    pub at: VirtAddr,
+    /// Whether it is of the real-time class.
+    pub real_time: bool,
+    /// How many groups it is in; 0 is the CPU's own.
+    pub depth: usize,
+    /// The `struct task_group`; `None` where the kernel has no groups of this class.
+    pub group: Option<VirtAddr>,
+    /// The cgroup's path, or `/autogroup-N` as `/proc/PID/autogroup` has it. Untrusted text.
+    pub name: Option<String>,
+    /// The tasks that wait in it itself, in its order.
+    pub tasks: Vec<VirtAddr>,
 }
 
 /// One CPU's run queue.
@@ -41,6 +59,8 @@ pub struct RunQueue {
     pub real_time: Vec<(u64, VirtAddr)>,
     /// The deadline class, earliest first.
     pub deadline: Vec<VirtAddr>,
+    /// The queues of the real-time and the fair class, each followed by those of the groups in it.
+    pub groups: Vec<GroupQueue>,
     /// What was broken.
     pub problems: Vec<String>,
 }
@@ -58,10 +78,11 @@ impl Kernel {
             fair: Vec::new(),
             real_time: Vec::new(),
             deadline: Vec::new(),
+            groups: Vec::new(),
             problems: Vec::new(),
         };
         let mut walk = Walk { kernel: self, queue: &mut queue, seen: HashSet::new() };
-        for result in [walk.fair(rq), walk.real_time(rq), walk.deadline(rq)] {
+        for result in [walk.real_time(rq), walk.fair(rq), walk.deadline(rq)] {
             walk.queue.problems.extend(result.err().map(|error| error.to_string()));
         }
         Ok(queue)
@@ -84,6 +105,7 @@ impl<'k> Walk<'_, 'k> {
                 self.queue.problems.push(format!("the fair queue at {} comes a second time", queue.at));
                 continue;
             }
+            let mut own = self.group_queue(queue, depth, false);
             let tree = self.kernel.rb_tree(queue.member("tasks_timeline")?.at);
             self.queue.problems.extend(tree.problem);
             let node = self.kernel.member("sched_entity", "run_node");
@@ -100,22 +122,51 @@ impl<'k> Walk<'_, 'k> {
                         let delayed = entity.get("sched_delayed").is_ok_and(|delayed| delayed != 0);
                         if Some(task) != self.queue.current {
                             self.queue.fair.push(Waiting { task, depth, delayed });
+                            own.tasks.push(task);
                         }
                     }
                 }
             }
+            self.queue.groups.push(own);
         }
         Ok(())
     }
 
+    /// What a queue of a class is and belongs to.
+    fn group_queue(&self, queue: Object<'k>, depth: usize, real_time: bool) -> GroupQueue {
+        let group = queue.at("tg").ok().flatten();
+        let name = group.and_then(|group| self.group_name(group));
+        GroupQueue {
+            at: queue.at,
+            real_time,
+            depth,
+            group: group.map(|group| group.at),
+            name,
+            tasks: Vec::new(),
+        }
+    }
+
+    /// A group is a cgroup's, or made for a session (`kernel/sched/autogroup.c`); the root has both.
+    fn group_name(&self, group: Object<'k>) -> Option<String> {
+        if Some(group.at) == self.kernel.symbol("root_task_group") {
+            return Some("/".to_owned());
+        }
+        match group.at("autogroup").ok().flatten() {
+            Some(own) => Some(format!("/autogroup-{}", own.get("id").ok()?)),
+            None => path(group.at("css.cgroup").ok()??.at("kn").ok()??),
+        }
+    }
+
     /// A list for each priority, and for groups a queue of their own.
     fn real_time(&mut self, rq: Object<'k>) -> Result<(), ObjectError> {
-        let mut waiting = vec![rq.member("rt.active")?];
-        while let Some(active) = waiting.pop() {
-            if !self.seen.insert(active.at) {
+        let mut waiting = vec![(rq.member("rt")?, 0)];
+        while let Some((queue, depth)) = waiting.pop() {
+            let active = queue.member("active")?;
+            if !self.seen.insert(active.at) || depth > DEPTH_MAX {
                 self.queue.problems.push(format!("the real-time queue at {} comes a second time", active.at));
                 continue;
             }
+            let mut own = self.group_queue(queue, depth, true);
             let queues = active.member("queue")?;
             for prio in 0..queues.count()?.min(128) {
                 let head = queues.index(prio)?.at;
@@ -125,16 +176,18 @@ impl<'k> Walk<'_, 'k> {
                     let node = self.kernel.value("struct list_head", node)?;
                     let entity = node.container_of("sched_rt_entity", "run_list")?;
                     match entity.at("my_q").ok().flatten() {
-                        Some(group) => waiting.push(group.member("active")?),
+                        Some(group) => waiting.push((group, depth + 1)),
                         None => {
                             let task = entity.container_of("task_struct", "rt")?.at;
                             if Some(task) != self.queue.current {
                                 self.queue.real_time.push((prio, task));
+                                own.tasks.push(task);
                             }
                         }
                     }
                 }
             }
+            self.queue.groups.push(own);
         }
         self.queue.real_time.sort_by_key(|(prio, _)| *prio);
         Ok(())

@@ -49,8 +49,24 @@ pub fn root() -> PathBuf {
     }
 }
 
-/// Every set of the lab, by name; `None` if lab tests are to be skipped, which is then said.
+/// The kind of set that has ten thousand tasks and none of what the other guests plant.
+const CROWD: &str = "qemu-tasks";
+
+/// Every set of the lab but crowds, by name; `None` if lab tests are to be skipped, which is then said.
 pub fn sets() -> Option<Vec<Set>> {
+    every_set().map(|sets| sets.into_iter().filter(|set| set.json["kind"] != CROWD).collect())
+}
+
+/// The set with ten thousand tasks, if the lab has one (`scripts/lab full`).
+pub fn crowd() -> Option<Set> {
+    let crowd = every_set()?.into_iter().find(|set| set.json["kind"] == CROWD);
+    if crowd.is_none() {
+        eprintln!("skipped: no set with many tasks; make it with scripts/lab set qemu-tasks-6.12");
+    }
+    crowd
+}
+
+fn every_set() -> Option<Vec<Set>> {
     let skip = |why: String| {
         eprintln!("skipped: {why}");
         None

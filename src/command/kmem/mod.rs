@@ -14,7 +14,7 @@ pub const COMMAND: Command = Command {
     arguments: "-i|--census|-s|-S|-z|-f|-F|-V|-v|-h|-p|ADDR...",
     summary: "what memory is used for, and what an address belongs to",
     help: "  -i            memory by use, as the kernel counts it\n  \
-             --census      all pages counted by use, by a look at every struct page\n  \
+             --census      all pages counted by use and by flag, by a look at every struct page\n  \
              -s [CACHE...] slab caches: objects, slabs, memory\n  \
              -S [CACHE...] the same with every slab, and all free lists checked; without a cache only damage is shown\n  \
              -z            zones: size, watermarks, counters\n  \

@@ -28,6 +28,15 @@ pub fn census(context: &Context<'_>) -> Result<Output, CommandError> {
     }
     let total = census.total();
     let _ = writeln!(text, "{:<15} {total:>10} {:>11}", "all", ByteSize(pages_to_bytes(total)).to_string());
+    let mut flags = Map::new();
+    let _ = writeln!(text, "\n{:<15} {:>10}", "flag", "pages");
+    for (bit, names) in map.flags.all() {
+        let pages = census.flags.get(bit as usize).copied().unwrap_or(0);
+        flags.extend(names.iter().map(|name| (name.clone(), json!(pages))));
+        if pages > 0 {
+            let _ = writeln!(text, "{:<15} {pages:>10}", printable(&names.join("|")));
+        }
+    }
     if census.unreadable > 0 {
         let _ = writeln!(
             text,
@@ -42,7 +51,7 @@ pub fn census(context: &Context<'_>) -> Result<Output, CommandError> {
         let _ = writeln!(text, "damage: {}", printable(problem));
     }
     let json = json!({
-        "kinds": Value::Object(kinds), "total": total, "unreadable": census.unreadable, "hwpoison": census.hwpoison,
+        "kinds": Value::Object(kinds), "flags": Value::Object(flags), "total": total, "unreadable": census.unreadable, "hwpoison": census.hwpoison,
         "problems": census.problems,
     });
     Ok(Output { text, json })

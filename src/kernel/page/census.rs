@@ -89,6 +89,8 @@ pub fn for_each_section<T: Send>(
 pub struct Census {
     /// (kind, pages, how many of those are tails of compound pages), in the order of [`Kind::ALL`].
     pub kinds: Vec<(Kind, u64, u64)>,
+    /// How many pages have each bit of `flags` set, by number of the bit; tails count as they stand in memory.
+    pub flags: Vec<u64>,
     /// Pages whose `struct page` could not be read.
     pub unreadable: u64,
     /// Pages marked as hit by a memory error, of whatever kind.
@@ -100,6 +102,7 @@ pub struct Census {
 /// What one section holds: by kind in the order of [`Kind::ALL`].
 struct Counts {
     kinds: [(u64, u64); Kind::ALL.len()],
+    flags: [u64; 64],
     unreadable: u64,
     hwpoison: u64,
 }
@@ -111,7 +114,8 @@ impl Census {
         let marks = Marks::new(kernel, map);
         let hwpoison = map.flags.mask("hwpoison");
         let counts = for_each_section(kernel, map, |pages| {
-            let mut counts = Counts { kinds: [(0, 0); Kind::ALL.len()], unreadable: 0, hwpoison: 0 };
+            let mut counts =
+                Counts { kinds: [(0, 0); Kind::ALL.len()], flags: [0; 64], unreadable: 0, hwpoison: 0 };
             let mut block: Option<Block> = None;
             each_page(kernel, pages, &marks, |pfn, raw, kind, tail| {
                 let Some(kind) = kind else {
@@ -130,6 +134,13 @@ impl Census {
                     *tails += u64::from(tail);
                 }
                 counts.hwpoison += u64::from(raw.flags & hwpoison != 0);
+                let mut left = raw.flags;
+                while left != 0
+                    && let Some(slot) = counts.flags.get_mut(left.trailing_zeros() as usize)
+                {
+                    *slot += 1;
+                    left &= left - 1;
+                }
             });
             counts
         });
@@ -139,6 +150,8 @@ impl Census {
             let pages = counts.iter().map(|one| of(one).0).sum();
             census.kinds.push((kind, pages, counts.iter().map(|one| of(one).1).sum()));
         }
+        let with_flag = |bit: usize| counts.iter().filter_map(|one| one.flags.get(bit)).sum();
+        census.flags = (0..64).map(with_flag).collect();
         census.unreadable = counts.iter().map(|one| one.unreadable).sum();
         census.hwpoison = counts.iter().map(|one| one.hwpoison).sum();
         census

@@ -193,6 +193,11 @@ impl FlagsLayout {
         told > 0
     }
 
+    /// Every flag of this kernel, by bit: several names can share one.
+    pub fn all(&self) -> impl Iterator<Item = (u32, &[String])> {
+        self.names.iter().map(|(bit, names)| (*bit, names.as_slice()))
+    }
+
     /// The bit called `name` (`"locked"`), if this kernel has it.
     pub fn bit(&self, name: &str) -> Option<u32> {
         self.names.iter().find(|(_, names)| names.iter().any(|known| known == name)).map(|(bit, _)| *bit)

@@ -331,6 +331,36 @@ fn kernels() {
     put("sme", &TinyKernel { sme_mask: 1 << 47, ..bare }, 1, ring, true);
 }
 
+/// Logs of both kinds, the layout of which the input tells.
+fn logs() {
+    const AT: u64 = 0x1000;
+    let kinds: [(&str, fn(&mut FlatMemory, u64, u64) -> String); 2] = [("ring", ring), ("buffer", old_log)];
+    for (flags, (name, log)) in (2u8..).zip(kinds) {
+        let mut mem = FlatMemory::new();
+        let told = log(&mut mem, AT, 0xffff_ffff_8000_0000 + AT);
+        let len = (told.len() as u16).to_le_bytes();
+        seed("printk", name, &[&[flags][..], &len, told.as_bytes(), &memory(&mem)].concat());
+    }
+}
+
+fn expressions() {
+    let texts = [
+        "init_task.comm",
+        "-x ((struct task_struct *)&init_task)->flags & ~0xffUL",
+        "runqueues:a.nr_running",
+        "*(struct list_head *)(&init_task.tasks)@2",
+        "sizeof(struct page) * 4 << 3 || !jiffies ? 1 : 0",
+        "(unsigned char)-1 >= 0x80u",
+        "&((struct task_struct *)0)->se.run_node",
+        "$rsp[1] + $rip",
+        "modules.next->prev == &modules",
+        "linux_banner[3]",
+    ];
+    for (i, text) in (0u8..).zip(texts) {
+        seed("expression", &format!("{i}"), &[&[i][..], text.as_bytes()].concat());
+    }
+}
+
 /// By the compiler, as in tests/debuginfo.rs.
 fn vmlinux() {
     const SOURCE: &str = "
@@ -404,5 +434,7 @@ fn main() {
     tables();
     sessions();
     kernels();
+    logs();
+    expressions();
     vmlinux();
 }
