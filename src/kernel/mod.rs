@@ -22,6 +22,7 @@ pub mod rbtree;
 pub mod runqueue;
 pub mod sched;
 pub mod slab;
+pub mod spin;
 mod switched_out;
 pub mod taint;
 mod task;
