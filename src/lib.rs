@@ -10,7 +10,7 @@
 //! 6  gdb                              gdbstub glue, RSP front
 //! 5  command                          text (or JSON) in, text (or JSON) out
 //! 4  kernel                           Linux meaning
-//! 3  backend                          machines
+//! 3  backend   unwind                 machines | frames from registers, tables and stack bytes
 //! 2  vmcore   arch   debuginfo        formats | page tables, registers | symbols, types
 //! 1  memory   vmcoreinfo
 //! 0  addr   bytes   rsp
@@ -35,5 +35,6 @@ pub mod kernel;
 pub mod memory;
 pub mod rsp;
 pub mod server;
+pub mod unwind;
 pub mod vmcore;
 pub mod vmcoreinfo;

@@ -4,6 +4,7 @@
 //! Everything above asks [`DebugInfo`] and cannot tell whether BTF or DWARF answered.
 
 mod btf;
+pub mod cfi;
 pub mod debuginfod;
 mod dwarf;
 mod dwarf_index;
@@ -12,6 +13,7 @@ mod dwarf_unit;
 pub mod find;
 pub mod kallsyms;
 mod lines;
+pub mod orc;
 mod sections;
 mod strip;
 mod symbols;

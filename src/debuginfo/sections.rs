@@ -128,6 +128,14 @@ impl Sections {
         self.by_name.contains_key(name)
     }
 
+    /// Where the section is in memory: linked or, in a file that is not, loaded; 0 if that is not known.
+    pub fn address(&self, name: &str) -> u64 {
+        match &self.loaded_at {
+            Some(loaded_at) => loaded_at.get(name).copied().unwrap_or(0),
+            None => self.by_name.get(name).map_or(0, |section| section.address),
+        }
+    }
+
     /// The file for `object` to read.
     pub fn read_cache(&self) -> Result<ReadCache<File>, Error> {
         Ok(ReadCache::new(self.file.try_clone().map_err(|source| self.io(source))?))

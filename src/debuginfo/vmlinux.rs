@@ -179,6 +179,16 @@ impl DebugInfo {
         self.sections.bytes_at(at, len)
     }
 
+    /// The whole of a section; `None` where the file does not have it.
+    pub(super) fn section(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        self.sections.whole(name)
+    }
+
+    /// Where a section was linked to be, or loaded; 0 if that is not known.
+    pub(super) fn section_address(&self, name: &str) -> u64 {
+        self.sections.address(name)
+    }
+
     fn read_symbols(&self) -> Result<SymbolTable, Error> {
         let symtab = self.sections.whole(".symtab")?.unwrap_or_default();
         Ok(SymbolTable::from_elf(&symtab, self.sections.whole(".strtab")?.unwrap_or_default()))

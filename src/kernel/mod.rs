@@ -23,6 +23,7 @@ pub mod runqueue;
 pub mod sched;
 pub mod slab;
 pub mod spin;
+pub mod stack;
 mod switched_out;
 pub mod taint;
 mod task;

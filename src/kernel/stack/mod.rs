@@ -1,0 +1,224 @@
+//! Backtraces: the frames of a CPU or task across all the stacks that it is on, down to user mode or the root.
+//!
+//! [`Trace`] is what a walk found; the walk never leaves a stack without proof and says why it ended. `unwind` makes
+//! the single step; this knows where stacks are, how they follow one another, and the code that needs to be known by
+//! name. Source: `arch/x86/kernel/dumpstack_64.c`, `unwind_orc.c`, `arch/x86/entry/entry_64.S`.
+
+mod bounds;
+
+pub use bounds::{StackBounds, StackKind};
+
+use super::CpuId;
+use crate::addr::VirtAddr;
+use crate::unwind::{Frame, PtRegs, Regs};
+use std::fmt;
+
+/// Where the first registers are from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Start {
+    /// The CPU's, as the dump has them.
+    Cpu,
+    /// What the task left on its stack when it was switched out.
+    SwitchedOut,
+    /// It was running, and the dump has no registers of that CPU.
+    NotSaved,
+    /// The task has exited and its stack was released.
+    Released,
+    /// The task's stack, or where it is, cannot be read.
+    Unreadable,
+}
+
+impl Start {
+    /// Half a sentence.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Cpu => "from the registers of its CPU in the dump",
+            Self::SwitchedOut => "from what it left on its stack when it was switched out",
+            Self::NotSaved => "it was running and the dump has no registers of its CPU",
+            Self::Released => "it has exited and its stack was released",
+            Self::Unreadable => "its stack cannot be read",
+        }
+    }
+}
+
+/// What interrupted or entered the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A non-maskable interrupt.
+    Nmi,
+    /// An interrupt: a device's, a timer's, another CPU's; its vector where the saved registers tell.
+    Irq(Option<u8>),
+    /// A fault or trap: its vector, and the error code where the saved registers still have it.
+    Exception(u8, Option<u64>),
+    /// A system call of this number.
+    Syscall(u64),
+    /// A task that has never run yet, or a kernel thread that became a user's.
+    Fork,
+    /// Registers that a probe or tracer saved.
+    Probe,
+    /// Not known.
+    Unknown,
+}
+
+impl Event {
+    /// Names of the exceptions by vector (Intel SDM vol. 3, table 6-1).
+    const EXCEPTIONS: [(u8, &'static str); 21] = [
+        (0, "divide error"),
+        (1, "debug"),
+        (2, "NMI"),
+        (3, "int3"),
+        (4, "overflow"),
+        (5, "bounds"),
+        (6, "invalid opcode"),
+        (7, "device not available"),
+        (8, "double fault"),
+        (10, "invalid TSS"),
+        (11, "segment not present"),
+        (12, "stack segment fault"),
+        (13, "general protection fault"),
+        (14, "page fault"),
+        (16, "x87 error"),
+        (17, "alignment check"),
+        (18, "machine check"),
+        (19, "SIMD error"),
+        (20, "virtualization exception"),
+        (21, "control protection fault"),
+        (29, "VMM communication exception"),
+    ];
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nmi => write!(f, "NMI"),
+            Self::Irq(Some(vector)) => write!(f, "interrupt {vector:#x}"),
+            Self::Irq(None) => write!(f, "interrupt"),
+            Self::Exception(vector, code) => {
+                match Self::EXCEPTIONS.iter().find(|(number, _)| number == vector) {
+                    Some((_, name)) => write!(f, "{name}")?,
+                    None => write!(f, "exception {vector}")?,
+                }
+                code.map_or(Ok(()), |code| write!(f, ", error code {code:#x}"))
+            }
+            Self::Syscall(number) => write!(f, "system call {number}"),
+            Self::Fork => write!(f, "fork"),
+            Self::Probe => write!(f, "probe"),
+            Self::Unknown => write!(f, "unknown"),
+        }
+    }
+}
+
+/// The registers at which one context was left for another.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Boundary {
+    /// What was interrupted: the registers and where they were saved.
+    pub saved: PtRegs,
+    /// Whether they are partial: only what the processor pushes, and what follows.
+    pub partial: bool,
+    /// By what.
+    pub event: Event,
+    /// `pc` of the entry code's frame that saved them.
+    pub entry: u64,
+}
+
+impl Boundary {
+    /// Whether a user's code was interrupted.
+    pub fn of_user(&self) -> bool {
+        self.saved.of_user()
+    }
+}
+
+/// Frames on one stack up to where another context begins: innermost first.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Segment {
+    /// The stack that they are on; `None` where the stack pointer was on none that is known.
+    pub stack: Option<StackBounds>,
+    /// The frames; may be empty.
+    pub frames: Vec<Frame>,
+    /// What lies between this segment and the next; `None` at the end, and where a call has switched stacks.
+    pub boundary: Option<Boundary>,
+}
+
+/// Why a walk ended.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Ended {
+    /// In user mode: the user's registers.
+    User(Regs),
+    /// In the kernel's entry or exit code while that still, or again, had the user's stack pointer or was about to
+    /// change it; the user's registers as far as they follow.
+    EntryGap {
+        /// Where in the entry code.
+        pc: u64,
+        /// The user's registers.
+        user: Regs,
+    },
+    /// Where a task or CPU starts: there is no caller.
+    Root {
+        /// Its pc.
+        pc: u64,
+    },
+    /// There are no registers to start from: [`Trace::start`] says why.
+    NotStarted,
+    /// Short of the root: half a sentence.
+    Broken {
+        /// The last frame's pc.
+        pc: u64,
+        /// Why.
+        why: String,
+    },
+}
+
+impl Ended {
+    /// Whether the whole of the stack was walked.
+    pub fn is_complete(&self) -> bool {
+        matches!(self, Self::User(_) | Self::EntryGap { .. } | Self::Root { .. })
+    }
+}
+
+/// What a walk found.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Trace {
+    /// The CPU that it is about, or that the task runs on; `None` for a task that is switched out.
+    pub cpu: Option<CpuId>,
+    /// Address of the `struct task_struct`, where that is known.
+    pub task: Option<VirtAddr>,
+    /// Where it starts.
+    pub start: Start,
+    /// The segments, innermost first. Empty if the CPU was in user mode.
+    pub segments: Vec<Segment>,
+    /// Why it ends.
+    pub ended: Ended,
+    /// The CPU waits for others, or for the machine to be restarted: the function it was sent to. What it did before
+    /// is in the segments behind the next boundary.
+    pub parked: Option<&'static str>,
+}
+
+impl Trace {
+    /// All frames, innermost first.
+    pub fn frames(&self) -> impl Iterator<Item = &Frame> {
+        self.segments.iter().flat_map(|segment| &segment.frames)
+    }
+
+    /// How many frames are guesses.
+    pub fn guessed(&self) -> usize {
+        self.frames().filter(|frame| frame.source.is_guess()).count()
+    }
+
+    /// Whether the CPU was in user mode: no kernel frame is to be shown.
+    pub fn in_user_mode(&self) -> bool {
+        self.segments.is_empty() && matches!(self.ended, Ended::User(_))
+    }
+
+    /// The user's registers at the bottom.
+    pub fn user(&self) -> Option<&Regs> {
+        match &self.ended {
+            Ended::User(regs) | Ended::EntryGap { user: regs, .. } => Some(regs),
+            _ => None,
+        }
+    }
+
+    /// The boundaries, innermost first.
+    pub fn boundaries(&self) -> impl Iterator<Item = &Boundary> {
+        self.segments.iter().filter_map(|segment| segment.boundary.as_ref())
+    }
+}
