@@ -14,6 +14,7 @@ pub mod memcg;
 pub mod meminfo;
 pub mod mm;
 pub mod module;
+pub mod nmi;
 pub mod object;
 pub mod page;
 pub mod percpu;
