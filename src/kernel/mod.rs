@@ -20,6 +20,7 @@ pub mod page;
 pub mod percpu;
 pub mod printk;
 pub mod rbtree;
+pub mod remains;
 pub mod runqueue;
 pub mod sched;
 pub mod slab;
