@@ -3,6 +3,7 @@
 //! `monitor CMD` in gdb, `kstub info` and tests run the same code. A command is a row in [`COMMANDS`] and a file.
 
 mod args;
+mod bt;
 mod declare;
 mod dis;
 mod expression;
@@ -116,6 +117,7 @@ pub struct Command {
 
 /// Every command, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
+    bt::COMMAND,
     dis::COMMAND,
     files::COMMAND,
     foreach::COMMAND,

@@ -67,6 +67,8 @@ pub struct Kernel {
     modules: OnceLock<module::Modules>,
     /// Where the `struct page`s are, or why that is not known.
     page_map: OnceLock<Result<page::PageMap, ObjectError>>,
+    /// What backtraces need to know of the kernel's stacks and code.
+    stacks: OnceLock<stack::Stacks>,
 }
 
 /// A symbol that covers an address.
@@ -100,6 +102,7 @@ impl Kernel {
             per_cpu: OnceLock::new(),
             modules: OnceLock::new(),
             page_map: OnceLock::new(),
+            stacks: OnceLock::new(),
         }
     }
 
@@ -171,7 +174,7 @@ impl Kernel {
         if let Some((name, offset)) = self.symbolize_in_image(at) {
             return Some(Symbolized { name, offset, module: None });
         }
-        let module = self.modules().at(at)?;
+        let Some(module) = self.modules().at(at) else { return self.symbolize_runtime(at) };
         let (symbol, offset) = self.module_symbols(module).at(at.0)?;
         Some(Symbolized { name: symbol.name, offset, module: Some(&module.name) })
     }

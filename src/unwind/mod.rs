@@ -74,12 +74,15 @@ pub enum Why {
     },
     /// Half a sentence.
     Because(&'static str),
+    /// A guess; what the tables came to, as half a sentence.
+    Guess(String),
 }
 
 impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Start(why) | Self::Because(why) => f.write_str(why),
+            Self::Guess(why) => write!(f, "the next word that is behind a call, as {why}"),
             Self::Orc(row) => write!(f, "ORC {row}"),
             Self::Cfi(row) => write!(f, "CFI {row}"),
             Self::PtRegs { at, row: Some(row) } => write!(f, "pt_regs at {at:#x}, ORC {row}"),

@@ -4,7 +4,8 @@
 //! vol. 2; the syntax is that of the GNU assembler's manual, "80386 Dependent Features".
 
 use iced_x86::{
-    Decoder, DecoderOptions, Formatter, GasFormatter, Instruction as Iced, IntelFormatter, OpKind, Register,
+    Code, Decoder, DecoderOptions, Formatter, GasFormatter, Instruction as Iced, IntelFormatter, OpKind,
+    Register,
 };
 
 /// Longest instruction.
@@ -130,10 +131,65 @@ fn reference(iced: &Iced) -> Option<Reference> {
     None
 }
 
+/// A call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Call {
+    /// To this address.
+    Direct(u64),
+    /// To where a register or memory says.
+    Indirect,
+}
+
+/// Bytes of the longest call: prefixes, opcode, ModRM, SIB and displacement.
+pub const CALL_MAX: usize = 9;
+
+/// The call that ends right before `at`, where `code` are the bytes up to there: what a return address is behind. Of
+/// several readings one that calls a given address goes first.
+pub fn call_before(code: &[u8], at: u64) -> Option<Call> {
+    let mut indirect = None;
+    for len in 2..=code.len().min(CALL_MAX) {
+        let bytes = code.get(code.len() - len..)?;
+        // Most words on a stack are not behind one: the decoder costs more than a look.
+        if !bytes.iter().any(|byte| matches!(byte, 0xe8 | 0xff)) {
+            continue;
+        }
+        let mut decoder = Decoder::with_ip(64, bytes, at.wrapping_sub(len as u64), DecoderOptions::NONE);
+        let iced = decoder.decode();
+        if iced.len() != len {
+            continue;
+        }
+        match iced.code() {
+            Code::Call_rel32_64 => return Some(Call::Direct(iced.near_branch_target())),
+            Code::Call_rm64 => indirect = Some(Call::Indirect),
+            _ => {}
+        }
+    }
+    indirect
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn return_addresses_are_behind_calls() {
+        let before = |code: &[u8]| call_before(code, 0x1000);
+        assert_eq!(before(&[0x90, 0xe8, 0x10, 0, 0, 0]), Some(Call::Direct(0x1010)));
+        assert_eq!(before(&[0x90, 0xff, 0xd0]), Some(Call::Indirect), "call *%rax");
+        assert_eq!(before(&[0x41, 0xff, 0xd3]), Some(Call::Indirect), "call *%r11");
+        assert_eq!(
+            before(&[0xff, 0x14, 0x25, 0, 0, 0, 0x82]),
+            Some(Call::Indirect),
+            "call *0xffffffff82000000"
+        );
+        assert_eq!(before(&[0x65, 0xff, 0x14, 0x25, 0, 0, 1, 0]), Some(Call::Indirect), "call *%gs:0x10000");
+        assert_eq!(before(&[0xe9, 0x10, 0, 0, 0]), None, "jmp");
+        assert_eq!(before(&[0xff, 0xe0]), None, "jmp *%rax");
+        assert_eq!(before(&[0xff, 0x30]), None, "push (%rax)");
+        assert_eq!(before(&[0xc3]), None);
+        assert_eq!(before(&[]), None);
+    }
 
     /// Expected text is objdump's.
     #[test]

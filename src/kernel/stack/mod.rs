@@ -5,13 +5,28 @@
 //! name. Source: `arch/x86/kernel/dumpstack_64.c`, `unwind_orc.c`, `arch/x86/entry/entry_64.S`.
 
 mod bounds;
+mod entry;
+mod returns;
+mod runtime_code;
+mod tables;
+mod tracer;
+mod walk;
 
 pub use bounds::{StackBounds, StackKind};
+pub use runtime_code::{RuntimeCode, RuntimeKind};
+pub use tracer::Tracer;
 
-use super::CpuId;
+use super::{CpuId, Kernel};
 use crate::addr::VirtAddr;
 use crate::unwind::{Frame, PtRegs, Regs};
+use entry::KnownCode;
+use returns::ReturnLayout;
+use runtime_code::RuntimePieces;
+use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
+use std::sync::{OnceLock, RwLock};
+use tables::{CodeTables, KernelTables};
 
 /// Where the first registers are from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -220,5 +235,100 @@ impl Trace {
     /// The boundaries, innermost first.
     pub fn boundaries(&self) -> impl Iterator<Item = &Boundary> {
         self.segments.iter().filter_map(|segment| segment.boundary.as_ref())
+    }
+}
+
+/// What walks need to know of a kernel: found once, read as far as needed.
+pub struct Stacks {
+    thread_size: u64,
+    /// `task_struct.stack`
+    stack: Option<u64>,
+    by_cpu: RwLock<HashMap<CpuId, Vec<StackBounds>>>,
+    /// The kernel image's code.
+    text: Vec<Range<u64>>,
+    code: OnceLock<KnownCode>,
+    returns: ReturnLayout,
+    pieces: OnceLock<RuntimePieces>,
+    tables: CodeTables,
+}
+
+impl Kernel {
+    /// What walks need to know.
+    pub(super) fn stacks(&self) -> &Stacks {
+        self.stacks.get_or_init(|| Stacks::of(self))
+    }
+
+    /// Whether `at` is in the code of the kernel image.
+    fn is_image_text(&self, at: VirtAddr) -> bool {
+        self.stacks().text.iter().any(|range| range.contains(&at.0))
+    }
+
+    /// Whether `at` may be code: of the image, a module, or made at run time.
+    fn is_code(&self, at: VirtAddr) -> bool {
+        let of_module = || {
+            let module = self.modules().at(at)?;
+            let region = module.regions.iter().find(|region| region.contains(at))?;
+            // Before v6.4 all of a module is in one piece.
+            Some(region.kind.contains("text") || matches!(region.kind, "core" | "init"))
+        };
+        self.is_image_text(at) || of_module().unwrap_or_else(|| self.runtime_code(at).is_some())
+    }
+
+    /// The stacks of `cpu` but for those of tasks.
+    pub fn cpu_stacks(&self, cpu: CpuId) -> Vec<StackBounds> {
+        self.stacks().of_cpu(self, cpu)
+    }
+
+    /// The stack of the task at `task`; `None` if it was released or cannot be read.
+    pub fn task_stack(&self, task: VirtAddr) -> Option<StackBounds> {
+        self.stacks().of_task(self, task)
+    }
+}
+
+impl Stacks {
+    fn of(kernel: &Kernel) -> Self {
+        let range = |start, end| Some(kernel.symbol(start)?.0..kernel.symbol(end)?.0);
+        Self {
+            thread_size: kernel.read_thread_size(),
+            stack: kernel.member("task_struct", "stack").map(|member| member.offset),
+            by_cpu: RwLock::default(),
+            text: [range("_stext", "_etext"), range("_sinittext", "_einittext")]
+                .into_iter()
+                .flatten()
+                .collect(),
+            code: OnceLock::new(),
+            returns: ReturnLayout::of(kernel),
+            pieces: OnceLock::new(),
+            tables: CodeTables::of(kernel),
+        }
+    }
+
+    fn code(&self, kernel: &Kernel) -> &KnownCode {
+        self.code.get_or_init(|| KnownCode::of(kernel))
+    }
+
+    fn pieces(&self, kernel: &Kernel) -> &RuntimePieces {
+        self.pieces.get_or_init(|| RuntimePieces::of(kernel))
+    }
+
+    fn tables<'k>(&'k self, kernel: &'k Kernel) -> KernelTables<'k> {
+        KernelTables { kernel, tables: &self.tables }
+    }
+
+    fn of_cpu(&self, kernel: &Kernel, cpu: CpuId) -> Vec<StackBounds> {
+        if let Some(found) = self.by_cpu.read().ok().and_then(|all| all.get(&cpu).cloned()) {
+            return found;
+        }
+        let found = kernel.read_cpu_stacks(cpu);
+        if let Ok(mut all) = self.by_cpu.write() {
+            all.insert(cpu, found.clone());
+        }
+        found
+    }
+
+    fn of_task(&self, kernel: &Kernel, task: VirtAddr) -> Option<StackBounds> {
+        let start = kernel.read_u64(task.wrapping_add(self.stack?)).filter(|&start| start >> 63 == 1)?;
+        let end = start.checked_add(self.thread_size)?;
+        Some(StackBounds { kind: StackKind::Task, start, end, cpu: None, task: Some(task) })
     }
 }

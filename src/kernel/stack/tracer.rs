@@ -1,0 +1,163 @@
+//! Which registers a backtrace starts from, for CPUs and tasks; and many of them at once.
+//!
+//! Source: `arch/x86/include/asm/switch_to.h` (`struct inactive_task_frame`), `arch/x86/kernel/unwind_orc.c`
+//! (`__unwind_start`).
+
+use super::walk::Walk;
+use super::{Ended, Start, Trace};
+use crate::addr::VirtAddr;
+use crate::arch::x86_64::{Reg, Saved};
+use crate::bytes::u64_at;
+use crate::kernel::{Cpu, CpuId, Kernel, Machine};
+use crate::unwind::{Frame, FrameSource, Regs};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Tasks that a thread takes at a time.
+const BATCH: usize = 32;
+/// Words of a `struct inactive_task_frame`, since v4.9 in this order; the return address is the last.
+const INACTIVE: [Reg; 7] = [Reg::R15, Reg::R14, Reg::R13, Reg::R12, Reg::Rbx, Reg::Rbp, Reg::Rip];
+
+/// Makes backtraces of one machine.
+pub struct Tracer<'m> {
+    kernel: &'m Kernel,
+    cpus: &'m [Cpu],
+    /// What runs, by `struct task_struct`.
+    running: HashMap<VirtAddr, CpuId>,
+    /// `task_struct.thread.sp`
+    sp: Option<u64>,
+}
+
+impl<'m> Tracer<'m> {
+    /// `None` without a kernel.
+    pub fn new(machine: &'m Machine) -> Option<Self> {
+        let kernel = machine.kernel()?;
+        let cpus = machine.cpus();
+        let running = cpus.iter().filter_map(|cpu| Some((kernel.current(cpu.id)?.at, cpu.id))).collect();
+        let sp = kernel.member("task_struct", "thread.sp").map(|member| member.offset);
+        Some(Self { kernel, cpus, running, sp })
+    }
+
+    /// The CPU that the task at `task` runs on; `None` for one that is switched out.
+    pub fn running_on(&self, task: VirtAddr) -> Option<CpuId> {
+        self.running.get(&task).copied()
+    }
+
+    /// The backtrace of the task at `task` (its `struct task_struct`): of its CPU while it runs.
+    pub fn task(&self, task: VirtAddr) -> Trace {
+        match self.running_on(task) {
+            Some(cpu) => self.cpu(cpu),
+            None => self.switched_out(task),
+        }
+    }
+
+    /// Those of many tasks, in their order; shared among all of the machine's processors.
+    pub fn tasks(&self, tasks: &[VirtAddr]) -> Vec<Trace> {
+        self.map(tasks, |task| self.task(*task))
+    }
+
+    /// `f` of each item, in order; shared among all of the machine's processors.
+    pub fn map<T: Sync, R: Send>(&self, items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+        let workers =
+            std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(BATCH));
+        if workers <= 1 {
+            return items.iter().map(f).collect();
+        }
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let batch = next.fetch_add(1, Ordering::Relaxed);
+                let Some(from) = batch.checked_mul(BATCH).filter(|&from| from < items.len()) else {
+                    return done;
+                };
+                let some = items.iter().skip(from).take(BATCH);
+                done.push((batch, some.map(&f).collect::<Vec<_>>()));
+            }
+        };
+        let mut batches: Vec<(usize, Vec<R>)> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            // A worker that panicked has lost its batches: there is nothing in it that can.
+            workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().collect()
+        });
+        batches.sort_by_key(|(batch, _)| *batch);
+        batches.into_iter().flat_map(|(_, done)| done).collect()
+    }
+
+    /// The backtrace of `cpu`, whatever runs there.
+    pub fn cpu(&self, cpu: CpuId) -> Trace {
+        let task = self.running.iter().find(|(_, on)| **on == cpu).map(|(task, _)| *task);
+        let trace = Trace {
+            cpu: Some(cpu),
+            task,
+            start: Start::Cpu,
+            segments: Vec::new(),
+            ended: Ended::NotStarted,
+            parked: None,
+        };
+        let not_saved = |trace| Trace { start: Start::NotSaved, ..trace };
+        let Some(one) = self.cpus.iter().find(|one| one.id == cpu) else { return not_saved(trace) };
+        // A derived pc is a placeholder.
+        let Saved::Known(_) = one.regs.get(Reg::Rip) else { return not_saved(trace) };
+        let regs = Regs::from_file(&one.regs);
+        if regs.in_user_mode() == Some(true) {
+            return Trace { ended: Ended::User(regs), ..trace };
+        }
+        match Frame::first(regs, FrameSource::Registers, "registers of the CPU in the dump") {
+            Some(frame) => self.walk(trace, frame),
+            None => not_saved(trace),
+        }
+    }
+
+    fn switched_out(&self, task: VirtAddr) -> Trace {
+        let trace = Trace {
+            cpu: None,
+            task: Some(task),
+            start: Start::SwitchedOut,
+            segments: Vec::new(),
+            ended: Ended::NotStarted,
+            parked: None,
+        };
+        let stacks = self.kernel.stacks();
+        let stack = stacks.stack.and_then(|offset| self.kernel.read_u64(task.wrapping_add(offset)));
+        // An exited task gives its stack back before its parent has waited for it (put_task_stack).
+        if stack == Some(0) {
+            return Trace { start: Start::Released, ..trace };
+        }
+        match self.inactive_frame(task) {
+            Some(frame) => self.walk(trace, frame),
+            None => Trace { start: Start::Unreadable, ..trace },
+        }
+    }
+
+    /// The frame that `task` goes on with: in `__switch_to_asm`'s caller.
+    fn inactive_frame(&self, task: VirtAddr) -> Option<Frame> {
+        let sp = self.kernel.read_u64(task.wrapping_add(self.sp?))?;
+        let stack = self.kernel.task_stack(task)?;
+        stack.contains(sp).then_some(())?;
+        let words: [u8; INACTIVE.len() * 8] = self.kernel.read_array(VirtAddr(sp))?;
+        let mut regs = Regs::default();
+        for (index, reg) in INACTIVE.into_iter().enumerate() {
+            regs.set(reg, u64_at(&words, index * 8)?);
+        }
+        regs.set(Reg::Rsp, sp.wrapping_add(words.len() as u64));
+        const WHY: &str = "the frame that the task left when it was switched out";
+        let mut frame = Frame::first(regs, FrameSource::InactiveTask, WHY)?;
+        frame.pc_at = Some(sp.wrapping_add(words.len() as u64 - 8));
+        // What a new task begins with was never called.
+        frame.exact = self.kernel.stacks().code(self.kernel).fork.contains(&frame.pc);
+        Some(frame)
+    }
+
+    fn walk(&self, mut trace: Trace, first: Frame) -> Trace {
+        let mut walk = Walk::new(self.kernel, trace.cpu, trace.task);
+        trace.ended = walk.run(first);
+        trace.segments = walk.segments;
+        // Only what is in front of the first boundary: behind it is what was interrupted.
+        let first = trace.segments.iter().position(|segment| segment.boundary.is_some());
+        let segments = trace.segments.iter().take(first.map_or(usize::MAX, |first| first + 1));
+        let code = self.kernel.stacks().code(self.kernel);
+        trace.parked = segments.flat_map(|one| &one.frames).find_map(|frame| code.parked(frame.lookup_pc()));
+        trace
+    }
+}
