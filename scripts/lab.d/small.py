@@ -40,8 +40,13 @@ def _options(unwinder):
     return [*lines, "# CONFIG_UNWINDER_ORC is not set", f"{unwinder}=y"]
 
 
-def _build(name, unwinder, stamp):
+def _stamp(unwinder):
+    return recipe_hash(SCHEMA, *_options(unwinder), sample.RECIPE / "init.c", sample.COMMAND_LINE)
+
+
+def build_kernel(name, unwinder):
     """Builds vmlinux and bzImage outside the source; returns (directory, package version)."""
+    stamp = _stamp(unwinder)
     source, version = sample.fetch_source(BUILD)
     build = BUILD / name
     if is_current(build, stamp) and (build / "vmlinux").exists():
@@ -78,11 +83,11 @@ def make(name):
     if name not in UNWINDERS:
         raise LabError(f"no small kernel is called {name}", f"there are: {' '.join(NAMES)}")
     unwinder = UNWINDERS[name]
-    stamp = recipe_hash(SCHEMA, *_options(unwinder), sample.RECIPE / "init.c", sample.COMMAND_LINE)
+    stamp = _stamp(unwinder)
     final = SMALL / name
     if is_current(final, stamp):
         return
-    build, version = _build(name, unwinder, stamp)
+    build, version = build_kernel(name, unwinder)
     with step(f"set {name}"), fresh_directory(final, stamp, keep_failed=True) as work:
         console = sample.panic_and_dump(build, work)
         make_sparse(work / "dump.elf")

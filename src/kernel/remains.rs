@@ -3,7 +3,7 @@
 //! All of it may be old: a stack is not cleared when calls return. Source: `include/linux/sched/task_stack.h`
 //! (`stack_not_used`, `end_of_stack`), `include/uapi/linux/magic.h`, Intel SDM vol. 1, 3.4.3 (`eflags`).
 
-use super::stack::{StackBounds, StackKind};
+use super::stack::StackBounds;
 use super::{Kernel, Object, ObjectError};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
@@ -14,8 +14,6 @@ use crate::unwind::{PT_REGS_SIZE, PtRegs, Stack};
 pub const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
 /// No stack is larger: 16 KiB, twice that with KASAN, 64 KiB for #VC and interrupts at most.
 const STACK_MAX: u64 = 256 << 10;
-/// `THREAD_SIZE` where types do not tell it.
-const THREAD_SIZE: u64 = 16 << 10;
 /// Bits of `eflags` that are always set, and those that never are.
 const FLAGS_SET: u64 = 1 << 1;
 const FLAGS_CLEAR: u64 = !0x003f_7fd7;
@@ -66,20 +64,6 @@ pub struct StackUse {
 }
 
 impl Kernel {
-    /// `THREAD_SIZE`: bytes of a task's stack.
-    pub fn thread_size(&self) -> u64 {
-        let size = self.object("thread_union", VirtAddr(0)).and_then(|stack| stack.size());
-        size.ok().filter(|size| (4096..=STACK_MAX).contains(size)).unwrap_or(THREAD_SIZE)
-    }
-
-    /// The stack of `task`; `None` once released.
-    pub fn task_stack_bounds(&self, task: Object<'_>) -> Result<Option<StackBounds>, ObjectError> {
-        let start = task.get("stack")?;
-        let end = start.wrapping_add(self.thread_size());
-        let bounds = StackBounds { kind: StackKind::Task, start, end, cpu: None, task: Some(task.at) };
-        Ok((start != 0).then_some(bounds))
-    }
-
     /// Reads a stack whole.
     pub fn stack_bytes(&self, bounds: &StackBounds) -> StackBytes {
         let size = bounds.end.saturating_sub(bounds.start).min(STACK_MAX);
@@ -132,7 +116,10 @@ impl Kernel {
 
     /// Whether the stack of `task` has overflowed, and how deep it was used; `None` once released.
     pub fn stack_use(&self, task: Object<'_>) -> Result<Option<StackUse>, ObjectError> {
-        let Some(bounds) = self.task_stack_bounds(task)? else { return Ok(None) };
+        if task.get("stack")? == 0 {
+            return Ok(None);
+        }
+        let Some(bounds) = self.task_stack(task.at) else { return Ok(None) };
         let stack = self.stack_bytes(&bounds);
         let size = bounds.end.wrapping_sub(bounds.start);
         // Before Linux commit c65eacbe290b ("sched/core: Allow putting thread_info into task_struct") (in v4.9) a

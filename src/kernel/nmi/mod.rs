@@ -5,8 +5,10 @@
 //! `include/linux/preempt.h`, `arch/x86/include/asm/preempt.h`, `kernel/sched/core.c`, `kernel/time/tick-sched.c`.
 
 mod old;
+mod report;
 
 pub use old::{LoggedBacktrace, OldNmi};
+pub use report::{Report, TornBy};
 
 use super::stack::{Ended, Event, Segment, Trace};
 use super::{CpuId, Kernel};
@@ -155,21 +157,6 @@ fn merge(levels: &mut Vec<Level>, frames: &[&Frame]) {
     if let Some(first) = frames.first() {
         levels.push(Level::new(Context::Exception, Some(Event::Probe), first));
     }
-}
-
-/// The context that the CPU was torn from: by an NMI that is still being handled, by being parked, or else just by the
-/// end. Behind the innermost of them, in `levels`.
-pub fn interrupted<'l>(trace: &Trace, levels: &'l [Level]) -> Option<&'l Level> {
-    let nmi = levels.iter().position(|level| level.context == Context::Nmi);
-    let first = match nmi {
-        Some(nmi) => nmi,
-        // The interrupt by which it was told to stop.
-        None if trace.parked.is_some() => {
-            levels.iter().position(|level| level.context == Context::Hardirq)?
-        }
-        None => return levels.first(),
-    };
-    levels.iter().skip(first + 1).find(|level| level.context != Context::Nmi)
 }
 
 /// `preempt_count()` of a CPU, taken apart.

@@ -16,6 +16,7 @@ use super::{CpuId, Kernel};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::loops::{Access, Atomic, Code, Loop, Use};
 use crate::arch::x86_64::{Reg, RegisterFile};
+use crate::unwind::Regs;
 use std::fmt;
 
 /// Code looked at behind the pc.
@@ -149,7 +150,12 @@ struct Place<'k> {
 impl Kernel {
     /// Whether a context with `regs` was spinning: those of a CPU, or those that an interrupt, an exception or an NMI
     /// saved of what it interrupted. `regs` needs `rip` and `cs`; the general registers tell the word's address.
-    pub fn spinning(&self, regs: &RegisterFile) -> Verdict {
+    pub fn spinning(&self, regs: &Regs) -> Verdict {
+        let mut file = RegisterFile::default();
+        for (reg, value) in regs.known() {
+            file.set_known(reg, value);
+        }
+        let regs = &file;
         let Some(pc) = regs.u64(Reg::Rip).map(VirtAddr) else { return Verdict::Unknown("no pc was saved") };
         if regs.in_user_mode() == Some(true) || pc.0 >> 63 == 0 {
             // What a program waits for is its own business: a loop of its own is no lock of the kernel's.
