@@ -4,9 +4,9 @@ use super::args::Options;
 use super::{Command, CommandError, Context, Output, cpu_argument, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
-use crate::kernel::nmi::{Level, LoggedBacktrace, OldNmi, Report, Times, TornBy};
+use crate::kernel::nmi::{Context as Kind, Level, LoggedBacktrace, OldNmi, Report, Times, TornBy};
 use crate::kernel::spin::{Owner, Spin, Verdict, Word};
-use crate::kernel::stack::Tracer;
+use crate::kernel::stack::{Event, Tracer};
 use crate::kernel::{Cpu, Kernel};
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -94,7 +94,9 @@ impl Show<'_> {
     }
 
     fn level(&self, level: &Level) -> String {
-        let by = level.by.map_or(String::new(), |by| format!(" ({by})"));
+        // What runs in a softirq was not begun by what its registers were saved for; "NMI (NMI)" says nothing.
+        let said = level.by.filter(|by| level.context != Kind::Softirq && *by != Event::Nmi && *by != Event::Irq(None));
+        let by = said.map_or(String::new(), |by| format!(" ({by})"));
         format!("{}{by}", level.context.name())
     }
 
@@ -174,7 +176,9 @@ impl Show<'_> {
         if let Some(queue) = &spin.queue {
             let mut said = vec![if queue.is_locked { "locked" } else { "not locked" }.to_owned()];
             if queue.is_pending {
-                said.push("one waits in front of the queue".to_owned());
+                let queued = queue.waiters.iter().any(|one| one.cpu == cpu.id);
+                let who = if queued { "one" } else { "this one" };
+                said.push(format!("{who} waits in front of the queue"));
             }
             if !queue.waiters.is_empty() {
                 let all: Vec<String> = queue

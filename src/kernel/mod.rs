@@ -30,6 +30,8 @@ mod switched_out;
 pub mod taint;
 mod task;
 pub mod time;
+mod user_image;
+pub mod user_stack;
 pub mod vfs;
 pub mod vma;
 pub mod vmalloc;

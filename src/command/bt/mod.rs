@@ -2,9 +2,13 @@
 //!
 //! The letters and the look are crash's; what crash does not have is spelled out. Knows no stack: `kernel::stack` walks.
 
+mod group;
+mod remains;
 mod render;
+mod user;
 
 use super::args::{self, Options};
+use super::foreach;
 use super::task::identity;
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::VirtAddr;
@@ -28,7 +32,12 @@ pub const COMMAND: Command = Command {
            -R: only of tasks that have a symbol, an address or a module in their backtrace.\n\
            -I, -S: starts at another pc and stack pointer.\n\
            -v: tasks whose stack has overflowed, by its end marker and by the pointers.\n\
-           --why: how each frame was found.\n\n\
+           --why: how each frame was found.\n\
+           -t: addresses of code on the stack above the stack pointer, -T: on all of it; -e: saved registers on it, -E: on \
+           the interrupt and exception stacks of all CPUs. They may be old.\n\
+           -u: the user stack, where the pages for it are present.\n\
+           --group: identical backtraces of all tasks, or of those chosen as in foreach (UN, a name), once for all that \
+           have them.\n\n\
            A frame that is a guess is marked '?'. A CPU that was in user mode has its user registers and no kernel \
            frames.\n\n\
            Examples:\n  bt\n  bt -a\n  bt -l 1\n  bt -c 0-1 --why\n  foreach UN bt\n",
@@ -53,6 +62,12 @@ const OPTIONS: &[&str] = &[
     "I:",
     "S:",
     "-why",
+    "t",
+    "T",
+    "e",
+    "E",
+    "u",
+    "-group",
     "-parallel",
 ];
 
@@ -63,6 +78,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let reader = kernel.task_reader()?;
     let style = Style::read(&options);
     let renderer = Renderer { kernel, style, tracer: &tracer };
+    if let Some(output) = other_views(context, &options, &tracer, &renderer)? {
+        return Ok(output);
+    }
     let subjects = subjects(context, &options, &tracer)?;
     let trace = |subject: &Subject| match subject {
         Subject::Task(task) => tracer.task(*task),
@@ -78,6 +96,50 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let text: Vec<String> = answers.iter().map(|answer| answer.text.clone()).collect();
     let json: Vec<Value> = answers.into_iter().map(|answer| answer.json).collect();
     Ok(Output { text: text.join("\n"), json: json!({ "traces": json }) })
+}
+
+/// Those that are no backtraces in the usual shape.
+fn other_views(
+    context: &Context<'_>,
+    options: &Options<'_>,
+    tracer: &Tracer<'_>,
+    renderer: &Renderer<'_>,
+) -> Result<Option<Output>, CommandError> {
+    let kernel = context.kernel()?;
+    let every = || -> Result<Vec<VirtAddr>, CommandError> {
+        Ok(kernel.tasks()?.tasks.into_iter().map(|task| task.at).collect())
+    };
+    if options.has("E") {
+        let cpus: Vec<CpuId> = context.machine.cpus().iter().map(|cpu| cpu.id).collect();
+        return remains::of_cpus(context, &cpus).map(Some);
+    }
+    if options.has("v") {
+        return remains::overflows(context, tracer, &every()?).map(Some);
+    }
+    if options.has("-group") {
+        let reader = kernel.task_reader()?;
+        let tasks = match options.rest.as_slice() {
+            [] => every()?,
+            selectors => foreach::chosen(context, selectors)?,
+        };
+        let traced = tracer.map(&tasks, |task| (reader.read(*task), tracer.task(*task)));
+        return Ok(Some(group::output(&traced, renderer)));
+    }
+    if !["t", "T", "e", "u"].iter().any(|letter| options.has(letter)) {
+        return Ok(None);
+    }
+    let mut tasks = Vec::new();
+    for subject in subjects(context, options, tracer)? {
+        match subject {
+            Subject::Task(task) => tasks.push(task),
+            Subject::Cpu(cpu) => tasks.extend(kernel.current(cpu).map(|task| task.at)),
+        }
+    }
+    let output = match options.has("u") {
+        true => user::output(context, tracer, &tasks, options.has("-why")),
+        false => remains::of_tasks(context, options, tracer, &tasks),
+    };
+    output.map(Some)
 }
 
 /// Of what a backtrace is wanted.
