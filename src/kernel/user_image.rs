@@ -15,7 +15,10 @@ const HEADERS_MAX: usize = 4096;
 const SYMBOLS_MAX: u64 = 64 << 20;
 /// Bytes of one description in an unwind table.
 const ENTRY_MAX: u64 = 64 << 10;
+/// Bytes of an unwind table that is read whole.
+const EH_FRAME_MAX: u64 = 16 << 20;
 const SYMBOL_SIZE: usize = 24;
+const SECTION_SIZE: usize = 64;
 
 const PT_LOAD: u32 = 1;
 const PT_DYNAMIC: u32 = 2;
@@ -52,6 +55,8 @@ pub struct UserImage<'k> {
     mapping: Option<Object<'k>>,
     /// Functions by address in the file: start, size, name.
     symbols: Vec<(u64, u64, String)>,
+    /// All of `.eh_frame`, for a file without a table to search it by: a static program has none.
+    frames: Option<CallFrames>,
 }
 
 impl<'k> UserImage<'k> {
@@ -72,7 +77,7 @@ impl<'k> UserImage<'k> {
             None => here.name.clone().unwrap_or_default(),
         };
         let mut image =
-            Self { kernel, mm, name, bias: 0, segments: Vec::new(), mapping, symbols: Vec::new() };
+            Self { kernel, mm, name, bias: 0, segments: Vec::new(), mapping, symbols: Vec::new(), frames: None };
         let mut header = [0; 64];
         let start = first.map(|area| area.start);
         match start.is_some_and(|start| image.read_user(start, &mut header)) {
@@ -91,7 +96,11 @@ impl<'k> UserImage<'k> {
         });
         let segment = *of_here?;
         image.bias = here.start.wrapping_sub(here.offset).wrapping_sub(segment.vaddr.wrapping_sub(segment.offset));
-        image.read_symbols(&header);
+        let sections = image.sections(&header).unwrap_or_default();
+        image.read_symbols(&sections);
+        if !image.segments.iter().any(|one| one.kind == PT_GNU_EH_FRAME) {
+            image.frames = image.whole_eh_frame(&header, &sections);
+        }
         Some(image)
     }
 
@@ -156,30 +165,46 @@ impl<'k> UserImage<'k> {
         self.read_file(segment.offset.wrapping_add(vaddr - segment.vaddr), buf)
     }
 
-    fn read_symbols(&mut self, header: &[u8]) {
-        let mut all = self.symtab(header).unwrap_or_default();
+    fn read_symbols(&mut self, sections: &[u8]) {
+        let mut all = self.symtab(sections).unwrap_or_default();
         all.extend(self.dynsym().unwrap_or_default());
         all.sort();
         all.dedup_by_key(|(start, ..)| *start);
         self.symbols = all;
     }
 
-    /// `.symtab`, which is in no segment: only the page cache has it.
-    fn symtab(&self, header: &[u8]) -> Option<Vec<(u64, u64, String)>> {
+    /// The section headers, which are in no segment: only the page cache has them.
+    fn sections(&self, header: &[u8]) -> Option<Vec<u8>> {
         let (offset, count) = (u64_at(header, 40)?, u16_at(header, 60)?);
-        let mut bytes = vec![0; usize::from(count).min(HEADERS_MAX) * 64];
-        if bytes.is_empty() || !self.read_file(offset, &mut bytes) {
-            return None;
-        }
-        let section = |i: usize| bytes.get(i.checked_mul(64)?..)?.get(..64);
-        let table = bytes.chunks_exact(64).find(|one| u32_at(one, 4) == Some(SHT_SYMTAB))?;
-        let names = section(u32_at(table, 40)? as usize)?;
-        let part = |one: &[u8]| {
-            let size = u64_at(one, 32).filter(|&size| size <= SYMBOLS_MAX)?;
-            let mut bytes = vec![0; size as usize];
-            self.read_file(u64_at(one, 24)?, &mut bytes).then_some(bytes)
+        let mut bytes = vec![0; usize::from(count).min(HEADERS_MAX) * SECTION_SIZE];
+        (!bytes.is_empty() && self.read_file(offset, &mut bytes)).then_some(bytes)
+    }
+
+    /// The bytes of the section that `header` is of.
+    fn section_bytes(&self, header: &[u8], max: u64) -> Option<Vec<u8>> {
+        let size = u64_at(header, 32).filter(|&size| size <= max)?;
+        let mut bytes = vec![0; size as usize];
+        self.read_file(u64_at(header, 24)?, &mut bytes).then_some(bytes)
+    }
+
+    /// `.symtab`
+    fn symtab(&self, sections: &[u8]) -> Option<Vec<(u64, u64, String)>> {
+        let mut all = sections.chunks_exact(SECTION_SIZE);
+        let table = all.clone().find(|one| u32_at(one, 4) == Some(SHT_SYMTAB))?;
+        let names = all.nth(u32_at(table, 40)? as usize)?;
+        Some(functions(&self.section_bytes(table, SYMBOLS_MAX)?, &self.section_bytes(names, SYMBOLS_MAX)?))
+    }
+
+    /// `.eh_frame`, by its section.
+    fn whole_eh_frame(&self, header: &[u8], sections: &[u8]) -> Option<CallFrames> {
+        let mut all = sections.chunks_exact(SECTION_SIZE);
+        let names = self.section_bytes(all.clone().nth(u16_at(header, 62)?.into())?, EH_FRAME_MAX)?;
+        let is_it = |one: &&[u8]| {
+            let name = u32_at(one, 0).and_then(|at| names.get(at as usize..));
+            name.is_some_and(|name| name.starts_with(b".eh_frame\0"))
         };
-        Some(functions(&part(table)?, &part(names)?))
+        let section = all.find(is_it)?;
+        Some(CallFrames::from_eh_frame(self.section_bytes(section, EH_FRAME_MAX)?, u64_at(section, 16)?))
     }
 
     /// `.dynsym`, which the dynamic linker uses: mapped.
@@ -212,6 +237,9 @@ impl<'k> UserImage<'k> {
 
     /// The row of call frame information for `pc`, from the file's `.eh_frame`.
     pub fn cfi(&self, pc: u64) -> Option<CfiRow> {
+        if let Some(frames) = &self.frames {
+            return frames.row(pc.wrapping_sub(self.bias));
+        }
         let header = self.segments.iter().find(|one| one.kind == PT_GNU_EH_FRAME)?;
         let mut start = [0; 12];
         self.read(header.vaddr, &mut start).then_some(())?;

@@ -102,7 +102,16 @@ pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>) -> Output {
 
 /// The innermost function that is not the scheduler's own: where the task waits.
 fn first_symbol(trace: &Trace, renderer: &Renderer<'_>) -> Option<String> {
-    const SCHEDULER: [&str; 4] = ["context_switch", "__schedule", "schedule", "schedule_timeout"];
+    const SCHEDULER: [&str; 8] = [
+        "context_switch",
+        "__schedule",
+        "schedule",
+        "schedule_timeout",
+        "schedule_idle",
+        "schedule_preempt_disabled",
+        "schedule_hrtimeout_range",
+        "schedule_hrtimeout_range_clock",
+    ];
     let name = |pc: u64| renderer.kernel.symbolize(VirtAddr(pc)).map(|symbol| symbol.name);
     let found = trace.frames().filter_map(|frame| name(frame.lookup_pc()));
     found.into_iter().find(|name| !SCHEDULER.contains(name)).map(printable)
