@@ -45,6 +45,19 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         return (find(command)?.run)(context, &words);
     }
     let (mut text, mut rows) = (String::new(), Vec::new());
+    if *command == "bt" {
+        // Many at once.
+        let tasks: Vec<_> = chosen.iter().map(|task| task.at).collect();
+        for (task, answer) in chosen.iter().zip(super::bt::for_tasks(context, &tasks, rest)?) {
+            let Some(answer) = answer else { continue };
+            text += &answer.text;
+            text.push('\n');
+            let mut row = super::task::identity(task);
+            row.insert("result".into(), answer.json);
+            rows.push(row);
+        }
+        return Ok(Output { text, json: json!({ "command": command, "tasks": rows }) });
+    }
     for task in chosen {
         let focus = Focus::default();
         focus.task.set(Some(task.at));

@@ -214,7 +214,7 @@ impl Numbers<'_, '_> {
 }
 
 /// The name of the cache that the object at `at` is of, escaped.
-fn slab_cache(kernel: &Kernel, at: VirtAddr) -> Option<String> {
+pub(super) fn slab_cache(kernel: &Kernel, at: VirtAddr) -> Option<String> {
     let map = kernel.page_map().ok()?;
     let page = About::new(kernel, map, map.direct_to_phys(at)?.pfn()).ok()?;
     page.slab.map(|(cache, _)| printable(&cache.name))

@@ -1,7 +1,7 @@
 //! ORC: the kernel's own unwind tables, one fixed-size row for each stretch of code.
 //!
 //! Decodes rows and finds the one of an address in bytes it is given; reads no memory and knows no stack. The row's
-//! layout has been the same six bytes since v4.14, their meaning changed twice: [`Format`].
+//! layout has been the same six bytes since v4.14, their meaning changed three times: [`Format`].
 //! Source: `arch/x86/include/asm/orc_types.h`, `arch/x86/kernel/unwind_orc.c`, `tools/objtool/orc_gen.c`.
 
 use crate::bytes::{array_at, u16_at, u32_at};
@@ -14,9 +14,27 @@ pub const IP_SIZE: usize = 4;
 /// Bytes of code that one element of `orc_lookup` is about.
 pub const LOOKUP_BLOCK_SIZE: u64 = 256;
 
-/// What the bits of a row mean.
+/// What a row's numbers mean.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Format {
+pub struct Format {
+    /// The bits behind the registers.
+    pub flags: Flags,
+    /// The registers' numbers.
+    pub numbers: Numbers,
+}
+
+/// How registers are numbered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Numbers {
+    /// Since v4.14: `rsp` is 5, the caller's stack pointer 1.
+    Old,
+    /// Since about v7.0: `rsp` is 3, the caller's stack pointer 8; there is `rax`.
+    New,
+}
+
+/// What the bits behind the registers mean.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Flags {
     /// Since v4.14: `type:2, end:1`; no row is all that says that code cannot be unwound.
     Old,
     /// Since Linux commit ffb1b4a41016 ("x86/unwind/orc: Add 'signal' field to ORC metadata") (in v6.3):
@@ -28,10 +46,26 @@ pub enum Format {
 }
 
 impl Format {
-    /// Tells the format. `header`: whether there is a `__start_orc_header`, which came right behind the last change.
-    /// `rows`: some of the table, for the two releases before; an ordinary row, of type CALL, is 0 in the older and 2
-    /// in the newer numbering, and bit 3 has a meaning in [`Format::Signal`] only.
+    /// Tells the format. `header`: whether there is a `__start_orc_header`, which came right behind the last change of the
+    /// flags. `rows`: some of the table.
+    ///
+    /// Flags: an ordinary row, of type CALL, is 0 in the older and 2 in the newer numbering, and bit 3 has a meaning in
+    /// [`Flags::Signal`] only.
+    ///
+    /// Registers: almost every row counts from `rsp`, and almost none from `rdi`, which has its number in the other
+    /// numbering.
     pub fn tell(header: bool, rows: &[u8]) -> Self {
+        let from = |wanted: u8| {
+            let from = rows.chunks_exact(ENTRY_SIZE).filter_map(|row| row.get(4)).map(|regs| regs & 0xf);
+            from.filter(|reg| *reg == wanted).count()
+        };
+        let numbers = if from(3) > from(5) { Numbers::New } else { Numbers::Old };
+        Self { flags: Flags::tell(header, rows), numbers }
+    }
+}
+
+impl Flags {
+    fn tell(header: bool, rows: &[u8]) -> Self {
         let flags = || rows.chunks_exact(ENTRY_SIZE).filter_map(|row| row.get(5)).map(|flags| flags & 0xf);
         let typed = flags().filter(|flags| flags & 7 == 2).count();
         let untyped = flags().filter(|flags| flags & 3 == 0).count();
@@ -53,6 +87,8 @@ pub enum OrcReg {
     Undefined,
     /// The caller's stack pointer.
     PrevSp,
+    /// `rax`
+    Ax,
     /// `rdx`
     Dx,
     /// `rdi`
@@ -74,26 +110,27 @@ pub enum OrcReg {
 }
 
 impl OrcReg {
-    fn from_number(number: u8) -> Self {
-        const ALL: [OrcReg; 10] = [
-            OrcReg::Undefined,
-            OrcReg::PrevSp,
-            OrcReg::Dx,
-            OrcReg::Di,
-            OrcReg::Bp,
-            OrcReg::Sp,
-            OrcReg::R10,
-            OrcReg::R13,
-            OrcReg::BpIndirect,
-            OrcReg::SpIndirect,
-        ];
-        ALL.get(usize::from(number)).copied().unwrap_or(Self::Unknown)
+    fn from_number(numbers: Numbers, number: u8) -> Self {
+        const OLD: &[OrcReg] = {
+            use OrcReg::*;
+            &[Undefined, PrevSp, Dx, Di, Bp, Sp, R10, R13, BpIndirect, SpIndirect]
+        };
+        const NEW: &[OrcReg] = {
+            use OrcReg::*;
+            &[Undefined, Ax, Dx, Sp, Bp, Di, R10, R13, PrevSp, SpIndirect, BpIndirect]
+        };
+        let all = match numbers {
+            Numbers::Old => OLD,
+            Numbers::New => NEW,
+        };
+        all.get(usize::from(number)).copied().unwrap_or(Self::Unknown)
     }
 
     fn name(self) -> &'static str {
         match self {
             Self::Undefined => "undefined",
             Self::PrevSp => "prevsp",
+            Self::Ax => "ax",
             Self::Dx => "dx",
             Self::Di => "di",
             Self::Bp => "bp",
@@ -146,7 +183,7 @@ impl OrcEntry {
     pub fn decode(format: Format, row: [u8; ENTRY_SIZE]) -> Self {
         let offset = |at| u16_at(&row, at).unwrap_or(0) as i16;
         let [.., regs, flags] = row;
-        let sp_reg = OrcReg::from_number(regs & 0xf);
+        let sp_reg = OrcReg::from_number(format.numbers, regs & 0xf);
         let old = |end: bool| match (sp_reg, flags & 3) {
             (OrcReg::Undefined, _) if end => OrcKind::EndOfStack,
             (OrcReg::Undefined, _) => OrcKind::Undefined,
@@ -155,10 +192,10 @@ impl OrcEntry {
             (_, 2) => OrcKind::RegsPartial,
             (_, other) => OrcKind::Unknown(other),
         };
-        let kind = match format {
-            Format::Old => old(flags & 4 != 0),
-            Format::Signal => old(flags & 8 != 0),
-            Format::Typed => match flags & 7 {
+        let kind = match format.flags {
+            Flags::Old => old(flags & 4 != 0),
+            Flags::Signal => old(flags & 8 != 0),
+            Flags::Typed => match flags & 7 {
                 0 => OrcKind::Undefined,
                 1 => OrcKind::EndOfStack,
                 2 => OrcKind::Call,
@@ -167,15 +204,15 @@ impl OrcEntry {
                 other => OrcKind::Unknown(other),
             },
         };
-        let signal = match format {
-            Format::Old => matches!(kind, OrcKind::Regs | OrcKind::RegsPartial),
-            Format::Signal => flags & 4 != 0,
-            Format::Typed => flags & 8 != 0,
+        let signal = match format.flags {
+            Flags::Old => matches!(kind, OrcKind::Regs | OrcKind::RegsPartial),
+            Flags::Signal => flags & 4 != 0,
+            Flags::Typed => flags & 8 != 0,
         };
         Self {
             sp_reg,
             sp_offset: offset(0),
-            bp_reg: OrcReg::from_number(regs >> 4),
+            bp_reg: OrcReg::from_number(format.numbers, regs >> 4),
             bp_offset: offset(2),
             kind,
             signal,
@@ -258,38 +295,54 @@ mod tests {
         [a, b, c, d, regs, flags]
     }
 
+    const TYPED: Format = Format { flags: Flags::Typed, numbers: Numbers::Old };
+
     /// The bits are those of the bit-fields in the headers of v5.10, v6.3 and v6.12.
     #[test]
     fn three_formats_of_the_same_rows() {
         let shown =
             |format, sp, bp, regs, flags| OrcEntry::decode(format, row(sp, bp, regs, flags)).to_string();
-        assert_eq!(shown(Format::Old, 16, -16, 0x15, 0), "type:call sp:sp+16 bp:prevsp-16 signal:0");
-        assert_eq!(shown(Format::Signal, 16, -16, 0x15, 0), "type:call sp:sp+16 bp:prevsp-16 signal:0");
-        assert_eq!(shown(Format::Typed, 16, -16, 0x15, 2), "type:call sp:sp+16 bp:prevsp-16 signal:0");
-        assert_eq!(shown(Format::Old, 0, 0, 0x05, 1), "type:regs sp:sp+0 signal:1");
-        assert_eq!(shown(Format::Signal, 0, 0, 0x05, 5), "type:regs sp:sp+0 signal:1");
-        assert_eq!(shown(Format::Typed, 0, 0, 0x05, 11), "type:regs sp:sp+0 signal:1");
-        assert_eq!(shown(Format::Old, 8, 0, 0x05, 2), "type:regs (partial) sp:sp+8 signal:1");
-        assert_eq!(shown(Format::Signal, 8, 0, 0x05, 2), "type:regs (partial) sp:sp+8 signal:0");
-        assert_eq!(shown(Format::Typed, 8, 0, 0x05, 12), "type:regs (partial) sp:sp+8 signal:1");
-        assert_eq!(shown(Format::Old, 0, 0, 0, 4), "type:end");
-        assert_eq!(shown(Format::Old, 0, 0, 0, 0), "type:(und)");
-        assert_eq!(shown(Format::Signal, 0, 0, 0, 8), "type:end");
-        assert_eq!(shown(Format::Signal, 0, 0, 0, 0), "type:(und)");
-        assert_eq!(shown(Format::Typed, 0, 0, 0, 1), "type:end");
-        assert_eq!(shown(Format::Typed, 0, 0, 0, 0), "type:(und)");
-        assert_eq!(shown(Format::Typed, 8, -8, 0x49, 2), "type:call sp:(sp)+8 bp:bp-8 signal:0");
-        assert_eq!(shown(Format::Typed, -8, 0, 0x08, 2), "type:call sp:(bp)-8 signal:0");
-        assert_eq!(shown(Format::Typed, 0, 0, 0x0f, 7), "type:7? sp:?+0 signal:0");
+        assert_eq!(shown(Flags::Old, 16, -16, 0x15, 0), "type:call sp:sp+16 bp:prevsp-16 signal:0");
+        assert_eq!(shown(Flags::Signal, 16, -16, 0x15, 0), "type:call sp:sp+16 bp:prevsp-16 signal:0");
+        assert_eq!(shown(Flags::Typed, 16, -16, 0x15, 2), "type:call sp:sp+16 bp:prevsp-16 signal:0");
+        assert_eq!(shown(Flags::Old, 0, 0, 0x05, 1), "type:regs sp:sp+0 signal:1");
+        assert_eq!(shown(Flags::Signal, 0, 0, 0x05, 5), "type:regs sp:sp+0 signal:1");
+        assert_eq!(shown(Flags::Typed, 0, 0, 0x05, 11), "type:regs sp:sp+0 signal:1");
+        assert_eq!(shown(Flags::Old, 8, 0, 0x05, 2), "type:regs (partial) sp:sp+8 signal:1");
+        assert_eq!(shown(Flags::Signal, 8, 0, 0x05, 2), "type:regs (partial) sp:sp+8 signal:0");
+        assert_eq!(shown(Flags::Typed, 8, 0, 0x05, 12), "type:regs (partial) sp:sp+8 signal:1");
+        assert_eq!(shown(Flags::Old, 0, 0, 0, 4), "type:end");
+        assert_eq!(shown(Flags::Old, 0, 0, 0, 0), "type:(und)");
+        assert_eq!(shown(Flags::Signal, 0, 0, 0, 8), "type:end");
+        assert_eq!(shown(Flags::Signal, 0, 0, 0, 0), "type:(und)");
+        assert_eq!(shown(Flags::Typed, 0, 0, 0, 1), "type:end");
+        assert_eq!(shown(Flags::Typed, 0, 0, 0, 0), "type:(und)");
+        assert_eq!(shown(Flags::Typed, 8, -8, 0x49, 2), "type:call sp:(sp)+8 bp:bp-8 signal:0");
+        assert_eq!(shown(Flags::Typed, -8, 0, 0x08, 2), "type:call sp:(bp)-8 signal:0");
+        assert_eq!(shown(Flags::Typed, 0, 0, 0x0f, 7), "type:7? sp:?+0 signal:0");
+    }
+
+    /// Numbers of the header in v7.3.
+    #[test]
+    fn registers_were_numbered_anew() {
+        let format = Format { flags: Flags::Typed, numbers: Numbers::New };
+        let shown = |sp, bp, regs, bits| OrcEntry::decode(format, row(sp, bp, regs, bits)).to_string();
+        assert_eq!(shown(16, -16, 0x83, 2), "type:call sp:sp+16 bp:prevsp-16 signal:0");
+        assert_eq!(shown(8, 0, 0x09, 2), "type:call sp:(sp)+8 signal:0");
+        assert_eq!(shown(-8, -8, 0x4a, 2), "type:call sp:(bp)-8 bp:bp-8 signal:0");
+        let table =
+            |reg: u8| (0..4).flat_map(|_| row(8, 0, reg, 2)).chain(row(8, 0, 4, 2)).collect::<Vec<_>>();
+        assert_eq!(Format::tell(true, &table(0x83)), format);
+        assert_eq!(Format::tell(true, &table(0x15)), TYPED);
     }
 
     #[test]
     fn the_format_is_told_by_header_and_rows() {
         let table = |flags: &[u8]| flags.iter().flat_map(|&flags| row(8, 0, 5, flags)).collect::<Vec<_>>();
-        assert_eq!(Format::tell(true, &[]), Format::Typed);
-        assert_eq!(Format::tell(false, &table(&[2, 2, 11, 12, 1, 2])), Format::Typed);
-        assert_eq!(Format::tell(false, &table(&[0, 0, 2, 5, 8, 0])), Format::Signal);
-        assert_eq!(Format::tell(false, &table(&[0, 0, 1, 2, 4, 0])), Format::Old);
+        assert_eq!(Format::tell(true, &[]).flags, Flags::Typed);
+        assert_eq!(Format::tell(false, &table(&[2, 2, 11, 12, 1, 2])).flags, Flags::Typed);
+        assert_eq!(Format::tell(false, &table(&[0, 0, 2, 5, 8, 0])).flags, Flags::Signal);
+        assert_eq!(Format::tell(false, &table(&[0, 0, 1, 2, 4, 0])).flags, Flags::Old);
     }
 
     #[test]
@@ -308,7 +361,7 @@ mod tests {
         assert_eq!(found(u64::MAX), Some(3));
         assert_eq!(find(&ips[..ips.len() - 1], ips_at, u64::MAX), Some(2), "a cut last element is none");
         let rows = (0..4).flat_map(|i| row(i, 0, 5, 2)).collect();
-        let table = OrcTable::new(Format::Typed, ips_at, ips, rows);
+        let table = OrcTable::new(TYPED, ips_at, ips, rows);
         assert_eq!(table.row(0xffff_ffff_8100_0011).map(|row| row.sp_offset), Some(2));
     }
 }

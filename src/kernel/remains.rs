@@ -10,8 +10,6 @@ use crate::arch::x86_64::Reg;
 use crate::bytes::u64_at;
 use crate::unwind::{PT_REGS_SIZE, PtRegs, Stack};
 
-/// `STACK_END_MAGIC`, at the lowest word of a task's stack.
-pub const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
 /// No stack is larger: 16 KiB, twice that with KASAN, 64 KiB for #VC and interrupts at most.
 const STACK_MAX: u64 = 256 << 10;
 /// Bits of `eflags` that are always set, and those that never are.
@@ -52,8 +50,8 @@ pub struct StackUse {
     pub start: VirtAddr,
     /// Bytes.
     pub size: u64,
-    /// The word at its lowest end; [`STACK_END_MAGIC`] unless something has written over it. `None` if it cannot be
-    /// read.
+    /// The word at its lowest end, which is STACK_END_MAGIC unless something has written over it. `None` if it cannot
+    /// be read.
     pub end_word: Option<u64>,
     /// Bytes that were ever used, at most: up to the lowest word that is not zero, for stacks are made of zeros.
     pub deepest: Option<u64>,
@@ -137,17 +135,8 @@ impl Kernel {
             let lowest = stack.words(bounds.start + 8).find(|(_, word)| *word != 0);
             used.deepest = Some(lowest.map_or(0, |(at, _)| bounds.end - at));
         }
-        if let Some(word) = end_word.filter(|&word| word != STACK_END_MAGIC) {
-            used.problems.push(format!("its end holds {word:#x}, not STACK_END_MAGIC: it has overflowed"));
-        }
-        if let Ok(sp) = task.get("thread.sp") {
-            match bounds.contains(sp) {
-                true => used.now = Some(bounds.end - sp),
-                // A task that runs has there what it had when it was switched in.
-                false if sp != 0 => used.problems.push(format!("thread.sp {sp:#x} is outside")),
-                false => {}
-            }
-        }
+        used.problems.extend(self.stack_overflow(task.at));
+        used.now = task.get("thread.sp").ok().filter(|&sp| bounds.contains(sp)).map(|sp| bounds.end - sp);
         match self.task_cpu(task) {
             Ok(cpu) if !self.possible_cpus().contains(&cpu) => {
                 used.problems.push(format!("its CPU is {cpu}, which there is not"));

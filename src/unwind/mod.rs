@@ -8,7 +8,7 @@ mod regs;
 mod step;
 
 pub use regs::{PT_REGS_SIZE, PtRegs, Regs};
-pub use step::{NoStep, Step, by_frame_pointer, by_top_of_stack, step};
+pub use step::{NoStep, Step, by_call_frames, by_depth, by_frame_pointer, by_top_of_stack, step};
 
 use crate::debuginfo::cfi::CfiRow;
 use crate::debuginfo::orc::OrcEntry;
@@ -27,6 +27,8 @@ pub enum FrameSource {
     Orc,
     /// DWARF call frame information.
     Cfi,
+    /// The function's own code, followed from its start: what it has pushed; and a call of it is where that leads.
+    Code,
     /// `rbp` and the word above the one it points at.
     FramePointer,
     /// The top of the stack: of code that was called and has pushed nothing yet.
@@ -44,6 +46,7 @@ impl FrameSource {
             Self::InactiveTask => "inactive_task_frame",
             Self::Orc => "orc",
             Self::Cfi => "cfi",
+            Self::Code => "code",
             Self::FramePointer => "frame pointer",
             Self::TopOfStack => "top of stack",
             Self::Scan => "scan",

@@ -63,7 +63,12 @@ pub fn step(frame: &mut Frame, tables: &dyn Tables, stack: &dyn Stack) -> Result
     if let Some(row) = tables.orc(pc) {
         return by_orc(frame, row, stack);
     }
-    match tables.cfi(pc) {
+    by_call_frames(frame, tables, stack)
+}
+
+/// One step by call frame information alone.
+pub fn by_call_frames(frame: &mut Frame, tables: &dyn Tables, stack: &dyn Stack) -> Result<Step, NoStep> {
+    match tables.cfi(frame.lookup_pc()) {
         Some(row) => by_cfi(frame, row, stack),
         None => Err(NoStep::NoRow),
     }
@@ -85,6 +90,7 @@ fn by_orc(frame: &mut Frame, row: OrcEntry, stack: &dyn Stack) -> Result<Step, N
         OrcReg::R10 => plus(reg(Reg::R10)?),
         OrcReg::R13 => plus(reg(Reg::R13)?),
         OrcReg::Di => plus(reg(Reg::Rdi)?),
+        OrcReg::Ax => plus(reg(Reg::Rax)?),
         OrcReg::Dx => plus(reg(Reg::Rdx)?),
         OrcReg::BpIndirect => word(plus(reg(Reg::Rbp)?))?,
         // Since Linux commit 87ccc826bf1c ("x86/unwind/orc: Change REG_SP_INDIRECT") (in v5.12); before, no row had it
@@ -194,6 +200,16 @@ pub fn by_top_of_stack(
     }
     let place = (pc, pc_at, pc_at.wrapping_add(8));
     Some(Step::Caller(caller(frame, place, regs, FrameSource::TopOfStack, (Why::Because(why), false))))
+}
+
+/// The caller of a function that has `pushed` bytes on the stack, by its own code.
+pub fn by_depth(frame: &mut Frame, pushed: u64, stack: &dyn Stack) -> Option<Step> {
+    let pc_at = frame.sp.wrapping_add(pushed);
+    let pc = stack.word(pc_at)?;
+    const WHY: &str =
+        "what the function has pushed by its own code, up to a return address behind a call of it";
+    let place = (pc, pc_at, pc_at.wrapping_add(8));
+    Some(Step::Caller(caller(frame, place, Regs::default(), FrameSource::Code, (Why::Because(WHY), false))))
 }
 
 /// `place`: the caller's pc, where that was found, and the canonical frame address of `frame`.

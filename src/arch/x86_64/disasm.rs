@@ -8,6 +8,8 @@ use iced_x86::{
     Register,
 };
 
+use std::collections::HashMap;
+
 /// Longest instruction.
 pub const LEN_MAX: u64 = 15;
 
@@ -167,10 +169,69 @@ pub fn call_before(code: &[u8], at: u64) -> Option<Call> {
     indirect
 }
 
+/// How many bytes the function whose first bytes are `code`, from address `start`, has on the stack when it is at `pc`:
+/// what it has pushed and taken, followed through its jumps. `None` where that does not follow.
+pub fn pushed_at(code: &[u8], start: u64, pc: u64) -> Option<u64> {
+    let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
+    let mut depths: HashMap<u64, i64> = HashMap::new();
+    let mut depth = Some(0i64);
+    while decoder.can_decode() {
+        // Where code is jumped to, it is as deep as where the jump was.
+        depth = depths.get(&decoder.ip()).copied().or(depth);
+        if decoder.ip() == pc {
+            return depth.and_then(|depth| u64::try_from(depth).ok());
+        }
+        let iced = decoder.decode();
+        if iced.is_invalid() || decoder.ip() > pc {
+            return None;
+        }
+        let of_rsp = iced.op_count() == 2
+            && iced.op0_kind() == OpKind::Register
+            && iced.op0_register() == Register::RSP;
+        depth = match iced.code() {
+            Code::Push_r64 | Code::Pushfq | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_rm64 => {
+                depth.map(|depth| depth + 8)
+            }
+            Code::Pop_r64 | Code::Popfq | Code::Pop_rm64 => depth.map(|depth| depth - 8),
+            Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 if of_rsp => {
+                depth.map(|depth| depth.wrapping_add(iced.immediate(1) as i64))
+            }
+            Code::Add_rm64_imm8 | Code::Add_rm64_imm32 if of_rsp => {
+                depth.map(|depth| depth.wrapping_sub(iced.immediate(1) as i64))
+            }
+            Code::Retnq | Code::Retnq_imm16 | Code::Int3 | Code::Ud2 => None,
+            // Anything else that writes to it.
+            _ if of_rsp && !matches!(iced.code(), Code::Cmp_r64_rm64 | Code::Test_rm64_r64) => None,
+            _ => depth,
+        };
+        let calls = iced.code() == Code::Call_rel32_64;
+        let branches = iced.op_count() == 1 && iced.op0_kind() == OpKind::NearBranch64 && !calls;
+        if let Some(depth) = depth.filter(|_| branches) {
+            depths.entry(iced.near_branch_target()).or_insert(depth);
+        }
+        if matches!(iced.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rm64) {
+            depth = None;
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn depth_follows_pushes_and_jumps() {
+        // push %rbx; sub $0x20,%rsp; je 1f; add $0x20,%rsp; pop %rbx; ret; int3; 1: pushf; nop
+        let code =
+            [0x53, 0x48, 0x83, 0xec, 0x20, 0x74, 7, 0x48, 0x83, 0xc4, 0x20, 0x5b, 0xc3, 0xcc, 0x9c, 0x90];
+        let at = |offset| pushed_at(&code, 0x1000, 0x1000 + offset);
+        assert_eq!((at(0), at(1), at(5), at(7), at(11)), (Some(0), Some(8), Some(40), Some(40), Some(8)));
+        assert_eq!((at(13), at(14), at(15)), (None, Some(40), Some(48)), "behind ret by the jump only");
+        assert_eq!(at(2), None, "in the middle of an instruction");
+        assert_eq!(at(99), None);
+    }
 
     #[test]
     fn return_addresses_are_behind_calls() {

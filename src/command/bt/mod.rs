@@ -3,16 +3,15 @@
 //! The letters and the look are crash's; what crash does not have is spelled out. Knows no stack: `kernel::stack` walks.
 
 mod group;
+mod json;
 mod remains;
 mod render;
 mod user;
+mod views;
 
-use super::args::{self, Options};
-use super::foreach;
-use super::task::identity;
+use super::args::{self, Options, number_of_cpu};
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::VirtAddr;
-use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{Trace, Tracer};
 use crate::kernel::{CpuId, Kernel};
 use render::{Renderer, Style};
@@ -20,159 +19,160 @@ use serde_json::{Value, json};
 
 pub const COMMAND: Command = Command {
     name: "bt",
-    arguments: "[-a|-c CPUS|-p|-g|-v] [-n idle] [-l] [-f|-F] [-s] [-x|-d] [-r] [-R REF] [-I PC -S SP] [--why] [PID|TASK]...",
+    arguments: "[-a [-n idle]|-c CPUS|-p|-g|-v] [-l] [-f|-F] [-s] [-x|-d] [-r] [-R REF] [-I PC -S SP] [-t|-T|-e|-E|-u|--group] [--why] [PID|TASK]...",
     summary: "backtraces of tasks and CPUs, across all stacks down to user mode",
     help: "Without PID or TASK (the address of a task_struct): of the task chosen with 'set', else of the CPU selected in gdb.\n\n\
-           -a: of every CPU, -n idle leaving out those that are idle; -c CPUS: of some (0,2-3); -p: of the task that \
+           -a: of every CPU, with -n idle of those that are not idle; -c CPUS: of some (0,2-3); -p: of the CPU that \
            panicked; -g: of all threads of the task's process.\n\
            -l: source lines, and functions that were inlined (needs DWARF).\n\
-           -f: the words of each frame; -F: with symbols, per-CPU variables and slab caches for them; -r: all words of \
-           the stack.\n\
+           -f: the words of each frame; -F: with names for them: symbols, per-CPU variables; -r: all words of the stack.\n\
            -s: symbols with offsets, -d in decimal.\n\
-           -R: only of tasks that have a symbol, an address or a module in their backtrace.\n\
-           -I, -S: starts at another pc and stack pointer.\n\
-           -v: tasks whose stack has overflowed, by its end marker and by the pointers.\n\
+           -R: only those that have a symbol, an address or a module in their backtrace.\n\
+           -I, -S: starts at another pc or stack pointer.\n\
+           -v: tasks whose stack has overflowed: its end marker is gone, or it was left.\n\
            --why: how each frame was found.\n\
            -t: addresses of code on the stack above the stack pointer, -T: on all of it; -e: saved registers on it, -E: on \
            the interrupt and exception stacks of all CPUs. They may be old.\n\
            -u: the user stack, where the pages for it are present.\n\
            --group: identical backtraces of all tasks, or of those chosen as in foreach (UN, a name), once for all that \
            have them.\n\n\
-           A frame that is a guess is marked '?'. A CPU that was in user mode has its user registers and no kernel \
-           frames.\n\n\
+           A frame that is a guess is marked '?'. A CPU that was in user mode has its user registers and no kernel frames.\n\n\
            Examples:\n  bt\n  bt -a\n  bt -l 1\n  bt -c 0-1 --why\n  foreach UN bt\n",
     run,
 };
 
-const OPTIONS: &[&str] = &[
-    "a",
-    "c:",
-    "p",
-    "g",
-    "v",
-    "n:",
-    "l",
-    "f",
-    "F",
-    "s",
-    "x",
-    "d",
-    "r",
-    "R:",
-    "I:",
-    "S:",
-    "-why",
-    "t",
-    "T",
-    "e",
-    "E",
-    "u",
-    "-group",
-    "-parallel",
-];
+const OPTIONS: &[&str] =
+    &["a", "c:", "p", "g", "v", "n:", "l", "f", "F", "s", "x", "d", "r", "R:", "I:", "S:", "-why", "t", "T", "e", "E", "u", "-group"];
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    let options = Options::read("bt", OPTIONS, true, arguments)?;
-    let kernel = context.kernel()?;
-    let tracer = Tracer::new(context.machine).ok_or_else(|| CommandError("no kernel was found".into()))?;
-    let reader = kernel.task_reader()?;
-    let style = Style::read(&options);
-    let renderer = Renderer { kernel, style, tracer: &tracer };
-    if let Some(output) = other_views(context, &options, &tracer, &renderer)? {
+    if let Some(output) = views::of(context, &Options::read("bt", OPTIONS, true, arguments)?)? {
         return Ok(output);
     }
-    let subjects = subjects(context, &options, &tracer)?;
-    let trace = |subject: &Subject| match subject {
-        Subject::Task(task) => tracer.task(*task),
-        Subject::Cpu(cpu) => tracer.cpu(*cpu),
-    };
-    let answer = |subject: &Subject| {
-        let trace = trace(subject);
-        let info = trace.task.map(|task| reader.read(task));
-        Answer { text: renderer.text(&trace, info.as_ref()), json: renderer.json(&trace, info.as_ref()) }
-    };
-    let answers = tracer.map(&subjects, answer);
-    let _ = (kernel, printable as fn(&str) -> String, identity as fn(&TaskInfo) -> _);
-    let text: Vec<String> = answers.iter().map(|answer| answer.text.clone()).collect();
-    let json: Vec<Value> = answers.into_iter().map(|answer| answer.json).collect();
+    let request = Request::read(context, arguments)?;
+    let subjects = request.subjects.clone();
+    let answers = request.answers(&subjects);
+    let (text, json): (Vec<String>, Vec<Value>) =
+        answers.into_iter().flatten().map(|answer| (answer.text, answer.json)).unzip();
     Ok(Output { text: text.join("\n"), json: json!({ "traces": json }) })
 }
 
-/// Those that are no backtraces in the usual shape.
-fn other_views(
+/// `foreach ... bt`: the answers for many tasks, in their order; `None` for those that -R leaves out.
+pub fn for_tasks(
     context: &Context<'_>,
-    options: &Options<'_>,
-    tracer: &Tracer<'_>,
-    renderer: &Renderer<'_>,
-) -> Result<Option<Output>, CommandError> {
-    let kernel = context.kernel()?;
-    let every = || -> Result<Vec<VirtAddr>, CommandError> {
-        Ok(kernel.tasks()?.tasks.into_iter().map(|task| task.at).collect())
-    };
-    if options.has("E") {
-        let cpus: Vec<CpuId> = context.machine.cpus().iter().map(|cpu| cpu.id).collect();
-        return remains::of_cpus(context, &cpus).map(Some);
+    tasks: &[VirtAddr],
+    arguments: &[&str],
+) -> Result<Vec<Option<Output>>, CommandError> {
+    if let Some(outputs) = views::of_tasks(context, &Options::read("bt", OPTIONS, true, arguments)?, tasks)? {
+        return Ok(outputs.into_iter().map(Some).collect());
     }
-    if options.has("v") {
-        return remains::overflows(context, tracer, &every()?).map(Some);
-    }
-    if options.has("-group") {
-        let reader = kernel.task_reader()?;
-        let tasks = match options.rest.as_slice() {
-            [] => every()?,
-            selectors => foreach::chosen(context, selectors)?,
-        };
-        let traced = tracer.map(&tasks, |task| (reader.read(*task), tracer.task(*task)));
-        return Ok(Some(group::output(&traced, renderer)));
-    }
-    if !["t", "T", "e", "u"].iter().any(|letter| options.has(letter)) {
-        return Ok(None);
-    }
-    let mut tasks = Vec::new();
-    for subject in subjects(context, options, tracer)? {
-        match subject {
-            Subject::Task(task) => tasks.push(task),
-            Subject::Cpu(cpu) => tasks.extend(kernel.current(cpu).map(|task| task.at)),
-        }
-    }
-    let output = match options.has("u") {
-        true => user::output(context, tracer, &tasks, options.has("-why")),
-        false => remains::of_tasks(context, options, tracer, &tasks),
-    };
-    output.map(Some)
+    let request = Request::read(context, arguments)?;
+    let subjects: Vec<Subject> = tasks.iter().copied().map(Subject::Task).collect();
+    Ok(request.answers(&subjects))
 }
 
 /// Of what a backtrace is wanted.
+#[derive(Clone, Copy)]
 enum Subject {
     Task(VirtAddr),
     Cpu(CpuId),
 }
 
-struct Answer {
-    text: String,
-    json: Value,
+/// What was asked for.
+struct Request<'a> {
+    kernel: &'a Kernel,
+    tracer: Tracer<'a>,
+    style: Style,
+    subjects: Vec<Subject>,
+    /// `-R`
+    only: Option<&'a str>,
+    /// `-I`, `-S`
+    from: (Option<u64>, Option<u64>),
 }
 
-fn subjects(
-    context: &Context<'_>,
-    options: &Options<'_>,
-    tracer: &Tracer<'_>,
-) -> Result<Vec<Subject>, CommandError> {
+impl<'a> Request<'a> {
+    fn read(context: &Context<'a>, arguments: &[&'a str]) -> Result<Self, CommandError> {
+        let options = Options::read("bt", OPTIONS, true, arguments)?;
+        let kernel = context.kernel()?;
+        let no_kernel = || CommandError("no kernel was found in the dump; see 'info'".into());
+        let tracer = Tracer::new(context.machine).ok_or_else(no_kernel)?;
+        let number = |name| options.value(name).map(args::hexadecimal).transpose();
+        if let Some(other) = options.value("n").filter(|what| *what != "idle") {
+            return Err(CommandError(format!("'-n' takes idle, not '{}'", printable(other))));
+        }
+        Ok(Self {
+            kernel,
+            style: Style::read(&options),
+            subjects: subjects(context, &options)?,
+            only: options.value("R"),
+            from: (number("I")?, number("S")?),
+            tracer,
+        })
+    }
+
+    fn answers(&self, subjects: &[Subject]) -> Vec<Option<Output>> {
+        let reader = self.kernel.task_reader().ok();
+        let renderer = Renderer { kernel: self.kernel, style: self.style };
+        self.tracer.map(subjects, |subject| {
+            let trace = self.trace(subject);
+            if self.only.is_some_and(|only| !renderer.mentions(&trace, only)) {
+                return None;
+            }
+            let info = trace.task.and_then(|task| Some(reader.as_ref()?.read(task)));
+            let info = info.as_ref();
+            Some(Output { text: renderer.text(&trace, info), json: renderer.json(&trace, info) })
+        })
+    }
+
+    fn trace(&self, subject: &Subject) -> Trace {
+        let (cpu, task) = match *subject {
+            Subject::Task(task) => (self.tracer.running_on(task), Some(task)),
+            Subject::Cpu(cpu) => (Some(cpu), None),
+        };
+        match (self.from, cpu, task) {
+            ((None, None), _, Some(task)) => self.tracer.task(task),
+            ((None, None), Some(cpu), None) => self.tracer.cpu(cpu),
+            ((pc, sp), cpu, task) => self.tracer.from(cpu, task, pc, sp),
+        }
+    }
+}
+
+fn subjects(context: &Context<'_>, options: &Options<'_>) -> Result<Vec<Subject>, CommandError> {
     let kernel = context.kernel()?;
-    let _ = tracer;
+    let all_cpus = || context.machine.cpus().iter().map(|cpu| cpu.id);
     if options.has("a") {
-        return Ok(context.machine.cpus().iter().map(|cpu| Subject::Cpu(cpu.id)).collect());
+        let is_idle = |cpu: &CpuId| kernel.current(*cpu).is_some_and(|task| task.pid == Some(0));
+        let leave_out_idle = options.has("n");
+        return Ok(all_cpus().filter(|cpu| !leave_out_idle || !is_idle(cpu)).map(Subject::Cpu).collect());
     }
-    let _ = kernel as &Kernel;
-    let mut all = Vec::new();
-    for word in &options.rest {
-        all.push(Subject::Task(args::task(context, word)?.at));
+    if let Some(cpus) = options.value("c") {
+        return Ok(cpus_of(context, cpus)?.into_iter().map(Subject::Cpu).collect());
     }
-    if all.is_empty() {
-        all.push(Subject::Task(context.task()?.at));
+    if options.has("p") {
+        let cpu = kernel.panic_cpu();
+        let cpu = cpu.ok_or_else(|| CommandError("no CPU panicked; choose one with 'bt -c CPU'".into()))?;
+        return Ok(vec![Subject::Cpu(cpu)]);
     }
-    Ok(all)
+    let mut tasks = super::task::chosen(context, &options.rest)?;
+    if options.has("g") {
+        let groups: Vec<u64> = tasks.iter().filter_map(|task| task.get("tgid").ok()).collect();
+        tasks = kernel.tasks()?.tasks;
+        tasks.retain(|task| task.get("tgid").is_ok_and(|group| groups.contains(&group)));
+    } else if options.rest.is_empty() && context.task.is_none() && context.focus.task.get().is_none() {
+        return Ok(vec![Subject::Cpu(context.cpu)]);
+    }
+    Ok(tasks.into_iter().map(|task| Subject::Task(task.at)).collect())
 }
 
-#[allow(dead_code)]
-fn unused(_: &Trace) {}
+/// `0,2-3`; `a` or `all` are all.
+fn cpus_of(context: &Context<'_>, text: &str) -> Result<Vec<CpuId>, CommandError> {
+    if matches!(text, "a" | "all") {
+        return Ok(context.machine.cpus().iter().map(|cpu| cpu.id).collect());
+    }
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number_of_cpu(context, first)?, number_of_cpu(context, last)?);
+        cpus.extend((first.0..=last.0).map(CpuId));
+    }
+    Ok(cpus)
+}

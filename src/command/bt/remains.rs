@@ -160,5 +160,5 @@ pub fn overflows(context: &Context<'_>, tracer: &Tracer<'_>, tasks: &[VirtAddr])
         let comm = info.comm.as_deref().map_or(String::new(), printable);
         let _ = writeln!(text, "deepest: {bytes} bytes by pid {} {comm}", info.pid.unwrap_or(0));
     }
-    Ok(Output { text, json: json!({ "tasks": rows, "bad": bad }) })
+    Ok(Output { text, json: json!({ "tasks": rows, "overflows": bad }) })
 }

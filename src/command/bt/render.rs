@@ -1,23 +1,27 @@
-//! A backtrace as text in crash's shape, and as JSON.
+//! A backtrace as text, in crash's shape.
 
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
 use crate::command::args::Options;
 use crate::command::printable;
-use crate::command::task::{heading, identity};
-use crate::kernel::Kernel;
+use crate::command::rd::slab_cache;
+use crate::command::task::heading;
+use crate::debuginfo::Location;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{Boundary, Ended, StackKind, Start, Trace, Tracer};
+use crate::kernel::stack::{Boundary, Ended, Event, StackBounds, StackKind, Start, Trace};
+use crate::kernel::{Kernel, Symbolized};
 use crate::unwind::{Frame, Regs};
-use serde_json::{Value, json};
 use std::fmt::Write;
+
+/// Words of one frame that are shown: more than a stack has.
+const WORDS_MAX: u64 = 64 << 10;
 
 /// What is to be shown.
 #[derive(Clone, Copy, Default)]
 pub struct Style {
     pub lines: bool,
     pub words: bool,
-    pub symbols: bool,
+    pub named_words: bool,
     pub offsets: bool,
     pub decimal: bool,
     pub raw: bool,
@@ -29,7 +33,7 @@ impl Style {
         Self {
             lines: options.has("l"),
             words: options.has("f") || options.has("F"),
-            symbols: options.has("F"),
+            named_words: options.has("F"),
             offsets: options.has("s"),
             decimal: options.has("d"),
             raw: options.has("r"),
@@ -38,76 +42,134 @@ impl Style {
     }
 }
 
+/// Writes backtraces.
 pub struct Renderer<'a> {
     pub kernel: &'a Kernel,
     pub style: Style,
-    pub tracer: &'a Tracer<'a>,
 }
 
-impl Renderer<'_> {
+impl<'a> Renderer<'a> {
+    /// The whole of `trace`, with its heading.
     pub fn text(&self, trace: &Trace, info: Option<&TaskInfo>) -> String {
         let mut text = info.map(heading).unwrap_or_default();
+        if let (Some(cpu), None) = (trace.cpu, info) {
+            let _ = writeln!(text, "CPU {cpu}");
+        }
         if let Some(parked) = trace.parked {
             let _ = writeln!(text, "    (parked in {parked})");
         }
-        if !matches!(trace.start, Start::Cpu | Start::SwitchedOut) {
+        if !matches!(trace.start, Start::Cpu | Start::SwitchedOut | Start::Given) {
             let _ = writeln!(text, "    ({})", trace.start.words());
         }
+        if self.style.raw {
+            self.raw(&mut text, trace);
+            return text;
+        }
         let mut number = 0;
-        let mut last: Option<StackKind> = None;
-        for segment in &trace.segments {
-            let kind = segment.stack.map(|stack| stack.kind);
-            if let (Some(before), true) = (last, kind != last) {
-                let _ = writeln!(text, "--- <{}> ---", before.name());
-            }
-            last = kind.or(last);
-            for frame in &segment.frames {
+        for (index, segment) in trace.segments.iter().enumerate() {
+            for (nth, frame) in segment.frames.iter().enumerate() {
                 self.frame(&mut text, number, frame);
+                if self.style.words {
+                    let next = segment.frames.get(nth + 1).and_then(|next| next.pc_at);
+                    self.words(&mut text, frame.sp, frame.cfa.or(next).unwrap_or(frame.sp));
+                }
                 number += 1;
             }
             if let Some(boundary) = &segment.boundary {
                 self.boundary(&mut text, boundary);
+            }
+            // crash marks the end of a stack that was switched to.
+            let next = trace.segments.get(index + 1).map(|next| next.stack);
+            if let (Some(stack), Some(next)) = (segment.stack, next)
+                && next != Some(stack)
+                && stack.kind != StackKind::Task
+            {
+                let _ = writeln!(text, "--- <{}> ---", stack.kind.name());
             }
         }
         self.ended(&mut text, trace);
         text
     }
 
+    /// The symbol of a frame.
+    pub fn symbol(&self, frame: &Frame) -> Option<Symbolized<'a>> {
+        self.kernel.symbolize(VirtAddr(frame.lookup_pc()))
+    }
+
+    /// The source lines of a frame, the innermost inlined function's first.
+    pub fn lines(&self, frame: &Frame) -> Vec<Location> {
+        let link = frame.lookup_pc().wrapping_sub(self.kernel.found().kaslr_offset);
+        let of_image = self.symbol(frame).is_some_and(|found| found.module.is_none());
+        let info = self.kernel.debug_info().filter(|_| of_image);
+        info.and_then(|info| info.locate(link)).unwrap_or_default()
+    }
+
+    /// Whether a frame is of the function, module or address that `what` names.
+    pub fn mentions(&self, trace: &Trace, what: &str) -> bool {
+        let digits = what.strip_prefix("0x").unwrap_or(what);
+        let address = u64::from_str_radix(digits, 16).ok();
+        trace.frames().any(|frame| {
+            let found = self.symbol(frame);
+            found.is_some_and(|found| found.name == what || found.module == Some(what))
+                || address.is_some_and(|at| frame.pc == at || frame.sp == at)
+        })
+    }
+
     fn frame(&self, text: &mut String, number: usize, frame: &Frame) {
         let at = frame.pc_at.filter(|_| !frame.exact).unwrap_or(frame.sp);
         let mark = if frame.source.is_guess() { "? " } else { "" };
-        let found = self.kernel.symbolize(VirtAddr(frame.lookup_pc()));
-        let (name, module) = match found {
-            Some(found) => {
-                (printable(found.name), found.module.map(|module| format!(" [{}]", printable(module))))
-            }
-            None => ("(unknown)".to_owned(), None),
-        };
-        let offset = match found {
-            Some(found) if self.style.offsets => {
-                let offset = found.offset + u64::from(!frame.exact);
-                if self.style.decimal { format!("+{offset}") } else { format!("+{offset:#x}") }
-            }
-            _ => String::new(),
-        };
-        let module = module.unwrap_or_default();
-        let _ = writeln!(
-            text,
-            "{:>3} [{at:016x}] {mark}{name}{offset} at {:016x}{module}",
-            format!("#{number}"),
-            frame.pc
-        );
+        let _ = write!(text, "{:>3} [{at:016x}] {mark}", format!("#{number}"));
+        let found = self.symbol(frame);
+        match found {
+            Some(found) => text.push_str(&printable(found.name)),
+            None => text.push_str("(unknown)"),
+        }
+        if let Some(found) = found.filter(|_| self.style.offsets) {
+            let offset = found.offset + u64::from(!frame.exact);
+            let _ = if self.style.decimal { write!(text, "+{offset}") } else { write!(text, "+{offset:#x}") };
+        }
+        let _ = write!(text, " at {:016x}", frame.pc);
+        if let Some(module) = found.and_then(|found| found.module) {
+            let _ = write!(text, " [{}]", printable(module));
+        }
+        if let Some(by) = frame.restored {
+            let _ = write!(text, " (return address restored: {by})");
+        }
+        text.push('\n');
         if self.style.why {
-            let _ = writeln!(text, "    {}", frame.why);
+            let _ = writeln!(text, "    {}: {}", frame.source.name(), printable(&frame.why.to_string()));
+        }
+        if self.style.lines {
+            self.put_lines(text, frame);
+        }
+    }
+
+    fn put_lines(&self, text: &mut String, frame: &Frame) {
+        let lines = self.lines(frame);
+        for (index, place) in lines.iter().enumerate() {
+            // All but the last are inlined into the one behind.
+            let inlined = match &place.function {
+                Some(name) if index + 1 < lines.len() => format!("{} (inlined) ", printable(name)),
+                _ => String::new(),
+            };
+            let line = place.line.map_or(String::new(), |line| format!(": {line}"));
+            if let Some(file) = &place.file {
+                let _ = writeln!(text, "    {inlined}{}{line}", printable(file));
+            } else if !inlined.is_empty() {
+                let _ = writeln!(text, "    {inlined}");
+            }
         }
     }
 
     fn boundary(&self, text: &mut String, boundary: &Boundary) {
         if !boundary.of_user() {
-            let pc = boundary.saved.regs.pc().unwrap_or(0);
+            let name = boundary.saved.regs.pc().and_then(|pc| self.kernel.symbolize(VirtAddr(pc)));
             let name =
-                self.kernel.symbolize(VirtAddr(pc)).map_or("unknown".to_owned(), |found| found.to_string());
+                name.map_or_else(|| "unknown or invalid address".to_owned(), |found| found.to_string());
             let _ = writeln!(text, "    [exception RIP: {name}]");
+        }
+        if let Event::Exception(..) = boundary.event {
+            let _ = writeln!(text, "    ({})", boundary.event);
         }
         registers(text, &boundary.saved.regs, boundary.saved.orig_ax);
     }
@@ -120,19 +182,53 @@ impl Renderer<'_> {
             }
             Ended::User(_) | Ended::Root { .. } | Ended::NotStarted => {}
             Ended::EntryGap { user, .. } => {
-                text.push_str("    (between user mode and the kernel)\n");
+                text.push_str("    (on the way between user mode and the kernel; the user's registers:)\n");
                 registers(text, user, None);
             }
             Ended::Broken { why, .. } => {
-                let _ = writeln!(text, "    (the backtrace ends here: {why})");
+                let _ = writeln!(text, "    (the backtrace ends here: {})", printable(why));
             }
         }
     }
 
-    pub fn json(&self, trace: &Trace, info: Option<&TaskInfo>) -> Value {
-        let mut json = info.map(identity).unwrap_or_default();
-        json.insert("complete".into(), json!(trace.ended.is_complete()));
-        Value::Object(json)
+    /// Words from `from` to and with the one before `to`, two in a line.
+    fn words(&self, text: &mut String, from: u64, to: u64) {
+        let count = (to.saturating_sub(from) / 8).min(WORDS_MAX);
+        for index in 0..count {
+            let at = VirtAddr(from.wrapping_add(index * 8));
+            if index % 2 == 0 {
+                let _ = write!(text, "    {:016x}: ", at.0);
+            }
+            match self.kernel.read_u64(at) {
+                Some(word) => text.push_str(&self.word(word)),
+                None => text.push_str("(unreadable)    "),
+            }
+            text.push(if index % 2 == 1 || index + 1 == count { '\n' } else { ' ' });
+        }
+    }
+
+    /// A word, or its name where names are wanted and it has one.
+    fn word(&self, word: u64) -> String {
+        let kernel = self.style.named_words && word >> 63 == 1;
+        let name = kernel.then(|| self.kernel.describe_address(VirtAddr(word))).flatten();
+        let slab = || slab_cache(self.kernel, VirtAddr(word)).map(|name| format!("[{name}]"));
+        match name.or_else(|| kernel.then(slab).flatten()) {
+            Some(name) => format!("{name:16}"),
+            None => format!("{word:016x}"),
+        }
+    }
+
+    /// `-r`: all of the stacks.
+    fn raw(&self, text: &mut String, trace: &Trace) {
+        let mut shown: Vec<StackBounds> = Vec::new();
+        let own = trace.task.and_then(|task| self.kernel.task_stack(task));
+        for stack in trace.segments.iter().filter_map(|segment| segment.stack).chain(own) {
+            if !shown.contains(&stack) {
+                let _ = writeln!(text, "  {}:", stack.kind.name());
+                self.words(text, stack.start, stack.end);
+                shown.push(stack);
+            }
+        }
     }
 }
 
@@ -147,18 +243,14 @@ pub fn registers(text: &mut String, regs: &Regs, orig_ax: Option<u64>) {
         [("R10", Reg::R10), ("R11", Reg::R11), ("R12", Reg::R12)],
         [("R13", Reg::R13), ("R14", Reg::R14), ("R15", Reg::R15)],
     ];
-    let short =
-        |reg: Reg, width: usize| regs.get(reg).map_or("?".to_owned(), |value| format!("{value:0width$x}"));
-    let _ = writeln!(
-        text,
-        "    RIP: {}  RSP: {}  RFLAGS: {}",
-        show(Reg::Rip),
-        show(Reg::Rsp),
-        short(Reg::Eflags, 8)
-    );
+    let short = |reg: Reg, width: usize| {
+        regs.get(reg).map_or_else(|| "(not saved)".to_owned(), |value| format!("{value:0width$x}"))
+    };
+    let (rip, rsp) = (show(Reg::Rip), show(Reg::Rsp));
+    let _ = writeln!(text, "    RIP: {rip}  RSP: {rsp}  RFLAGS: {}", short(Reg::Eflags, 8));
     for row in ROWS {
-        let cells: Vec<String> = row.iter().map(|(name, reg)| format!("{name:>3}: {}", show(*reg))).collect();
-        let _ = writeln!(text, "    {}", cells.join("  "));
+        let cells = row.map(|(name, reg)| format!("{name:>3}: {}", show(reg)));
+        let _ = writeln!(text, "    {}", cells.join("  ").trim_end());
     }
     let orig = orig_ax.map_or(String::new(), |value| format!("ORIG_RAX: {value:016x}  "));
     let _ = writeln!(text, "    {orig}CS: {}  SS: {}", short(Reg::Cs, 4), short(Reg::Ss, 4));

@@ -28,6 +28,9 @@ use std::ops::Range;
 use std::sync::{OnceLock, RwLock};
 use tables::{CodeTables, KernelTables};
 
+/// `STACK_END_MAGIC`: at the low end of every task's stack (`include/uapi/linux/magic.h`).
+const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
+
 /// Where the first registers are from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Start {
@@ -35,6 +38,8 @@ pub enum Start {
     Cpu,
     /// What the task left on its stack when it was switched out.
     SwitchedOut,
+    /// Where the user said.
+    Given,
     /// It was running, and the dump has no registers of that CPU.
     NotSaved,
     /// The task has exited and its stack was released.
@@ -49,6 +54,7 @@ impl Start {
         match self {
             Self::Cpu => "from the registers of its CPU in the dump",
             Self::SwitchedOut => "from what it left on its stack when it was switched out",
+            Self::Given => "from the pc and stack pointer that were given",
             Self::NotSaved => "it was running and the dump has no registers of its CPU",
             Self::Released => "it has exited and its stack was released",
             Self::Unreadable => "its stack cannot be read",
@@ -277,6 +283,25 @@ impl Kernel {
     /// The stacks of `cpu` but for those of tasks.
     pub fn cpu_stacks(&self, cpu: CpuId) -> Vec<StackBounds> {
         self.stacks().of_cpu(self, cpu)
+    }
+
+    /// How the stack of the task at `task` has overflowed, as a sentence; `None` if it has not, or none of it can be read.
+    pub fn stack_overflow(&self, task: VirtAddr) -> Option<String> {
+        let stack = self.task_stack(task)?;
+        let marker = self.read_u64(VirtAddr(stack.start))?;
+        let sp = self
+            .member("task_struct", "thread.sp")
+            .and_then(|sp| self.read_u64(task.wrapping_add(sp.offset)));
+        if marker != STACK_END_MAGIC {
+            Some(format!("the end marker at {:#x} was overwritten: {marker:#x}", stack.start))
+        } else if let Some(sp) = sp.filter(|&sp| sp < stack.start || sp > stack.end) {
+            Some(format!(
+                "its stack pointer {sp:#x} is not in its stack, {:#x} to {:#x}",
+                stack.start, stack.end
+            ))
+        } else {
+            None
+        }
     }
 
     /// The stack of the task at `task`; `None` if it was released or cannot be read.

@@ -72,7 +72,8 @@ impl ReturnLayout {
             if at == 0 {
                 break;
             }
-            let word = |offset| kernel.read_u64(VirtAddr(at).wrapping_add(offset));
+            // The list leads from `llist` to `llist` inside the nodes.
+            let word = |offset: u64| kernel.read_u64(VirtAddr(at.wrapping_sub(next)).wrapping_add(offset));
             let found = word(address)?;
             let is_real = !trampolines.iter().any(|(trampoline, _)| *trampoline == found);
             if is_real {

@@ -7,7 +7,9 @@ use super::runtime_code::RuntimeKind;
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::disasm::{self, Call};
 use crate::debuginfo::cfi::{CallFrames, CfiRow};
-use crate::debuginfo::orc::{self, ENTRY_SIZE, Format, IP_SIZE, LOOKUP_BLOCK_SIZE, OrcEntry, OrcTable};
+use crate::debuginfo::orc::{
+    self, ENTRY_SIZE, Flags, Format, IP_SIZE, LOOKUP_BLOCK_SIZE, Numbers, OrcEntry, OrcTable,
+};
 use crate::kernel::Kernel;
 use crate::unwind::Tables;
 use std::collections::HashMap;
@@ -17,8 +19,9 @@ use std::sync::{OnceLock, RwLock};
 const ROWS_MAX: u64 = 16 << 20;
 /// Rows of one module.
 const MODULE_ROWS_MAX: u64 = 1 << 20;
-/// Rows looked at to tell the format.
-const SAMPLE: u64 = 1 << 14;
+/// Rows looked at to tell the format: more where rare bits must tell.
+const SAMPLE: u64 = 512;
+const LONG_SAMPLE: u64 = 1 << 14;
 /// Rows remembered.
 const MEMO_MAX: usize = 1 << 16;
 /// Rows between two elements of the fast lookup table; a block of code with more is none.
@@ -47,13 +50,18 @@ impl CodeTables {
     /// Finds them; reads little.
     pub fn of(kernel: &Kernel) -> Self {
         let image = ImageOrc::of(kernel);
-        let format = image.as_ref().map_or(Format::Typed, |image| {
+        let format = image.as_ref().map(|image| {
             let header = kernel.symbol("__start_orc_header").is_some();
-            let mut sample = vec![0; if header { 0 } else { image.count.min(SAMPLE) as usize * ENTRY_SIZE }];
-            let filled = kernel.read(VirtAddr(image.rows), &mut sample).filled;
+            // From the middle: ordinary functions.
+            let count = image.count.min(if header { SAMPLE } else { LONG_SAMPLE });
+            let from = (image.count - count) / 2;
+            let mut sample = vec![0; count as usize * ENTRY_SIZE];
+            let filled =
+                kernel.read(VirtAddr(image.rows.wrapping_add(from * ENTRY_SIZE as u64)), &mut sample).filled;
             sample.truncate(filled);
             Format::tell(header, &sample)
         });
+        let format = format.unwrap_or(Format { flags: Flags::Typed, numbers: Numbers::Old });
         Self { image, format, modules: OnceLock::new(), rows: RwLock::default(), frames: OnceLock::new() }
     }
 
@@ -188,10 +196,6 @@ impl Tables for KernelTables<'_> {
     }
 
     fn cfi(&self, pc: u64) -> Option<CfiRow> {
-        // Where there is ORC, what it leaves out has no call frame information either.
-        if self.tables.image.is_some() {
-            return None;
-        }
         let frames = self.tables.frames.get_or_init(|| {
             let frames = self.kernel.debug_info().map(CallFrames::of)?;
             frames.unwrap_or_else(|error| {

@@ -109,6 +109,45 @@ impl<'m> Tracer<'m> {
         }
     }
 
+    /// A backtrace that starts at another pc or stack pointer than the CPU or task has.
+    pub fn from(
+        &self,
+        cpu: Option<CpuId>,
+        task: Option<VirtAddr>,
+        pc: Option<u64>,
+        sp: Option<u64>,
+    ) -> Trace {
+        let usual = match (task, cpu) {
+            (Some(task), None) => self.inactive_frame(task).map(|frame| frame.regs),
+            (_, Some(cpu)) => {
+                self.cpus.iter().find(|one| one.id == cpu).map(|one| Regs::from_file(&one.regs))
+            }
+            (None, None) => None,
+        };
+        let usual = usual.unwrap_or_default();
+        let mut regs = Regs::default();
+        let both = [(Reg::Rip, pc), (Reg::Rsp, sp), (Reg::Rbp, None)];
+        for (reg, given) in both {
+            if let Some(value) = given.or_else(|| usual.get(reg)) {
+                regs.set(reg, value);
+            }
+        }
+        let task =
+            task.or_else(|| self.running.iter().find(|(_, on)| Some(**on) == cpu).map(|(task, _)| *task));
+        let trace = Trace {
+            cpu,
+            task,
+            start: Start::Given,
+            segments: Vec::new(),
+            ended: Ended::NotStarted,
+            parked: None,
+        };
+        match Frame::first(regs, FrameSource::Registers, "the pc and stack pointer that were given") {
+            Some(frame) => self.walk(trace, frame),
+            None => trace,
+        }
+    }
+
     fn switched_out(&self, task: VirtAddr) -> Trace {
         let trace = Trace {
             cpu: None,

@@ -10,13 +10,13 @@ use super::tables::KernelTables;
 use super::{Boundary, Ended, Event, Segment, StackBounds, StackKind, Stacks};
 use crate::addr::{PAGE_SIZE, VirtAddr};
 use crate::arch::x86_64::Reg;
-use crate::arch::x86_64::disasm::Call;
+use crate::arch::x86_64::disasm::{self, Call};
 use crate::bytes::u64_at;
 use crate::debuginfo::orc::OrcEntry;
 use crate::kernel::{CpuId, Kernel};
 use crate::unwind::{
-    self, Frame, FrameSource, NoStep, PT_REGS_SIZE, PtRegs, Stack, Step, Why, by_frame_pointer,
-    by_top_of_stack,
+    self, Frame, FrameSource, NoStep, PT_REGS_SIZE, PtRegs, Stack, Step, Why, by_call_frames, by_depth,
+    by_frame_pointer, by_top_of_stack,
 };
 use std::cell::RefCell;
 
@@ -26,6 +26,8 @@ const FRAMES_MAX: usize = 8192;
 const SCAN_WORDS: u64 = 512;
 /// Guesses of one walk.
 const GUESSES_MAX: usize = 64;
+/// Code of one function followed.
+const CODE_MAX: u64 = 64 << 10;
 /// Words that a thunk may have pushed.
 const THUNK_WORDS: u64 = 2;
 /// `__KERNEL_CS`, and user space's selectors: 64 bits, 32 bits.
@@ -368,7 +370,33 @@ impl<'k> Walk<'k> {
                 }
             }
         }
+        if why == NoStep::Undefined
+            && let Some(next) = self.by_own_code(frame)
+        {
+            return next;
+        }
         self.by_frame_pointer(frame).unwrap_or_else(|| self.guess(frame, &why.to_string()))
+    }
+
+    /// A C function that the tables leave out (`STACK_FRAME_NON_STANDARD`): by what its own code has pushed if a call of it
+    /// is where that leads, else by call frame information.
+    fn by_own_code(&mut self, frame: &mut Frame) -> Option<Next> {
+        let pc = frame.lookup_pc();
+        let start = pc - self.kernel.symbolize(VirtAddr(pc))?.offset;
+        let mut code = vec![0; (frame.pc.checked_sub(start)?.checked_add(16)?).min(CODE_MAX) as usize];
+        let filled = self.kernel.read(VirtAddr(start), &mut code).filled;
+        let pushed = disasm::pushed_at(code.get(..filled)?, start, frame.pc);
+        if let Some(Step::Caller(next)) = pushed.and_then(|pushed| by_depth(frame, pushed, &self.memory))
+            && self.tables.call_before(next.pc) == Some(Call::Direct(start))
+        {
+            return Some(self.called(frame, next));
+        }
+        match by_call_frames(frame, &self.tables, &self.memory) {
+            Ok(Step::Caller(next)) if self.tables.call_before(next.pc).is_some() => {
+                Some(self.called(frame, next))
+            }
+            _ => None,
+        }
     }
 
     fn by_frame_pointer(&mut self, frame: &mut Frame) -> Option<Next> {
