@@ -8,7 +8,7 @@ mod regs;
 mod step;
 
 pub use regs::{PT_REGS_SIZE, PtRegs, Regs};
-pub use step::{NoStep, Step, by_call_frames, by_depth, by_frame_pointer, by_top_of_stack, step};
+pub use step::{NoStep, Step, by_call_frames, by_frame_pointer, by_own_code, by_top_of_stack, step};
 
 use crate::debuginfo::cfi::CfiRow;
 use crate::debuginfo::orc::OrcEntry;
@@ -23,6 +23,8 @@ pub enum FrameSource {
     PtRegs,
     /// What a task left on its stack when it was switched out: a first frame.
     InactiveTask,
+    /// What a function that does not return has left on a stack that is known to be in use: a first frame.
+    Remains,
     /// The kernel's ORC tables.
     Orc,
     /// DWARF call frame information.
@@ -44,6 +46,7 @@ impl FrameSource {
             Self::Registers => "registers",
             Self::PtRegs => "pt_regs",
             Self::InactiveTask => "inactive_task_frame",
+            Self::Remains => "remains",
             Self::Orc => "orc",
             Self::Cfi => "cfi",
             Self::Code => "code",

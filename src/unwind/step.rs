@@ -4,6 +4,7 @@
 
 use super::{Frame, FrameSource, PT_REGS_SIZE, PtRegs, Regs, Stack, Tables, Why};
 use crate::arch::x86_64::Reg;
+use crate::arch::x86_64::disasm::Pushed;
 use crate::debuginfo::cfi::{self, CfiRow, Rule};
 use crate::debuginfo::orc::{OrcEntry, OrcKind, OrcReg};
 use std::fmt;
@@ -202,14 +203,24 @@ pub fn by_top_of_stack(
     Some(Step::Caller(caller(frame, place, regs, FrameSource::TopOfStack, (Why::Because(why), false))))
 }
 
-/// The caller of a function that has `pushed` bytes on the stack, by its own code.
-pub fn by_depth(frame: &mut Frame, pushed: u64, stack: &dyn Stack) -> Option<Step> {
-    let pc_at = frame.sp.wrapping_add(pushed);
+/// The caller of a function, by what its own code has `pushed`.
+pub fn by_own_code(frame: &mut Frame, pushed: &Pushed, stack: &dyn Stack) -> Option<Step> {
+    let pc_at = frame.sp.wrapping_add(pushed.bytes);
     let pc = stack.word(pc_at)?;
+    let mut regs = Regs::default();
+    for reg in KEPT_BY_CALLS {
+        let value = match pushed.saved.iter().find(|(saved, _)| *saved == reg) {
+            Some((_, below)) => stack.word(pc_at.wrapping_sub(*below)),
+            None => frame.regs.get(reg),
+        };
+        if let Some(value) = value {
+            regs.set(reg, value);
+        }
+    }
     const WHY: &str =
         "what the function has pushed by its own code, up to a return address behind a call of it";
     let place = (pc, pc_at, pc_at.wrapping_add(8));
-    Some(Step::Caller(caller(frame, place, Regs::default(), FrameSource::Code, (Why::Because(WHY), false))))
+    Some(Step::Caller(caller(frame, place, regs, FrameSource::Code, (Why::Because(WHY), false))))
 }
 
 /// `place`: the caller's pc, where that was found, and the canonical frame address of `frame`.

@@ -8,6 +8,7 @@ use iced_x86::{
     Register,
 };
 
+use super::Reg;
 use std::collections::HashMap;
 
 /// Longest instruction.
@@ -169,9 +170,19 @@ pub fn call_before(code: &[u8], at: u64) -> Option<Call> {
     indirect
 }
 
-/// How many bytes the function whose first bytes are `code`, from address `start`, has on the stack when it is at `pc`:
-/// what it has pushed and taken, followed through its jumps. `None` where that does not follow.
-pub fn pushed_at(code: &[u8], start: u64, pc: u64) -> Option<u64> {
+/// What a function has on the stack.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Pushed {
+    /// Bytes between its stack pointer and its return address.
+    pub bytes: u64,
+    /// Registers it must give back, and how far below the return address it has saved each.
+    pub saved: Vec<(Reg, u64)>,
+}
+
+/// What the function whose first bytes are `code`, from address `start`, has on the stack when it is at `pc`: what it has
+/// pushed and taken, followed through its jumps. `None` where that does not follow.
+pub fn pushed_at(code: &[u8], start: u64, pc: u64) -> Option<Pushed> {
+    let mut saved: Vec<(Reg, u64)> = Vec::new();
     let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
     let mut depths: HashMap<u64, i64> = HashMap::new();
     let mut depth = Some(0i64);
@@ -179,7 +190,9 @@ pub fn pushed_at(code: &[u8], start: u64, pc: u64) -> Option<u64> {
         // Where code is jumped to, it is as deep as where the jump was.
         depth = depths.get(&decoder.ip()).copied().or(depth);
         if decoder.ip() == pc {
-            return depth.and_then(|depth| u64::try_from(depth).ok());
+            let bytes = depth.and_then(|depth| u64::try_from(depth).ok())?;
+            saved.retain(|(_, depth)| *depth <= bytes);
+            return Some(Pushed { bytes, saved });
         }
         let iced = decoder.decode();
         if iced.is_invalid() || decoder.ip() > pc {
@@ -204,6 +217,12 @@ pub fn pushed_at(code: &[u8], start: u64, pc: u64) -> Option<u64> {
             _ if of_rsp && !matches!(iced.code(), Code::Cmp_r64_rm64 | Code::Test_rm64_r64) => None,
             _ => depth,
         };
+        if let (Code::Push_r64, Some(depth), Some(reg)) =
+            (iced.code(), depth, kept_by_calls(iced.op0_register()))
+            && !saved.iter().any(|(known, _)| *known == reg)
+        {
+            saved.push((reg, u64::try_from(depth).unwrap_or(0)));
+        }
         let calls = iced.code() == Code::Call_rel32_64;
         let branches = iced.op_count() == 1 && iced.op0_kind() == OpKind::NearBranch64 && !calls;
         if let Some(depth) = depth.filter(|_| branches) {
@@ -216,6 +235,19 @@ pub fn pushed_at(code: &[u8], start: u64, pc: u64) -> Option<u64> {
     None
 }
 
+/// The register, if a function has to give it back as it was (System V ABI for x86-64).
+fn kept_by_calls(register: Register) -> Option<Reg> {
+    match register {
+        Register::RBX => Some(Reg::Rbx),
+        Register::RBP => Some(Reg::Rbp),
+        Register::R12 => Some(Reg::R12),
+        Register::R13 => Some(Reg::R13),
+        Register::R14 => Some(Reg::R14),
+        Register::R15 => Some(Reg::R15),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -226,11 +258,12 @@ mod tests {
         // push %rbx; sub $0x20,%rsp; je 1f; add $0x20,%rsp; pop %rbx; ret; int3; 1: pushf; nop
         let code =
             [0x53, 0x48, 0x83, 0xec, 0x20, 0x74, 7, 0x48, 0x83, 0xc4, 0x20, 0x5b, 0xc3, 0xcc, 0x9c, 0x90];
-        let at = |offset| pushed_at(&code, 0x1000, 0x1000 + offset);
+        let at = |offset| pushed_at(&code, 0x1000, 0x1000 + offset).map(|pushed| pushed.bytes);
         assert_eq!((at(0), at(1), at(5), at(7), at(11)), (Some(0), Some(8), Some(40), Some(40), Some(8)));
         assert_eq!((at(13), at(14), at(15)), (None, Some(40), Some(48)), "behind ret by the jump only");
         assert_eq!(at(2), None, "in the middle of an instruction");
         assert_eq!(at(99), None);
+        assert_eq!(pushed_at(&code, 0x1000, 0x100e).unwrap().saved, [(Reg::Rbx, 8)]);
     }
 
     #[test]

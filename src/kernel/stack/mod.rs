@@ -6,6 +6,7 @@
 
 mod bounds;
 mod entry;
+mod parked;
 mod returns;
 mod runtime_code;
 mod tables;

@@ -4,9 +4,10 @@
 //! (`__unwind_start`).
 
 use super::walk::Walk;
-use super::{Ended, Start, Trace};
+use super::{Ended, Start, Trace, parked};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::{Reg, Saved};
+use crate::backend::RegisterSource;
 use crate::bytes::u64_at;
 use crate::kernel::{Cpu, CpuId, Kernel, Machine};
 use crate::unwind::{Frame, FrameSource, Regs};
@@ -100,13 +101,24 @@ impl<'m> Tracer<'m> {
         // A derived pc is a placeholder.
         let Saved::Known(_) = one.regs.get(Reg::Rip) else { return not_saved(trace) };
         let regs = Regs::from_file(&one.regs);
-        if regs.in_user_mode() == Some(true) {
-            return Trace { ended: Ended::User(regs), ..trace };
-        }
-        match Frame::first(regs, FrameSource::Registers, "registers of the CPU in the dump") {
+        let first = Frame::first(regs, FrameSource::Registers, "registers of the CPU in the dump");
+        let mut trace = match first {
+            _ if regs.in_user_mode() == Some(true) => Trace { ended: Ended::User(regs), ..trace },
             Some(frame) => self.walk(trace, frame),
-            None => not_saved(trace),
+            None => return not_saved(trace),
+        };
+        // The kernel's own notes are of what an NMI has stopped.
+        let saved = self.kernel.backend().saved_cpus();
+        let stopped = saved.first().is_some_and(|one| one.source == RegisterSource::KernelPrstatus);
+        if stopped
+            && self.kernel.panic_cpu() != Some(cpu)
+            && let Some(segment) = parked::segment(self.kernel, cpu, task, &regs)
+        {
+            let code = self.kernel.stacks().code(self.kernel);
+            trace.parked = segment.frames.first().and_then(|frame| code.parked(frame.lookup_pc()));
+            trace.segments.insert(0, segment);
         }
+        trace
     }
 
     /// A backtrace that starts at another pc or stack pointer than the CPU or task has.

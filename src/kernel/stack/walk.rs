@@ -15,8 +15,8 @@ use crate::bytes::u64_at;
 use crate::debuginfo::orc::OrcEntry;
 use crate::kernel::{CpuId, Kernel};
 use crate::unwind::{
-    self, Frame, FrameSource, NoStep, PT_REGS_SIZE, PtRegs, Stack, Step, Why, by_call_frames, by_depth,
-    by_frame_pointer, by_top_of_stack,
+    self, Frame, FrameSource, NoStep, PT_REGS_SIZE, PtRegs, Regs, Stack, Step, Why, by_call_frames,
+    by_frame_pointer, by_own_code, by_top_of_stack,
 };
 use std::cell::RefCell;
 
@@ -102,6 +102,11 @@ impl<'k> Walk<'k> {
             kretprobes: 0,
             segments: Vec::new(),
         }
+    }
+
+    /// The registers saved at `at`.
+    pub fn registers(&self, at: u64) -> Option<Regs> {
+        PtRegs::read(&self.memory, at, false).map(|saved| saved.regs)
     }
 
     /// A task's stack that has overflowed goes on, for its pointer, in the page below.
@@ -386,7 +391,7 @@ impl<'k> Walk<'k> {
         let mut code = vec![0; (frame.pc.checked_sub(start)?.checked_add(16)?).min(CODE_MAX) as usize];
         let filled = self.kernel.read(VirtAddr(start), &mut code).filled;
         let pushed = disasm::pushed_at(code.get(..filled)?, start, frame.pc);
-        if let Some(Step::Caller(next)) = pushed.and_then(|pushed| by_depth(frame, pushed, &self.memory))
+        if let Some(Step::Caller(next)) = pushed.and_then(|pushed| by_own_code(frame, &pushed, &self.memory))
             && self.tables.call_before(next.pc) == Some(Call::Direct(start))
         {
             return Some(self.called(frame, next));
@@ -437,7 +442,7 @@ impl<'k> Walk<'k> {
             return Next::Ended(broken(frame, why.to_owned()));
         };
         let sp = at.wrapping_add(8);
-        let mut regs = unwind::Regs::default();
+        let mut regs = Regs::default();
         regs.set(Reg::Rip, pc);
         regs.set(Reg::Rsp, sp);
         let mut next = Frame {

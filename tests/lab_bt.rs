@@ -1,0 +1,295 @@
+//! Backtraces of real dumps: against the chains that a module built in the guest, against what every stack must end
+//! with, and frame for frame against drgn and crash.
+//!
+//! Truth is the module's own list and the referees; where a referee is wrong, [`KNOWN`] says why. Each comparison is
+//! tried on another CPU's or task's frames, too, and must fail on them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use kstub::addr::VirtAddr;
+use kstub::backend::Dump;
+use kstub::command::{self, Context, Focus};
+use kstub::debuginfo::find::Places;
+use kstub::kernel::stack::{Ended, Start, Trace, Tracer};
+use kstub::kernel::{Kernel, Machine, Options};
+use kstub::unwind::FrameSource;
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use support::lab::{self, DumpFile, Set};
+
+fn open(dump: &DumpFile, with_vmlinux: bool) -> Machine {
+    let opened = Dump::open(&dump.path).unwrap_or_else(|e| panic!("{}: {e}", dump.path.display()));
+    let beside = dump.path.parent().map(Path::to_owned).filter(|_| with_vmlinux);
+    let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+    Machine::open(Arc::new(opened), &options, &|_, _| ()).unwrap()
+}
+
+/// The sets that tests are about: with `KSTUB_LAB_SETS` (names between blanks) only those.
+fn sets() -> Vec<Set> {
+    let only = std::env::var("KSTUB_LAB_SETS").ok();
+    let wanted = |set: &Set| only.as_ref().is_none_or(|only| only.split(' ').any(|name| name == set.name()));
+    lab::sets().unwrap_or_default().into_iter().filter(wanted).collect()
+}
+
+fn name_of(kernel: &Kernel, pc: u64) -> String {
+    kernel.symbolize(VirtAddr(pc)).map_or_else(|| format!("{pc:#x}"), |found| found.name.to_owned())
+}
+
+fn names(kernel: &Kernel, trace: &Trace) -> Vec<String> {
+    trace.frames().map(|frame| name_of(kernel, frame.lookup_pc())).collect()
+}
+
+/// Whether `wanted` are among `found` in their order.
+fn in_order(found: &[String], wanted: &[String]) -> bool {
+    let mut rest = found.iter();
+    wanted.iter().all(|name| rest.any(|found| found == name))
+}
+
+fn task_list(kernel: &Kernel) -> Vec<VirtAddr> {
+    kernel.tasks().unwrap().tasks.iter().map(|task| task.at).collect()
+}
+
+/// Each chain's frames are on the CPU that panicked, in order, and on no other.
+#[test]
+fn chains_are_found_whole() {
+    let mut seen = 0;
+    for set in sets() {
+        let Some(frames) = set.json["chain"]["frames"].as_array().filter(|frames| !frames.is_empty()) else {
+            continue;
+        };
+        let wanted: Vec<String> = frames.iter().map(|name| name.as_str().unwrap().to_owned()).collect();
+        let machine = open(&set.dumps()[0], false);
+        let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
+        let panicked = kernel.panic_cpu().unwrap_or_else(|| panic!("{}: no CPU panicked", set.name()));
+        for cpu in machine.cpus() {
+            let trace = tracer.cpu(cpu.id);
+            let found = names(kernel, &trace);
+            let has = in_order(&found, &wanted);
+            assert_eq!(has, cpu.id == panicked, "{} CPU {}: {wanted:?} in {found:#?}", set.name(), cpu.id);
+        }
+        let trace = tracer.cpu(panicked);
+        assert!(trace.user().is_some(), "{}: no user registers at the bottom: {:?}", set.name(), trace.ended);
+        match set.json["chain"]["how"].as_str().unwrap() {
+            "nmi" => {
+                let events: Vec<_> = trace.boundaries().map(|boundary| boundary.event.to_string()).collect();
+                assert_eq!(events[..2], ["NMI", "interrupt"], "{}", set.name());
+                assert!(events.last().unwrap().starts_with("system call"), "{}: {events:?}", set.name());
+                let stacks: Vec<_> =
+                    trace.segments.iter().filter_map(|s| Some(s.stack?.kind.name())).collect();
+                assert_eq!(stacks[..2], ["NMI exception stack", "IRQ stack"], "{}", set.name());
+            }
+            "overflow" => {
+                let events: Vec<_> = trace.boundaries().map(|boundary| boundary.event.to_string()).collect();
+                assert!(events[0].starts_with("double fault"), "{}: {events:?}", set.name());
+                assert!(found_many(&names(kernel, &trace), "kstub_recursion"), "{}", set.name());
+            }
+            "kprobe" => {
+                let restored = trace.frames().filter(|frame| frame.restored == Some("kretprobe")).count();
+                assert_eq!(restored, 1, "{}", set.name());
+            }
+            _ => {}
+        }
+        seen += 1;
+    }
+    eprintln!("{seen} chains");
+}
+
+fn found_many(found: &[String], name: &str) -> bool {
+    found.iter().filter(|found| *found == name).count() > 50
+}
+
+/// Where a walk may end without a user below.
+const ROOTS: &[&str] = &[
+    "ret_from_fork",
+    "ret_from_fork_asm",
+    "secondary_startup_64",
+    "secondary_startup_64_no_verify",
+    "common_startup_64",
+];
+
+fn check_root(kernel: &Kernel, task: VirtAddr, trace: &Trace) -> Result<(), String> {
+    if trace.guessed() != 0 {
+        return Err(format!("{} guesses", trace.guessed()));
+    }
+    let user_task = kernel.task(task).mm.flatten().is_some();
+    match &trace.ended {
+        Ended::User(regs) => match regs.in_user_mode() {
+            Some(true) => Ok(()),
+            other => Err(format!("ends in user mode with {other:?}")),
+        },
+        Ended::EntryGap { .. } => Ok(()),
+        Ended::Root { pc } => {
+            let root = name_of(kernel, pc.wrapping_sub(1));
+            let root = if ROOTS.contains(&root.as_str()) { root } else { name_of(kernel, *pc) };
+            match (ROOTS.contains(&root.as_str()), user_task) {
+                (true, false) => Ok(()),
+                (true, true) => Err(format!("a user's task ends at {root}")),
+                (false, _) => Err(format!("ends at {root}")),
+            }
+        }
+        Ended::NotStarted if trace.start == Start::Released => Ok(()),
+        other => Err(format!("{:?}: {other:?}", trace.start)),
+    }
+}
+
+/// Every task of every dump, with its vmlinux and without; and none with a stack pointer that is off by a word.
+#[test]
+fn every_task_reaches_its_root() {
+    for set in sets() {
+        let dumps: Vec<_> = set.dumps().into_iter().filter(|d| d.complete && d.split.is_empty()).collect();
+        let filtered = dumps.iter().find(|dump| dump.filter_level == Some(31));
+        for (dump, with_vmlinux) in [(dumps.first(), true), (dumps.first(), false), (filtered, false)] {
+            let Some(dump) = dump else { continue };
+            let machine = open(dump, with_vmlinux);
+            let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
+            let tasks = task_list(kernel);
+            let traces = tracer.tasks(&tasks);
+            assert_eq!(traces.len(), tasks.len());
+            let mut bad = Vec::new();
+            let mut passed_when_wrong = Vec::new();
+            for (task, trace) in tasks.iter().zip(&traces) {
+                assert_eq!(trace.task, Some(*task), "in the order of the tasks");
+                let who = || format!("{:?}", kernel.task(*task).comm);
+                if let Err(why) = check_root(kernel, *task, trace) {
+                    bad.push(format!("{}: {why}\n{:#?}", who(), names(kernel, trace)));
+                }
+                let Some(first) = trace.frames().next().filter(|_| trace.start == Start::SwitchedOut) else {
+                    continue;
+                };
+                let wrong = tracer.from(None, Some(*task), None, Some(first.sp + 8));
+                if names(kernel, &wrong) == names(kernel, trace) {
+                    passed_when_wrong.push(who());
+                }
+            }
+            assert!(bad.is_empty(), "{}/{}: {}", set.name(), dump.name, bad.join("\n"));
+            // What goes on by rbp finds its way again; what goes by rsp must not.
+            assert!(
+                passed_when_wrong.len() < tasks.len() / 2 || tasks.len() < 8 || by_rbp(&traces),
+                "{}: a wrong stack pointer makes no difference to {passed_when_wrong:?}",
+                set.name()
+            );
+            eprintln!("{}/{}: {} tasks", set.name(), dump.name, tasks.len());
+        }
+    }
+}
+
+/// Whether `__schedule` keeps a frame pointer in this kernel.
+fn by_rbp(traces: &[Trace]) -> bool {
+    let second = traces.iter().filter_map(|trace| trace.frames().nth(1));
+    second.clone().filter(|frame| frame.why.to_string().contains("sp:bp")).count() * 2 > second.count()
+}
+
+/// Referee, set (or nothing for all), symbol at which it goes wrong, and why it is the referee that is.
+const KNOWN: &[(&str, &str, &str, &str)] = &[];
+
+fn referee(set: &str, dump: &str, who: &str) -> Option<Value> {
+    let made = Command::new("scripts/lab")
+        .args(["referee", set, dump, "--who", who])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{set}: {}", String::from_utf8_lossy(&made.stderr));
+    let path = lab::root().join(format!("referee-cache/{set}/{dump}.{who}.json"));
+    let facts: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    match facts.get("refused") {
+        Some(why) => {
+            eprintln!("{set}: {who} refused it: {why}");
+            None
+        }
+        None => Some(facts),
+    }
+}
+
+/// pcs of the frames that a referee can have seen: not what an NMI left in front of the registers of the dump.
+fn pcs(trace: &Trace) -> Vec<u64> {
+    let remains = trace.frames().next().is_some_and(|frame| frame.source == FrameSource::Remains);
+    let segments = trace.segments.iter().skip(usize::from(remains));
+    segments.flat_map(|segment| &segment.frames).map(|frame| frame.pc).collect()
+}
+
+/// Frame for frame: what drgn has, kstub has, in the same order and with the same pcs.
+#[test]
+fn as_drgn_has_them() {
+    let with_referee = ["qemu-6.1-4l", "qemu-6.12-5l", "kdump-6.1", "qemu-5.10-4l", "qemu-chain-irq-6.12"];
+    for set in sets().into_iter().filter(|set| with_referee.contains(&set.name().as_str())) {
+        let dump = set.dumps()[0].clone();
+        let Some(facts) = referee(&set.name(), &dump.name, "drgn-stacks") else { continue };
+        let machine = open(&dump, true);
+        let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
+        let (mut compared, mut differ, mut mutated) = (0, Vec::new(), 0);
+        let mut last: Option<Vec<u64>> = None;
+        for (task, told) in facts["tasks"].as_object().unwrap() {
+            let Some(frames) = told["frames"].as_array() else { continue };
+            let at = VirtAddr(u64::from_str_radix(task.trim_start_matches("0x"), 16).unwrap());
+            let trace = tracer.task(at);
+            let theirs: Vec<(u64, String)> = frames
+                .iter()
+                .map(|frame| {
+                    let pc = frame["pc"].as_str().unwrap().trim_start_matches("0x");
+                    (u64::from_str_radix(pc, 16).unwrap(), frame["symbol"].as_str().unwrap_or("?").to_owned())
+                })
+                // What drgn shows of user mode, where it reads through tables that are not the user's, are no frames.
+                .take_while(|(pc, _)| *pc >= 0xffff_ffff_8000_0000)
+                .collect();
+            let (ours, pcs_of_theirs) = (pcs(&trace), theirs.iter().map(|(pc, _)| *pc).collect::<Vec<_>>());
+            compared += 1;
+            if ours != pcs_of_theirs {
+                let at = ours.iter().zip(&pcs_of_theirs).take_while(|(a, b)| a == b).count();
+                let symbol =
+                    at.checked_sub(1).and_then(|at| theirs.get(at)).map_or("", |(_, name)| name.as_str());
+                let known = KNOWN.iter().any(|(who, set_name, name, _)| {
+                    *who == "drgn" && (set_name.is_empty() || *set_name == set.name()) && *name == symbol
+                });
+                // No fewer frames than the referee, even where it is wrong.
+                if !known || ours.len() < pcs_of_theirs.len() {
+                    differ.push(format!(
+                        "{} differ behind {symbol}:\n{:#?}\n{theirs:#?}",
+                        told["comm"],
+                        names(kernel, &trace)
+                    ));
+                }
+            }
+            mutated += usize::from(last.replace(pcs_of_theirs).is_some_and(|other| other == ours));
+        }
+        assert!(differ.is_empty(), "{}: {} of {compared}\n{}", set.name(), differ.len(), differ.join("\n"));
+        assert!(mutated < compared, "{}: every task has the same frames", set.name());
+        eprintln!("{}: {compared} tasks as drgn has them", set.name());
+    }
+}
+
+/// The command: a CPU in user mode has its registers and no frames, and JSON has what text has.
+#[test]
+fn the_command_says_what_the_walk_found() {
+    for set in sets().iter().take(6) {
+        let machine = open(&set.dumps()[0], false);
+        let run = |line: &str| {
+            let context =
+                Context { machine: &machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() };
+            command::run(&context, line).unwrap_or_else(|error| panic!("{line}: {error}"))
+        };
+        let all = run("bt -a");
+        let traces = all.json["traces"].as_array().unwrap();
+        assert_eq!(traces.len(), machine.cpus().len());
+        for (cpu, trace) in machine.cpus().iter().zip(traces) {
+            let alone = run(&format!("bt -c {}", cpu.id));
+            assert_eq!(alone.json["traces"][0], *trace, "{}", set.name());
+            let user = cpu.regs.in_user_mode() == Some(true);
+            let frames =
+                trace["segments"].as_array().unwrap().iter().map(|s| s["frames"].as_array().unwrap().len());
+            if user && trace["parked"].is_null() {
+                assert_eq!(frames.sum::<usize>(), 0, "{}", set.name());
+                assert!(alone.text.contains("(in user mode)"), "{}", alone.text);
+            } else {
+                let shown = alone.text.lines().filter(|line| line.trim_start().starts_with('#')).count();
+                assert_eq!(frames.sum::<usize>(), shown, "{}", alone.text);
+            }
+        }
+        let each = run("foreach bt --why");
+        assert!(each.text.contains("ORC type:call"), "{}", set.name());
+        assert!(run("bt -v").text.contains("overflowed"), "{}", set.name());
+        assert_eq!(run("bt -R no_such_function -a").json["traces"].as_array().unwrap().len(), 0);
+    }
+}
