@@ -37,7 +37,9 @@ SCHEMA = 1
 def _options(unwinder):
     """The sample's configuration with another unwinder."""
     lines = [line for line in sample.lines("config") if "CONFIG_UNWINDER_ORC" not in line]
-    return [*lines, "# CONFIG_UNWINDER_ORC is not set", f"{unwinder}=y"]
+    # The allocator's debugging keeps stacks, for which guesses are not good enough.
+    guess = ["# CONFIG_SLUB_DEBUG is not set"] if unwinder.endswith("GUESS") else []
+    return [*lines, "# CONFIG_UNWINDER_ORC is not set", f"{unwinder}=y", *guess]
 
 
 def _stamp(unwinder):

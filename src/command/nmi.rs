@@ -247,6 +247,7 @@ impl Show<'_> {
                 "preempt": count.preempt,
                 "softirqs_off": count.softirqs_off,
                 "in_softirq": count.in_softirq,
+                "irqs_off": count.irqs_off,
                 "hardirq": count.hardirq,
                 "nmi": count.nmi,
                 "needs_resched": count.needs_resched,

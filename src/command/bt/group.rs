@@ -14,7 +14,7 @@ use std::fmt::Write;
 const PIDS_SHOWN: usize = 40;
 
 /// The backtraces of tasks by what is the same in them: the code that called, whatever stack it is on, and what entered.
-pub fn groups(traced: &[(TaskInfo, Trace)]) -> Vec<Vec<usize>> {
+pub fn groups(traces: &[&Trace]) -> Vec<Vec<usize>> {
     let key = |trace: &Trace| -> Vec<(u64, Option<String>)> {
         let segments = trace.segments.iter().flat_map(|segment| {
             let by = segment.boundary.as_ref().map(|boundary| match boundary.event {
@@ -28,7 +28,7 @@ pub fn groups(traced: &[(TaskInfo, Trace)]) -> Vec<Vec<usize>> {
     };
     let mut by_key: HashMap<_, usize> = HashMap::new();
     let mut groups: Vec<Vec<usize>> = Vec::new();
-    for (i, (_, trace)) in traced.iter().enumerate() {
+    for (i, trace) in traces.iter().enumerate() {
         // Those without a frame differ in why.
         let key = (key(trace), format!("{:?}", trace.start), trace.in_user_mode());
         let group = *by_key.entry(key).or_insert_with(|| {
@@ -46,7 +46,7 @@ pub fn groups(traced: &[(TaskInfo, Trace)]) -> Vec<Vec<usize>> {
 /// The answer: the largest groups first, each with its backtrace once.
 pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>) -> Output {
     let (mut text, mut rows) = (String::new(), Vec::new());
-    let all = groups(traced);
+    let all = groups(&traced.iter().map(|(_, trace)| trace).collect::<Vec<_>>());
     for group in &all {
         let members: Vec<&(TaskInfo, Trace)> = group.iter().filter_map(|&i| traced.get(i)).collect();
         let Some((_, trace)) = members.first() else { continue };
@@ -115,4 +115,48 @@ fn first_symbol(trace: &Trace, renderer: &Renderer<'_>) -> Option<String> {
     let name = |pc: u64| renderer.kernel.symbolize(VirtAddr(pc)).map(|symbol| symbol.name);
     let found = trace.frames().filter_map(|frame| name(frame.lookup_pc()));
     found.into_iter().find(|name| !SCHEDULER.contains(name)).map(printable)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::arch::x86_64::Reg;
+    use crate::kernel::stack::{Ended, Segment, Start};
+    use crate::unwind::{Frame, FrameSource, Regs};
+
+    fn traced(at: u64, pcs: &[u64], sp: u64) -> (VirtAddr, Trace) {
+        let frame = |(i, pc): (usize, &u64)| {
+            let mut regs = Regs::default();
+            regs.set(Reg::Rip, *pc);
+            regs.set(Reg::Rsp, sp + i as u64 * 16);
+            Frame::first(regs, FrameSource::InactiveTask, "").unwrap()
+        };
+        let frames = pcs.iter().enumerate().map(frame).collect();
+        let segments = vec![Segment { stack: None, frames, boundary: None }];
+        let trace = Trace {
+            cpu: None,
+            task: Some(VirtAddr(at)),
+            start: Start::SwitchedOut,
+            segments,
+            ended: Ended::Root { pc: 0 },
+            parked: None,
+        };
+        (VirtAddr(at), trace)
+    }
+
+    /// The same code on other stacks is the same backtrace; one call more or less is not.
+    #[test]
+    fn who_is_different_stands_alone() {
+        let all = [
+            traced(1, &[10, 20], 0x1000),
+            traced(2, &[10, 20, 30], 0x2000),
+            traced(3, &[10, 20], 0x3000),
+            traced(4, &[11, 20], 0x4000),
+            traced(5, &[10, 20], 0x5000),
+        ];
+        let traces: Vec<&Trace> = all.iter().map(|(_, trace)| trace).collect();
+        assert_eq!(groups(&traces), [vec![0, 2, 4], vec![1], vec![3]]);
+        assert!(groups(&[]).is_empty());
+    }
 }

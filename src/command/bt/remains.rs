@@ -7,7 +7,7 @@ use crate::command::task::{heading, identity};
 use crate::command::{CommandError, Context, Output, printable};
 use crate::kernel::remains::StackUse;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{StackBounds, Tracer};
+use crate::kernel::stack::{StackBounds, Trace, Tracer};
 use crate::kernel::{CpuId, Kernel};
 use crate::unwind::PtRegs;
 use serde_json::{Value, json};
@@ -114,12 +114,23 @@ pub fn of_cpus(context: &Context<'_>, cpus: &[CpuId]) -> Result<Output, CommandE
     Ok(Output { text, json: json!({ "cpus": rows }) })
 }
 
+/// A fault below a stack: its guard page has kept the end marker from being written over.
+fn in_guard(trace: &Trace, start: u64) -> Option<String> {
+    const GUARD: u64 = 4096;
+    let below = |sp: &u64| start.checked_sub(*sp).is_some_and(|by| (1..=GUARD).contains(&by));
+    let sp = trace.boundaries().filter_map(|boundary| boundary.saved.regs.sp()).find(below)?;
+    Some(format!("its stack pointer was {sp:#x}, below the stack at {start:#x}, when it was interrupted: it has overflowed"))
+}
+
 /// `-v`: tasks whose stack has overflowed, and how deep stacks were used.
 pub fn overflows(context: &Context<'_>, tracer: &Tracer<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let reader = kernel.task_reader()?;
     let look = |task: &VirtAddr| -> (TaskInfo, Result<Option<StackUse>, String>) {
-        let used = kernel.object("task_struct", *task).and_then(|task| kernel.stack_use(task));
+        let mut used = kernel.object("task_struct", *task).and_then(|task| kernel.stack_use(task));
+        if let (Ok(Some(used)), Some(cpu)) = (&mut used, tracer.running_on(*task)) {
+            used.problems.extend(in_guard(&tracer.cpu(cpu), used.start.0));
+        }
         (reader.read(*task), used.map_err(|error| error.to_string()))
     };
     let all = tracer.map(tasks, look);

@@ -163,14 +163,16 @@ fn merge(levels: &mut Vec<Level>, frames: &[&Frame]) {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PreemptCount {
     /// As it is in memory.
-    pub raw: u32,
+    pub raw: u64,
     /// How often preemption was switched off.
     pub preempt: u32,
     /// How often softirqs were.
     pub softirqs_off: u32,
     /// A softirq is being served.
     pub in_softirq: bool,
-    /// Hard interrupts on top of one another.
+    /// How often interrupts were switched off and counted; always 0 where the kernel does not count them.
+    pub irqs_off: u32,
+    /// Hard interrupts on top of one another; an NMI counts as one, too.
     pub hardirq: u32,
     /// NMIs on top of one another.
     pub nmi: u32,
@@ -179,50 +181,58 @@ pub struct PreemptCount {
 }
 
 impl PreemptCount {
-    /// `PREEMPT_MASK`, `SOFTIRQ_MASK`, `HARDIRQ_MASK` and `NMI_MASK` on x86, whose top bit is set while nothing needs
-    /// the CPU (`PREEMPT_NEED_RESCHED`).
-    pub fn new(raw: u32) -> Self {
+    /// An `int`, as it was until about v7.0: preemption, softirqs (8 bits each), hard interrupts, NMIs (4 each). The top
+    /// bit is set while nothing needs the CPU (`PREEMPT_NEED_RESCHED`).
+    pub fn from_int(raw: u32) -> Self {
+        Self::new(raw.into(), (0, raw >> 16 & 0xf, raw >> 20 & 0xf), raw >> 31 == 0)
+    }
+
+    /// A `long`: behind softirqs there are 8 bits for how often interrupts were switched off.
+    pub fn from_long(raw: u64) -> Self {
+        let word = raw as u32;
+        Self::new(raw, (word >> 16 & 0xff, word >> 24 & 0xf, word >> 28), raw >> 63 == 0)
+    }
+
+    fn new(raw: u64, (irqs_off, hardirq, nmi): (u32, u32, u32), needs_resched: bool) -> Self {
+        let word = raw as u32;
         Self {
             raw,
-            preempt: raw & 0xff,
+            preempt: word & 0xff,
             // Switched off by twos; the ones are for serving.
-            softirqs_off: raw >> 9 & 0x7f,
-            in_softirq: raw >> 8 & 1 != 0,
-            hardirq: raw >> 16 & 0xf,
-            nmi: raw >> 20 & 0xf,
-            needs_resched: raw >> 31 == 0,
+            softirqs_off: word >> 9 & 0x7f,
+            in_softirq: word >> 8 & 1 != 0,
+            irqs_off,
+            hardirq,
+            nmi,
+            needs_resched,
         }
     }
 
-    /// Whether the task may lose the CPU.
+    /// Whether the task may lose the CPU, but for interrupts being off.
     pub fn is_preemptible(self) -> bool {
-        self.raw & !(1 << 31) == 0
+        !self.in_softirq
+            && [self.preempt, self.softirqs_off, self.irqs_off, self.hardirq, self.nmi].iter().all(|&n| n == 0)
     }
 }
 
 impl fmt::Display for PreemptCount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}:", self.raw)?;
-        let parts = [
+        let counts = [
             ("NMI", self.nmi),
             ("hardirq", self.hardirq),
+            ("in softirq", self.in_softirq.into()),
+            ("interrupts off", self.irqs_off),
             ("softirqs off", self.softirqs_off),
             ("preemption off", self.preempt),
+            ("preemptible", self.is_preemptible().into()),
+            ("reschedule wanted", self.needs_resched.into()),
         ];
-        if self.is_preemptible() {
-            write!(f, " preemptible")?;
-        }
-        for (i, (name, count)) in parts.into_iter().filter(|(_, count)| *count != 0).enumerate() {
+        write!(f, "{:#x}:", self.raw)?;
+        for (i, (name, count)) in counts.into_iter().filter(|(_, count)| *count != 0).enumerate() {
             write!(f, "{} {name}", if i == 0 { "" } else { "," })?;
             if count > 1 {
                 write!(f, " ×{count}")?;
             }
-        }
-        if self.in_softirq {
-            write!(f, "{} in softirq", if self.raw & 0x00ff_feff == 0 { "" } else { "," })?;
-        }
-        if self.needs_resched {
-            write!(f, ", reschedule wanted")?;
         }
         Ok(())
     }
@@ -250,7 +260,12 @@ impl Kernel {
             Some(hot) => hot.wrapping_add(self.member("pcpu_hot", "preempt_count")?.offset),
             None => self.per_cpu("__preempt_count", cpu)?,
         };
-        self.read_u32(at).map(PreemptCount::new)
+        // Since about v7.0 it is a long.
+        let size = self.variable_type("__preempt_count").and_then(|ty| self.types()?.size(ty));
+        match size {
+            Some(8) => self.read_u64(at).map(PreemptCount::from_long),
+            _ => self.read_u32(at).map(PreemptCount::from_int),
+        }
     }
 
     /// The latest time that any CPU's scheduler or the log knows of, in nanoseconds of the scheduler's clock: as good
@@ -297,16 +312,20 @@ mod tests {
     /// The masks are those of `include/linux/preempt.h`.
     #[test]
     fn preempt_counts() {
-        let shown = |raw| PreemptCount::new(raw).to_string();
+        let shown = |raw| PreemptCount::from_int(raw).to_string();
         assert_eq!(shown(0x8000_0000), "0x80000000: preemptible");
         assert_eq!(shown(0x8000_0001), "0x80000001: preemption off");
         assert_eq!(shown(0x0000_0002), "0x2: preemption off ×2, reschedule wanted");
         assert_eq!(shown(0x8000_0200), "0x80000200: softirqs off");
         assert_eq!(shown(0x8000_0100), "0x80000100: in softirq");
+        let all = "0x80110301: NMI, hardirq, in softirq, softirqs off, preemption off";
+        assert_eq!(shown(0x8011_0301), all);
+        assert!(!PreemptCount::from_int(0x8001_0000).is_preemptible());
+        let long = PreemptCount::from_long(0x8000_0000_1202_0103).to_string();
         assert_eq!(
-            shown(0x8011_0301),
-            "0x80110301: NMI, hardirq, softirqs off, preemption off, in softirq"
+            long,
+            "0x8000000012020103: NMI, hardirq ×2, in softirq, interrupts off ×2, preemption off ×3"
         );
-        assert!(!PreemptCount::new(0x8001_0000).is_preemptible());
+        assert!(PreemptCount::from_long(0).needs_resched);
     }
 }
