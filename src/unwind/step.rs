@@ -171,7 +171,7 @@ fn by_cfi(frame: &mut Frame, row: CfiRow, stack: &dyn Stack) -> Result<Step, NoS
 /// The caller by frame pointer: `rbp` points at the saved one, the return address is above. `None` if that is not on
 /// the stack above `frame`, or no call leads there.
 pub fn by_frame_pointer(frame: &mut Frame, tables: &dyn Tables, stack: &dyn Stack) -> Option<Step> {
-    let bp = frame.regs.get(Reg::Rbp).filter(|bp| bp % 8 == 0 && *bp >= frame.sp)?;
+    let bp = frame.regs.get(Reg::Rbp).filter(|bp| bp.is_multiple_of(8) && *bp >= frame.sp)?;
     let pc_at = bp.checked_add(8)?;
     let (saved, pc) = (stack.word(bp)?, stack.word(pc_at)?);
     tables.follows_call(pc).then_some(())?;
@@ -235,4 +235,135 @@ fn caller(
     regs.set(Reg::Rip, pc);
     regs.set(Reg::Rsp, cfa);
     Frame { pc, exact, pc_at: Some(pc_at), sp: cfa, cfa: None, regs, source, why, restored: None }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+    use crate::debuginfo::orc::{Flags, Format, Numbers};
+    use std::collections::HashMap;
+
+    const TYPED: Format = Format { flags: Flags::Typed, numbers: Numbers::Old };
+
+    #[derive(Default)]
+    struct World {
+        words: HashMap<u64, u64>,
+        row: Option<OrcEntry>,
+        cfi: Option<CfiRow>,
+        calls: Vec<u64>,
+    }
+
+    impl Stack for World {
+        fn word(&self, at: u64) -> Option<u64> {
+            self.words.get(&at).copied()
+        }
+    }
+
+    impl Tables for World {
+        fn orc(&self, _: u64) -> Option<OrcEntry> {
+            self.row
+        }
+        fn cfi(&self, _: u64) -> Option<CfiRow> {
+            self.cfi.clone()
+        }
+        fn follows_call(&self, pc: u64) -> bool {
+            self.calls.contains(&pc)
+        }
+    }
+
+    /// Words that hold their own address, but for those given.
+    fn world(row: Option<[u8; 6]>, given: &[(u64, u64)]) -> World {
+        let mut words: HashMap<u64, u64> = (0x1000..0x2000).step_by(8).map(|at| (at, at)).collect();
+        words.extend(given.iter().copied());
+        World { words, row: row.map(|row| OrcEntry::decode(TYPED, row)), ..World::default() }
+    }
+
+    fn frame(sp: u64, bp: Option<u64>) -> Frame {
+        let mut regs = Regs::default();
+        regs.set(Reg::Rip, 0x9000);
+        regs.set(Reg::Rsp, sp);
+        if let Some(bp) = bp {
+            regs.set(Reg::Rbp, bp);
+        }
+        Frame::first(regs, FrameSource::Registers, "a test").unwrap()
+    }
+
+    /// sp register 5 is rsp, 4 rbp, 8 (rbp), 9 (rsp); bp register 1 the caller's rsp; type 2 is a call.
+    fn stepped(
+        row: [u8; 6],
+        given: &[(u64, u64)],
+        bp: Option<u64>,
+    ) -> Result<(u64, u64, Option<u64>), NoStep> {
+        let world = world(Some(row), given);
+        match step(&mut frame(0x1100, bp), &world, &world)? {
+            Step::Caller(next) => Ok((next.pc, next.sp, next.regs.get(Reg::Rbp))),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn orc_rules_of_calls() {
+        assert_eq!(stepped([0x20, 0, 0, 0, 0x05, 2], &[], Some(7)), Ok((0x1118, 0x1120, Some(7))));
+        assert_eq!(stepped([0x20, 0, 0xf0, 0xff, 0x15, 2], &[], Some(7)), Ok((0x1118, 0x1120, Some(0x1110))));
+        assert_eq!(
+            stepped([0x10, 0, 0xf0, 0xff, 0x14, 2], &[], Some(0x1200)),
+            Ok((0x1208, 0x1210, Some(0x1200)))
+        );
+        assert_eq!(stepped([0x10, 0, 0, 0, 0x14, 2], &[], None), Err(NoStep::Register("rbp")));
+        // The word at rsp, and 8 more: how the stack for interrupts is left.
+        let given = [(0x1100, 0x1800)];
+        assert_eq!(stepped([8, 0, 0, 0, 0x09, 2], &given, None), Ok((0x1800, 0x1808, None)));
+        // The word at rbp - 8: how realigned stacks are left.
+        assert_eq!(
+            stepped([0xf8, 0xff, 0, 0, 0x08, 2], &[(0x11f8, 0x1400)], Some(0x1200)),
+            Ok((0x13f8, 0x1400, Some(0x1200)))
+        );
+        assert_eq!(stepped([0, 0, 0, 0, 0x00, 0], &[], None), Err(NoStep::Undefined));
+        assert_eq!(stepped([0, 0x40, 0, 0, 0x05, 2], &[], None), Err(NoStep::Memory(0x50f8)));
+    }
+
+    #[test]
+    fn orc_finds_saved_registers() {
+        // Words of pt_regs from 0x1100: ip at word 16, cs at 17, sp at 19.
+        let given = [(0x1180, 0xffff), (0x1188, 0x10), (0x1198, 0x1900)];
+        let world = world(Some([0, 0, 0, 0, 0x05, 0x0b]), &given);
+        let Ok(Step::Saved(saved, row)) = step(&mut frame(0x1100, None), &world, &world) else { panic!() };
+        assert_eq!((saved.regs.pc(), saved.regs.sp(), row.signal), (Some(0xffff), Some(0x1900), true));
+        assert_eq!((saved.regs.get(Reg::R15), saved.orig_ax), (Some(0x1100), Some(0x1178)));
+        // Only the processor's own words, from 0x1180; rbp is still what it was.
+        let partial = World { row: Some(OrcEntry::decode(TYPED, [0x80, 0, 0, 0, 0x05, 0x0c])), ..world };
+        let Ok(Step::Saved(saved, _)) = step(&mut frame(0x1100, Some(7)), &partial, &partial) else {
+            panic!()
+        };
+        assert_eq!((saved.regs.pc(), saved.regs.get(Reg::Rbp), saved.orig_ax), (Some(0xffff), Some(7), None));
+        assert_eq!((saved.at, saved.regs.get(Reg::R15)), (0x1100, None));
+    }
+
+    #[test]
+    fn call_frames_and_frame_pointers() {
+        let cfi = CfiRow {
+            cfa: Some((7, 0x20)),
+            rules: vec![(3, Rule::Saved(-16)), (16, Rule::Saved(-8))],
+            signal: false,
+        };
+        let world = World { cfi: Some(cfi), calls: vec![0x1208], ..world(None, &[]) };
+        let Ok(Step::Caller(next)) = step(&mut frame(0x1100, Some(7)), &world, &world) else { panic!() };
+        assert_eq!((next.pc, next.sp, next.source), (0x1118, 0x1120, FrameSource::Cfi));
+        assert_eq!(
+            (next.regs.get(Reg::Rbx), next.regs.get(Reg::Rbp), next.regs.get(Reg::Rax)),
+            (Some(0x1110), Some(7), None)
+        );
+        let Some(Step::Caller(next)) = by_frame_pointer(&mut frame(0x1100, Some(0x1200)), &world, &world)
+        else {
+            panic!()
+        };
+        assert_eq!((next.pc, next.sp, next.regs.get(Reg::Rbp)), (0x1208, 0x1210, Some(0x1200)));
+        assert_eq!(
+            by_frame_pointer(&mut frame(0x1100, Some(0x1300)), &world, &world),
+            None,
+            "no call leads there"
+        );
+        assert_eq!(by_frame_pointer(&mut frame(0x1300, Some(0x1200)), &world, &world), None, "it is below");
+    }
 }

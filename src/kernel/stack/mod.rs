@@ -294,15 +294,11 @@ impl Kernel {
             .member("task_struct", "thread.sp")
             .and_then(|sp| self.read_u64(task.wrapping_add(sp.offset)));
         if marker != STACK_END_MAGIC {
-            Some(format!("the end marker at {:#x} was overwritten: {marker:#x}", stack.start))
-        } else if let Some(sp) = sp.filter(|&sp| sp < stack.start || sp > stack.end) {
-            Some(format!(
-                "its stack pointer {sp:#x} is not in its stack, {:#x} to {:#x}",
-                stack.start, stack.end
-            ))
-        } else {
-            None
+            return Some(format!("the end marker at {:#x} was overwritten: {marker:#x}", stack.start));
         }
+        let outside = sp.filter(|&sp| sp < stack.start || sp > stack.end)?;
+        let (start, end) = (stack.start, stack.end);
+        Some(format!("its stack pointer {outside:#x} is not in its stack, {start:#x} to {end:#x}"))
     }
 
     /// The stack of the task at `task`; `None` if it was released or cannot be read.

@@ -177,7 +177,26 @@ impl<'m> Tracer<'m> {
         }
         match self.inactive_frame(task) {
             Some(frame) => self.walk(trace, frame),
-            None => Trace { start: Start::Unreadable, ..trace },
+            None => {
+                let ended = Ended::Broken { pc: 0, why: self.why_not(task) };
+                Trace { start: Start::Unreadable, ended, ..trace }
+            }
+        }
+    }
+
+    /// Why the task at `task` has no first frame.
+    fn why_not(&self, task: VirtAddr) -> String {
+        let Some(offset) = self.sp else {
+            return "where its registers are is not known without types".to_owned();
+        };
+        let mut word = [0; 8];
+        if let Err(why) = self.kernel.fill(task.wrapping_add(offset), &mut word) {
+            return format!("its thread.sp cannot be read: {why}");
+        }
+        let sp = u64::from_le_bytes(word);
+        match self.kernel.fill(VirtAddr(sp), &mut word) {
+            Err(why) => format!("its stack at {sp:#x} cannot be read: {why}"),
+            Ok(()) => format!("its thread.sp {sp:#x} is not on its stack"),
         }
     }
 

@@ -59,7 +59,7 @@ struct StackMemory<'k> {
 
 impl Stack for StackMemory<'_> {
     fn word(&self, at: u64) -> Option<u64> {
-        if at % 8 != 0 || !self.known.iter().any(|stack| stack.contains(at)) {
+        if !at.is_multiple_of(8) || !self.known.iter().any(|stack| stack.contains(at)) {
             return None;
         }
         let page = at & !(PAGE_SIZE - 1);
