@@ -6,10 +6,10 @@
 mod support;
 
 use kstub::addr::VirtAddr;
+use kstub::arch::x86_64::Reg;
 use kstub::backend::Dump;
 use kstub::command::{self, Context, Focus, Output};
 use kstub::debuginfo::find::Places;
-use kstub::arch::x86_64::Reg;
 use kstub::kernel::spin::{Kind, Owner, Spin};
 use kstub::kernel::{CpuId, Machine, Options};
 use kstub::unwind::Regs;
@@ -73,7 +73,9 @@ fn check_spin(answer: &Value, spinner: &Value, lock: &str) -> Result<(), String>
     let bit = text(spinner, "what") == "kstub_bitspin";
     let kinds: &[&str] = if bit { &["bit lock"] } else { &["spinlock", "queue of a spinlock"] };
     let spins = answer["spinning"].as_array().unwrap();
-    let Some(spin) = spins.iter().find(|spin| kinds.contains(&text(spin, "kind"))) else { return wrong("no such spin") };
+    let Some(spin) = spins.iter().find(|spin| kinds.contains(&text(spin, "kind"))) else {
+        return wrong("no such spin");
+    };
     if spin["word"]["address"] != lock {
         return wrong("another lock");
     }
@@ -95,7 +97,9 @@ fn planted_spinners_spin_and_others_do_not() {
     let mut checked = 0;
     for_each_set(&has_spinners, &mut |set, what, machine| {
         let answer = json(machine, "nmi");
-        let [spinlock, bit_lock] = set.json["chain"]["locks"].as_array().unwrap().as_slice() else { panic!("{what}") };
+        let [spinlock, bit_lock] = set.json["chain"]["locks"].as_array().unwrap().as_slice() else {
+            panic!("{what}")
+        };
         let lock_of = |spinner: &Value| {
             let lock = if text(spinner, "what") == "kstub_bitspin" { bit_lock } else { spinlock };
             lock.as_str().unwrap().to_owned()
@@ -114,13 +118,20 @@ fn planted_spinners_spin_and_others_do_not() {
             // It waits since the guest said so, a second before it was stopped.
             let since = cpu_of(&answer, cpu)["times_ns"]["since_schedule"].as_u64().unwrap();
             assert!((900_000_000..60_000_000_000).contains(&since), "{what}: CPU {cpu}: {since} ns");
-            assert!(cpu_of(&answer, cpu)["preempt_count"]["preempt"].as_u64().unwrap() >= 1, "{what}: CPU {cpu}");
+            assert!(
+                cpu_of(&answer, cpu)["preempt_count"]["preempt"].as_u64().unwrap() >= 1,
+                "{what}: CPU {cpu}"
+            );
             cpus.push(cpu);
         }
         // The first spins on the word itself, as the one in front; the second is the whole queue.
         let [first, second] = [4, 5].map(|cpu| cpu_of(&answer, cpu)["spinning"][0]["queue"].clone());
         for queue in [first, second] {
-            assert_eq!((&queue["locked"], &queue["pending"]), (&true.into(), &true.into()), "{what}: {queue}");
+            assert_eq!(
+                (&queue["locked"], &queue["pending"]),
+                (&true.into(), &true.into()),
+                "{what}: {queue}"
+            );
             assert_eq!(queue["cpus"], serde_json::json!([5]), "{what}: {queue}");
         }
         for cpu in (0..set.json["smp"].as_u64().unwrap()).filter(|cpu| !cpus.contains(cpu)) {
@@ -250,8 +261,14 @@ fn nmis_are_where_they_were() {
         for one in answer["cpus"].as_array().unwrap() {
             let panicked = set.json["panic"]["cpu"] == one["cpu"];
             match kind {
-                "kdump" if !panicked => assert_eq!(one["torn_by"], "nmi that saved registers", "{what}: {one:#}"),
-                "qemu" => assert_eq!((&one["torn_by"], &one["old"]), (&"end".into(), &Value::Null), "{what}: {one:#}"),
+                "kdump" if !panicked => {
+                    assert_eq!(one["torn_by"], "nmi that saved registers", "{what}: {one:#}")
+                }
+                "qemu" => assert_eq!(
+                    (&one["torn_by"], &one["old"]),
+                    (&"end".into(), &Value::Null),
+                    "{what}: {one:#}"
+                ),
                 _ => {}
             }
         }
@@ -292,7 +309,12 @@ fn planted_frames_lie_on_the_stack() {
 fn only_the_stack_that_overflowed_has() {
     for_each_set(&|_| true, &mut |set, what, machine| {
         let answer = json(machine, "bt -v");
-        let bad: Vec<&Value> = answer["tasks"].as_array().unwrap().iter().filter(|one| one["problems"] != serde_json::json!([])).collect();
+        let bad: Vec<&Value> = answer["tasks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|one| one["problems"] != serde_json::json!([]))
+            .collect();
         let pids: Vec<&Value> = bad.iter().map(|one| &one["pid"]).collect();
         match set.json["chain"]["how"] == "overflow" {
             true => assert_eq!(pids, [&set.json["panic"]["pid"]], "{what}: {bad:#?}"),
@@ -306,11 +328,15 @@ fn groups_have_every_task_once() {
     for_each_set(&|_| true, &mut |_, what, machine| {
         let answer = json(machine, "bt --group");
         let groups = answer["groups"].as_array().unwrap();
-        let tasks: Vec<&str> =
-            groups.iter().flat_map(|group| group["tasks"].as_array().unwrap()).map(|task| text(task, "task")).collect();
+        let tasks: Vec<&str> = groups
+            .iter()
+            .flat_map(|group| group["tasks"].as_array().unwrap())
+            .map(|task| text(task, "task"))
+            .collect();
         let once: BTreeSet<&str> = tasks.iter().copied().collect();
         let all = json(machine, "ps");
-        let all: BTreeSet<&str> = all["tasks"].as_array().unwrap().iter().map(|task| text(task, "task")).collect();
+        let all: BTreeSet<&str> =
+            all["tasks"].as_array().unwrap().iter().map(|task| text(task, "task")).collect();
         assert_eq!((once.len(), &once), (tasks.len(), &all), "{what}");
         let counts: Vec<u64> = groups.iter().map(|group| group["count"].as_u64().unwrap()).collect();
         assert!(counts.is_sorted_by(|a, b| a >= b) && counts[0] > 5, "{what}: {counts:?}");
@@ -343,7 +369,8 @@ fn user_stacks_lead_to_the_function_that_waits() {
             let asleep = rest.split_once("asleep=").unwrap().1;
             let function = WAITS.iter().find(|(wait, _)| *wait == asleep).unwrap().1;
             let answer = json(machine, &format!("bt -u {pid}"));
-            let frames = answer["tasks"][0]["frames"].as_array().unwrap_or_else(|| panic!("{what}: {answer:#}"));
+            let frames =
+                answer["tasks"][0]["frames"].as_array().unwrap_or_else(|| panic!("{what}: {answer:#}"));
             let names: Vec<&str> = frames.iter().map(|frame| text(frame, "symbol")).collect();
             assert!(names.contains(&function), "{what}: {pid}: {function} is not in {names:?}: {answer:#}");
             for (_, other) in WAITS.iter().filter(|(_, other)| *other != function) {
@@ -408,13 +435,20 @@ fn locks_say_who_holds_them_where_it_is_recorded() {
         }
         for spin in verdicts(machine, "osq_lock", lock("kstub_mutex") + member("mutex", "osq")) {
             assert_eq!((spin.kind, spin.owner), (Kind::OptimisticQueue, Some(Owner::Task(holder))), "{what}");
-            assert!(spin.notes.iter().any(|note| note.contains(&format!("{:#x}", lock("kstub_mutex")))), "{what}");
+            assert!(
+                spin.notes.iter().any(|note| note.contains(&format!("{:#x}", lock("kstub_mutex")))),
+                "{what}"
+            );
             checked.insert("osq");
         }
         for (name, held) in [("kstub_spinlock", true), ("kstub_spinlock_free", false)] {
             for spin in verdicts(machine, "native_queued_spin_lock_slowpath", lock(name)) {
                 let queue = spin.queue.as_ref().unwrap();
-                assert_eq!((queue.is_locked, spin.owner == Some(Owner::Nobody)), (held, !held), "{what}: {spin:?}");
+                assert_eq!(
+                    (queue.is_locked, spin.owner == Some(Owner::Nobody)),
+                    (held, !held),
+                    "{what}: {spin:?}"
+                );
                 assert_eq!(spin.word.unwrap().at.0, lock(name), "{what}");
                 checked.insert("spinlock");
             }
@@ -438,4 +472,88 @@ fn a_delay_is_no_lock() {
             assert_eq!((spin.kind, spin.word, spin.owner), (Kind::Delay, None, None), "{what}");
         }
     });
+}
+
+// ---------------------------------------------------------------- kernels without ORC
+
+/// The backtrace that a kernel printed of itself when it panicked, innermost first: names, without those marked as
+/// doubtful and those that print.
+fn printed_trace(console: &str) -> Vec<String> {
+    let lines = console.lines().skip_while(|line| !line.contains("Call Trace:")).skip(1);
+    let lines = lines.take_while(|line| !line.contains("RIP: ") && !line.contains("</TASK>"));
+    let name = |line: &str| {
+        let (_, frame) = line.split_once("]  ")?;
+        let (name, _) = frame.split_once("+0x")?;
+        (!name.starts_with('?') && !name.starts_with("dump_stack")).then(|| name.to_owned())
+    };
+    lines.filter_map(name).collect()
+}
+
+/// Whether `wanted` are among `found` in their order.
+fn in_order(wanted: &[String], found: &[String]) -> bool {
+    let mut rest = found.iter();
+    wanted.iter().all(|name| rest.any(|one| one == name))
+}
+
+fn frames_of(trace: &Value) -> Vec<&Value> {
+    let segments = trace["segments"].as_array().unwrap().iter();
+    segments.flat_map(|segment| segment["frames"].as_array().unwrap()).collect()
+}
+
+/// By call frame information where there is a vmlinux, else by frame pointers; where there are none, by guesses that say
+/// so.
+#[test]
+fn kernels_without_orc_unwind() {
+    if lab::sets().is_none() {
+        return;
+    }
+    let small = lab::root().join("small");
+    for directory in std::fs::read_dir(&small).into_iter().flatten() {
+        let dir = directory.unwrap().path();
+        let Ok(text) = std::fs::read_to_string(dir.join("set.json")) else { continue };
+        let set = Set { json: serde_json::from_str(&text).unwrap(), dir };
+        let console = std::fs::read_to_string(set.dir.join("console.log")).unwrap();
+        let printed = printed_trace(&console);
+        let has_frame_pointers = text.contains("UNWINDER_FRAME_POINTER");
+        let (_, user) = console.split_once("RIP: 0033:").unwrap();
+        let user = user.split_whitespace().next().unwrap();
+        for with_vmlinux in [true, false] {
+            let what = format!("{}, with vmlinux: {with_vmlinux}", set.name());
+            let dump = Dump::open(&set.dir.join("dump.elf")).unwrap();
+            let beside = with_vmlinux.then(|| set.dir.clone());
+            let options = Options { vmlinux: None, places: Places { beside, ..Places::default() } };
+            let machine = Machine::open(Arc::new(dump), &options, &|_, _| ()).unwrap();
+            assert_eq!(machine.vmlinux().is_some(), with_vmlinux, "{what}");
+            let pid = &set.json["panic"]["pid"];
+            let answer = json(&machine, &format!("bt {pid}"));
+            let trace = &answer["traces"][0];
+            let frames = frames_of(trace);
+            let names: Vec<String> = frames.iter().map(|one| text_of(one)).collect();
+            let guesses = !with_vmlinux && !has_frame_pointers;
+            assert_eq!(trace["guessed"].as_u64().unwrap() > 0, guesses, "{what}: {names:?}");
+            if has_frame_pointers {
+                // A kernel that guesses prints all it finds, and so the order is all there is to say.
+                assert!(printed.len() > 8, "{what}: {printed:?}");
+            }
+            assert!(in_order(&printed, &names), "{what}: {printed:?} are not in order in {names:?}");
+            let reversed: Vec<String> = printed.iter().rev().cloned().collect();
+            assert!(printed.len() < 2 || !in_order(&reversed, &names), "{what}");
+            if !guesses {
+                assert_eq!(trace["user_registers"]["rip"], user, "{what}: {trace:#}");
+                assert_eq!(trace["ended"]["complete"], true, "{what}");
+            }
+            let everyone = json(&machine, "foreach bt");
+            for task in everyone["tasks"].as_array().unwrap() {
+                let trace = &task["result"];
+                assert!(guesses || trace["guessed"] == 0, "{what}: {task:#}");
+                let last = frames_of(trace).last().map(|one| text_of(one)).unwrap_or_default();
+                let is_root = last.starts_with("ret_from_fork") || trace["ended"]["complete"] == true;
+                assert!(guesses || is_root, "{what}: {task:#}");
+            }
+        }
+    }
+}
+
+fn text_of(frame: &Value) -> String {
+    frame["symbol"].as_str().unwrap_or_default().to_owned()
 }

@@ -95,7 +95,9 @@ impl Show<'_> {
 
     fn level(&self, level: &Level) -> String {
         // What runs in a softirq was not begun by what its registers were saved for; "NMI (NMI)" says nothing.
-        let said = level.by.filter(|by| level.context != Kind::Softirq && *by != Event::Nmi && *by != Event::Irq(None));
+        let said = level
+            .by
+            .filter(|by| level.context != Kind::Softirq && *by != Event::Nmi && *by != Event::Irq(None));
         let by = said.map_or(String::new(), |by| format!(" ({by})"));
         format!("{}{by}", level.context.name())
     }
@@ -163,7 +165,10 @@ impl Show<'_> {
             _ => self.place(pc),
         };
         let count = count.map_or(String::new(), |count| format!(", the last of {count}"));
-        format!("an NMI before had hit it in {place}{count} (registers at {}; when is not recorded)", old.pt_regs.unwrap_or(old.at))
+        format!(
+            "an NMI before had hit it in {place}{count} (registers at {}; when is not recorded)",
+            old.pt_regs.unwrap_or(old.at)
+        )
     }
 
     fn spin(&self, cpu: &Cpu, spin: &Spin) -> Vec<String> {
@@ -209,10 +214,14 @@ impl Show<'_> {
 
     fn task(&self, at: VirtAddr) -> String {
         let task = self.kernel.task(at);
-        let on = self.context.machine.cpus().iter().find(|cpu| {
-            self.kernel.current(cpu.id).is_some_and(|current| current.at == at)
-        });
-        let on = on.map_or(", which does not run".to_owned(), |cpu| format!(", which runs on CPU {}", cpu.id));
+        let on = self
+            .context
+            .machine
+            .cpus()
+            .iter()
+            .find(|cpu| self.kernel.current(cpu.id).is_some_and(|current| current.at == at));
+        let on =
+            on.map_or(", which does not run".to_owned(), |cpu| format!(", which runs on CPU {}", cpu.id));
         let pid = task.pid.map_or(String::new(), |pid| format!("pid {pid} "));
         format!("{pid}{} (task {at}){on}", task.comm.as_deref().map_or(String::new(), printable))
     }
@@ -227,7 +236,8 @@ impl Show<'_> {
                 "irqs_on": one.irqs_on,
             })
         };
-        let spins: Vec<Value> = report.spins.iter().map(|(i, verdict)| self.verdict_json(*i, verdict)).collect();
+        let spins: Vec<Value> =
+            report.spins.iter().map(|(i, verdict)| self.verdict_json(*i, verdict)).collect();
         let torn = match report.torn_by {
             TornBy::Nmi => "nmi",
             TornBy::SavedByNmi => "nmi that saved registers",

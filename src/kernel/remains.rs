@@ -39,7 +39,9 @@ impl StackBytes {
     fn words(&self, from: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let skip = (from.saturating_sub(self.start).div_ceil(8) as usize).min(self.bytes.len() / 8);
         let words = self.bytes.chunks_exact(8).enumerate().skip(skip);
-        words.filter_map(|(i, word)| Some((self.start + i as u64 * 8, u64::from_le_bytes(word.try_into().ok()?))))
+        words.filter_map(|(i, word)| {
+            Some((self.start + i as u64 * 8, u64::from_le_bytes(word.try_into().ok()?)))
+        })
     }
 }
 

@@ -66,18 +66,30 @@ impl<'k> UserImage<'k> {
         let here = areas.iter().find(|area| (area.start..area.end).contains(&at))?;
         let file = here.file.as_ref();
         let of_same_file = |area: &&Vma| match file {
-            Some((file, info)) => area.file.as_ref().is_some_and(|(other, about)| other == file || about.path.is_ok() && about.path == info.path),
+            Some((file, info)) => area
+                .file
+                .as_ref()
+                .is_some_and(|(other, about)| other == file || about.path.is_ok() && about.path == info.path),
             None => area.start == here.start,
         };
         // The nearest mapping of its first page at or below.
-        let first = areas.iter().filter(of_same_file).rfind(|area| area.offset == 0 && area.start <= here.start);
+        let first =
+            areas.iter().filter(of_same_file).rfind(|area| area.offset == 0 && area.start <= here.start);
         let mapping = file.and_then(|(file, _)| kernel.object("file", *file).ok()?.at("f_mapping").ok()?);
         let name = match file {
             Some((_, info)) => info.shown(),
             None => here.name.clone().unwrap_or_default(),
         };
-        let mut image =
-            Self { kernel, mm, name, bias: 0, segments: Vec::new(), mapping, symbols: Vec::new(), frames: None };
+        let mut image = Self {
+            kernel,
+            mm,
+            name,
+            bias: 0,
+            segments: Vec::new(),
+            mapping,
+            symbols: Vec::new(),
+            frames: None,
+        };
         let mut header = [0; 64];
         let start = first.map(|area| area.start);
         match start.is_some_and(|start| image.read_user(start, &mut header)) {
@@ -95,7 +107,8 @@ impl<'k> UserImage<'k> {
             (from..to.max(from + 1)).contains(&offset) || here.offset == from
         });
         let segment = *of_here?;
-        image.bias = here.start.wrapping_sub(here.offset).wrapping_sub(segment.vaddr.wrapping_sub(segment.offset));
+        image.bias =
+            here.start.wrapping_sub(here.offset).wrapping_sub(segment.vaddr.wrapping_sub(segment.offset));
         let sections = image.sections(&header).unwrap_or_default();
         image.read_symbols(&sections);
         if !image.segments.iter().any(|one| one.kind == PT_GNU_EH_FRAME) {
@@ -130,7 +143,9 @@ impl<'k> UserImage<'k> {
 
     /// Whether all of the file at `offset` is in the page cache.
     fn read_file(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let Some(pages) = self.mapping.and_then(|mapping| mapping.member("i_pages").ok()) else { return false };
+        let Some(pages) = self.mapping.and_then(|mapping| mapping.member("i_pages").ok()) else {
+            return false;
+        };
         let Ok(map) = self.kernel.page_map() else { return false };
         let mut done = 0;
         while done < buf.len() {
@@ -141,7 +156,9 @@ impl<'k> UserImage<'k> {
             let page = VirtAddr(entry);
             let (Some(pfn), Ok(head)) = (map.pfn(page), map.read(self.kernel, page)) else { return false };
             // The entry is the head of a large folio.
-            let Some(inside) = index.checked_sub(head.index).filter(|&inside| entry & 3 == 0 && inside < 1 << 18) else {
+            let Some(inside) =
+                index.checked_sub(head.index).filter(|&inside| entry & 3 == 0 && inside < 1 << 18)
+            else {
                 return false;
             };
             let at = map.direct(pfn).wrapping_add(inside * PAGE_SIZE + here % PAGE_SIZE);

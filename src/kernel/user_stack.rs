@@ -62,9 +62,8 @@ impl Space<'_> {
         if images.len() > IMAGES_MAX {
             return None;
         }
-        let image = images
-            .entry(start)
-            .or_insert_with(|| UserImage::find(self.kernel, self.mm, &self.areas, at));
+        let image =
+            images.entry(start).or_insert_with(|| UserImage::find(self.kernel, self.mm, &self.areas, at));
         f(image.as_ref()?)
     }
 }
@@ -117,9 +116,8 @@ impl Kernel {
         loop {
             let pc = frame.lookup_pc();
             let area = space.area(pc);
-            let symbol = space.with_image(pc, |image| {
-                image.symbolize(pc).map(|(name, offset)| (name.to_owned(), offset))
-            });
+            let symbol = space
+                .with_image(pc, |image| image.symbolize(pc).map(|(name, offset)| (name.to_owned(), offset)));
             let module = area.and_then(|area| match &area.file {
                 Some((_, info)) => Some(info.shown()),
                 None => area.name.clone(),

@@ -108,7 +108,9 @@ impl Code {
 
     /// Where control goes from an instruction, within the code.
     fn successors(&self, index: usize) -> Vec<usize> {
-        let Some(one) = self.instructions.get(index).filter(|one| !one.is_invalid()) else { return Vec::new() };
+        let Some(one) = self.instructions.get(index).filter(|one| !one.is_invalid()) else {
+            return Vec::new();
+        };
         let next = Some(index + 1).filter(|&next| next < self.instructions.len());
         let target = || self.by_address.get(&one.near_branch_target()).copied();
         match one.flow_control() {
@@ -231,9 +233,9 @@ fn atomic(one: &Iced) -> Option<Atomic> {
         Mnemonic::Xchg if in_memory || one.op1_kind() == OpKind::Memory => Some(Atomic::Exchange),
         _ if !one.has_lock_prefix() => None,
         Mnemonic::Cmpxchg | Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b => Some(Atomic::CompareExchange),
-        Mnemonic::Bts => Some(Atomic::BitSet(
-            (one.op1_kind() == OpKind::Immediate8).then(|| one.immediate8().into()),
-        )),
+        Mnemonic::Bts => {
+            Some(Atomic::BitSet((one.op1_kind() == OpKind::Immediate8).then(|| one.immediate8().into())))
+        }
         _ => Some(Atomic::Other),
     }
 }
@@ -304,7 +306,10 @@ fn tested<'a>(load: &Iced, behind: impl Iterator<Item = &'a Iced>) -> Option<u64
             (Mnemonic::Test, Some(mask)) if about_it => {
                 // `test $1,%ah` is about the second byte.
                 let high = one.op0_kind() == OpKind::Register
-                    && matches!(one.op0_register(), Register::AH | Register::BH | Register::CH | Register::DH);
+                    && matches!(
+                        one.op0_register(),
+                        Register::AH | Register::BH | Register::CH | Register::DH
+                    );
                 let width = if one.op0_kind() == OpKind::Register { one.op0_register().size() } else { 8 };
                 let mask = if width < 8 { mask & ((1 << (width * 8)) - 1) } else { mask };
                 return Some(if high { mask << 8 } else { mask });

@@ -41,8 +41,10 @@ pub const COMMAND: Command = Command {
     run,
 };
 
-const OPTIONS: &[&str] =
-    &["a", "c:", "p", "g", "v", "n:", "l", "f", "F", "s", "x", "d", "r", "R:", "I:", "S:", "-why", "t", "T", "e", "E", "u", "-group"];
+const OPTIONS: &[&str] = &[
+    "a", "c:", "p", "g", "v", "n:", "l", "f", "F", "s", "x", "d", "r", "R:", "I:", "S:", "-why", "t", "T",
+    "e", "E", "u", "-group",
+];
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
     if let Some(output) = views::of(context, &Options::read("bt", OPTIONS, true, arguments)?)? {

@@ -29,14 +29,17 @@ pub fn of_tasks(
         let mut row = identity(&info);
         let on = tracer.running_on(task);
         match kernel.task_stack(task).filter(|_| info.stack.is_some()) {
-            Some(stack) if options.has("e") => row.insert("exception_frames".into(), frames(kernel, &mut text, &[stack])),
+            Some(stack) if options.has("e") => {
+                row.insert("exception_frames".into(), frames(kernel, &mut text, &[stack]))
+            }
             Some(stack) => {
                 // A task that runs is wherever its CPU's stack pointer is, if that is on its stack at all.
                 let sp = match on.and_then(|cpu| context.machine.cpu(cpu)) {
                     Some(cpu) => cpu.regs.u64(Reg::Rsp),
                     None => info.sp.map(|sp| sp.0),
                 };
-                let from = sp.filter(|sp| stack.contains(*sp) && !options.has("T")).unwrap_or(stack.start + 8);
+                let from =
+                    sp.filter(|sp| stack.contains(*sp) && !options.has("T")).unwrap_or(stack.start + 8);
                 row.insert("text".into(), words(kernel, &mut text, &stack, from))
             }
             None => {
@@ -88,7 +91,8 @@ fn frames(kernel: &Kernel, text: &mut String, stacks: &[StackBounds]) -> Value {
 }
 
 fn saved_json(kernel: &Kernel, stack: &StackBounds, saved: &PtRegs) -> Value {
-    let registers = saved.regs.known().map(|(reg, value)| (reg.name().to_owned(), json!(format!("{value:#x}"))));
+    let registers =
+        saved.regs.known().map(|(reg, value)| (reg.name().to_owned(), json!(format!("{value:#x}"))));
     let pc = VirtAddr(saved.regs.pc().unwrap_or(0));
     json!({
         "at": format!("{:#x}", saved.at),
@@ -119,11 +123,17 @@ fn in_guard(trace: &Trace, start: u64) -> Option<String> {
     const GUARD: u64 = 4096;
     let below = |sp: &u64| start.checked_sub(*sp).is_some_and(|by| (1..=GUARD).contains(&by));
     let sp = trace.boundaries().filter_map(|boundary| boundary.saved.regs.sp()).find(below)?;
-    Some(format!("its stack pointer was {sp:#x}, below the stack at {start:#x}, when it was interrupted: it has overflowed"))
+    Some(format!(
+        "its stack pointer was {sp:#x}, below the stack at {start:#x}, when it was interrupted: it has overflowed"
+    ))
 }
 
 /// `-v`: tasks whose stack has overflowed, and how deep stacks were used.
-pub fn overflows(context: &Context<'_>, tracer: &Tracer<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
+pub fn overflows(
+    context: &Context<'_>,
+    tracer: &Tracer<'_>,
+    tasks: &[VirtAddr],
+) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let reader = kernel.task_reader()?;
     let look = |task: &VirtAddr| -> (TaskInfo, Result<Option<StackUse>, String>) {

@@ -1,15 +1,20 @@
 //! `bt -u`: user stacks.
 
+use crate::addr::VirtAddr;
 use crate::command::task::{heading, identity};
 use crate::command::{CommandError, Context, Output, printable};
-use crate::addr::VirtAddr;
 use crate::kernel::stack::Tracer;
 use crate::kernel::user_stack::{UserFrame, UserTrace};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
 /// The user stacks of `tasks`.
-pub fn output(context: &Context<'_>, tracer: &Tracer<'_>, tasks: &[VirtAddr], why: bool) -> Result<Output, CommandError> {
+pub fn output(
+    context: &Context<'_>,
+    tracer: &Tracer<'_>,
+    tasks: &[VirtAddr],
+    why: bool,
+) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let reader = kernel.task_reader()?;
     let (mut text, mut rows) = (String::new(), Vec::new());

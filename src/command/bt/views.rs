@@ -59,7 +59,9 @@ pub fn of_tasks(
         return Err(CommandError(format!("'bt -{name}' is not about a task; use it without 'foreach'")));
     }
     if options.has("-group") {
-        return Err(CommandError("use 'bt --group' with what would stand behind 'foreach': bt --group UN".into()));
+        return Err(CommandError(
+            "use 'bt --group' with what would stand behind 'foreach': bt --group UN".into(),
+        ));
     }
     if !OF_TASKS.iter().any(|letter| options.has(letter)) {
         return Ok(None);

@@ -211,7 +211,9 @@ impl PreemptCount {
     /// Whether the task may lose the CPU, but for interrupts being off.
     pub fn is_preemptible(self) -> bool {
         !self.in_softirq
-            && [self.preempt, self.softirqs_off, self.irqs_off, self.hardirq, self.nmi].iter().all(|&n| n == 0)
+            && [self.preempt, self.softirqs_off, self.irqs_off, self.hardirq, self.nmi]
+                .iter()
+                .all(|&n| n == 0)
     }
 }
 
@@ -294,7 +296,9 @@ impl Kernel {
         let stopped = ticks.get("tick_stopped").ok().map(|stopped| stopped != 0);
         times.tick_stopped = stopped.or_else(|| Some(ticks.get("flags").ok()? & FLAG_STOPPED != 0));
         let Ok(clock) = self.clock() else { return times };
-        let Some(period) = clock.hz.and_then(|hz| 1_000_000_000u64.checked_div(hz.into())) else { return times };
+        let Some(period) = clock.hz.and_then(|hz| 1_000_000_000u64.checked_div(hz.into())) else {
+            return times;
+        };
         let next = ["sched_timer.node.expires", "sched_timer._softexpires"].iter();
         let next = next.filter_map(|path| ticks.get(path).ok()).find(|&next| next != 0 && next >> 63 == 0);
         if let (Some(next), Some(false)) = (next, times.tick_stopped) {

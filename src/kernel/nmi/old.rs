@@ -75,7 +75,13 @@ impl Kernel {
             return None;
         }
         let mut old = OldNmi { at: pushed, regs: Regs::default(), pt_regs: None };
-        let named = [(Reg::Rip, ip), (Reg::Cs, cs & 0xffff), (Reg::Eflags, flags), (Reg::Rsp, sp), (Reg::Ss, ss & 0xffff)];
+        let named = [
+            (Reg::Rip, ip),
+            (Reg::Cs, cs & 0xffff),
+            (Reg::Eflags, flags),
+            (Reg::Rsp, sp),
+            (Reg::Ss, ss & 0xffff),
+        ];
         let saved = top.0.wrapping_sub(BELOW_TOP + PT_REGS_SIZE);
         if let Some(all) = PtRegs::read(&Words(self), saved, false)
             && named.iter().all(|(reg, value)| all.regs.get(*reg) == Some(*value))
@@ -92,7 +98,8 @@ impl Kernel {
     /// How many NMIs `cpu` has taken since boot.
     pub fn nmi_count(&self, cpu: CpuId) -> Option<u64> {
         let stat = self.object("irq_cpustat_t", self.per_cpu("irq_stat", cpu)?);
-        let stat = stat.or_else(|_| self.value("irq_cpustat_t", self.per_cpu("irq_stat", cpu).unwrap_or_default()));
+        let stat =
+            stat.or_else(|_| self.value("irq_cpustat_t", self.per_cpu("irq_stat", cpu).unwrap_or_default()));
         stat.ok()?.get("__nmi_count").ok()
     }
 
@@ -151,10 +158,26 @@ fn header(line: &str) -> Option<(CpuId, &str)> {
 /// Whether a line can belong to a backtrace: registers, frames, and what stands above them.
 fn is_part(line: &str) -> bool {
     const STARTS: [&str; 16] = [
-        " ", "CPU: ", "Tainted: ", "Hardware name: ", "RIP: ", "Code: ", "RSP: ", "RAX: ", "RDX: ", "RBP: ", "R10: ",
-        "R13: ", "FS: ", "CS: ", "CR2: ", "Call Trace:",
+        " ",
+        "CPU: ",
+        "Tainted: ",
+        "Hardware name: ",
+        "RIP: ",
+        "Code: ",
+        "RSP: ",
+        "RAX: ",
+        "RDX: ",
+        "RBP: ",
+        "R10: ",
+        "R13: ",
+        "FS: ",
+        "CS: ",
+        "CR2: ",
+        "Call Trace:",
     ];
-    STARTS.iter().any(|start| line.starts_with(start)) || line.starts_with("DR") || line.starts_with("PKRU")
+    STARTS.iter().any(|start| line.starts_with(start))
+        || line.starts_with("DR")
+        || line.starts_with("PKRU")
         || line.starts_with("Workqueue: ")
 }
 

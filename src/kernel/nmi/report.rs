@@ -55,9 +55,9 @@ impl Report {
             [Reg::Rip, Reg::Rsp, Reg::Eflags].iter().all(|&reg| regs.get(reg) == old.regs.get(reg))
         };
         let saved_by_nmi = old.as_ref().is_some_and(|old| is_of(&Regs::from_file(&cpu.regs), old));
-        let in_trace = old.as_ref().is_some_and(|old| {
-            trace.boundaries().any(|boundary| is_of(&boundary.saved.regs, old))
-        });
+        let in_trace = old
+            .as_ref()
+            .is_some_and(|old| trace.boundaries().any(|boundary| is_of(&boundary.saved.regs, old)));
         let nmi = levels.iter().position(|level| level.context == Context::Nmi);
         let hardirq = || levels.iter().position(|level| level.context == Context::Hardirq);
         let (torn_by, handler) = match (nmi, trace.parked) {

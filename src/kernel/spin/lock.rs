@@ -21,7 +21,8 @@ impl Place<'_> {
     /// `queued_spin_lock_slowpath(lock, val)`: waits on the lock's word, or on its own node in the queue.
     pub(super) fn queued_spin_lock(&self, spin: &mut Spin) {
         spin.kind = Kind::SpinLock;
-        spin.owner = Some(Owner::Unknown("a spinlock does not record its owner without CONFIG_DEBUG_SPINLOCK"));
+        spin.owner =
+            Some(Owner::Unknown("a spinlock does not record its owner without CONFIG_DEBUG_SPINLOCK"));
         let Some(at) = self.argument() else {
             spin.notes.push("no register is known to hold the lock's address".to_owned());
             return;
@@ -116,9 +117,9 @@ impl Place<'_> {
         spin.kind = Kind::CallFunction;
         let Some(word) = &spin.word else { return };
         let flags = ["node.u_flags", "flags"].into_iter().find_map(|path| {
-            ["__call_single_data", "call_single_data"].iter().find_map(|ty| {
-                Some((*ty, self.kernel.member(ty, path)?.offset))
-            })
+            ["__call_single_data", "call_single_data"]
+                .iter()
+                .find_map(|ty| Some((*ty, self.kernel.member(ty, path)?.offset)))
         });
         let Some((ty, offset)) = flags else { return };
         let Ok(call) = self.kernel.object(ty, VirtAddr(word.at.0.wrapping_sub(offset))) else { return };

@@ -192,7 +192,10 @@ impl<'k> Place<'k> {
         let retries = |access: &Access| access.usage == Use::Atomic(Atomic::CompareExchange);
         let polls = found.accesses.iter().filter(|access| access.is_steady && !access.is_spill);
         let only_reads = found.accesses.iter().all(|access| access.usage == Use::Read);
+        // Counting down, as kernels do that know no clock: what else a loop without memory is for, its name says.
+        let counts = self.named("delay") && found.accesses.is_empty() && !found.calls;
         let waits = found.pauses
+            || counts
             || only_reads && !found.calls && found.path.len() <= POLL_MAX && polls.clone().next().is_some()
             || found.path.len() == 1 && found.accesses.is_empty();
         if !waits && !found.accesses.iter().any(retries) {
@@ -216,7 +219,7 @@ impl<'k> Place<'k> {
             spin.word = access.and_then(|access| self.word(access));
             return Verdict::Spinning(Box::new(spin));
         }
-        if found.reads_clock {
+        if found.reads_clock || counts {
             spin.kind = Kind::Delay;
             return Verdict::Spinning(Box::new(spin));
         }
@@ -263,9 +266,11 @@ impl<'k> Place<'k> {
         let mask = polled.tested.filter(|mask| mask.is_power_of_two())?;
         let set = self.code.atomics(self.end).into_iter().any(|(operand, atomic)| match atomic {
             // With the bit in a register the operand is the bit string's start.
-            Atomic::BitSet(bit) => bit.is_none_or(|bit| 1u64.checked_shl(bit) == Some(mask)) && {
-                operand == polled.operand || operand.address(self.regs) == polled.address
-            },
+            Atomic::BitSet(bit) => {
+                bit.is_none_or(|bit| 1u64.checked_shl(bit) == Some(mask)) && {
+                    operand == polled.operand || operand.address(self.regs) == polled.address
+                }
+            }
             _ => false,
         });
         set.then(|| mask.trailing_zeros())
