@@ -108,6 +108,9 @@ impl Show<'_> {
             let _ = writeln!(text, "  {name:<13} {value}");
         };
         let torn = match report.torn_by {
+            TornBy::Nmi if report.trace.parked.is_some() => {
+                format!("an NMI: it waits in {}", report.trace.parked.unwrap_or_default())
+            }
             TornBy::Nmi => "an NMI, which it still handles".to_owned(),
             TornBy::SavedByNmi => "an NMI, which saved the registers".to_owned(),
             TornBy::Parked(function) => format!("told to stop: it waits in {function}"),
@@ -239,6 +242,9 @@ impl Show<'_> {
         let spins: Vec<Value> =
             report.spins.iter().map(|(i, verdict)| self.verdict_json(*i, verdict)).collect();
         let torn = match report.torn_by {
+            TornBy::Nmi if report.trace.parked.is_some() => {
+                format!("an NMI: it waits in {}", report.trace.parked.unwrap_or_default())
+            }
             TornBy::Nmi => "nmi",
             TornBy::SavedByNmi => "nmi that saved registers",
             TornBy::Parked(_) => "parked",

@@ -19,6 +19,8 @@ use std::fmt;
 
 /// The interrupt flag in `eflags`.
 const IF: u64 = 1 << 9;
+/// Callers kept of each context: a loop that calls something each time round is not far.
+const CALLERS: usize = 3;
 /// Functions in which softirqs run: the first since about v6.10, the second before.
 const SOFTIRQ: [&str; 2] = ["handle_softirqs", "__do_softirq"];
 /// The loop of the idle tasks.
@@ -76,25 +78,30 @@ pub struct Level {
     pub exact: bool,
     /// Whether interrupts were on; `None` where `eflags` is not known.
     pub irqs_on: Option<bool>,
+    /// What is left of the registers of the functions that called, innermost first; a few of them.
+    pub callers: Vec<Regs>,
 }
 
 impl Level {
-    fn new(context: Context, by: Option<Event>, frame: &Frame) -> Self {
+    /// The context that `frames` are of, innermost first.
+    fn new(context: Context, by: Option<Event>, frames: &[&Frame]) -> Option<Self> {
+        let (frame, callers) = frames.split_first()?;
         let flags = frame.regs.get(Reg::Eflags).filter(|_| frame.exact);
-        Self {
+        Some(Self {
             context,
             by,
             pc: frame.pc,
             regs: frame.regs,
             exact: frame.exact,
             irqs_on: flags.map(|flags| flags & IF != 0),
-        }
+            callers: callers.iter().take(CALLERS).map(|frame| frame.regs).collect(),
+        })
     }
 
     fn user(context: Context, pc: Option<u64>, regs: &Regs) -> Self {
         let irqs_on = regs.get(Reg::Eflags).map(|flags| flags & IF != 0);
         let pc = pc.or_else(|| regs.pc()).unwrap_or(0);
-        Self { context, by: None, pc, regs: *regs, exact: true, irqs_on }
+        Self { context, by: None, pc, regs: *regs, exact: true, irqs_on, callers: Vec::new() }
     }
 }
 
@@ -137,26 +144,21 @@ fn add(kernel: &Kernel, levels: &mut Vec<Level>, frames: &[&Frame], segment: &Se
         _ if is_idle && frames.iter().any(|frame| is_in(frame, &IDLE)) => Context::Idle,
         _ => Context::Task,
     };
-    let Some(first) = frames.first() else { return };
     match frames.iter().rposition(|frame| is_in(frame, &SOFTIRQ)) {
         Some(softirq) => {
-            levels.push(Level::new(Context::Softirq, by, first));
+            levels.extend(Level::new(Context::Softirq, by, frames));
             // On the way out of an interrupt that is over: the softirq is what it interrupts for.
-            if outer != Context::Hardirq
-                && let Some(frame) = frames.get(softirq + 1)
-            {
-                levels.push(Level::new(outer, by, frame));
+            if outer != Context::Hardirq {
+                levels.extend(Level::new(outer, by, frames.get(softirq + 1..).unwrap_or_default()));
             }
         }
-        None => levels.push(Level::new(outer, by, first)),
+        None => levels.extend(Level::new(outer, by, frames)),
     }
 }
 
 /// What a probe interrupted is no context of its own: the code behind the probe goes on as if called.
 fn merge(levels: &mut Vec<Level>, frames: &[&Frame]) {
-    if let Some(first) = frames.first() {
-        levels.push(Level::new(Context::Exception, Some(Event::Probe), first));
-    }
+    levels.extend(Level::new(Context::Exception, Some(Event::Probe), frames));
 }
 
 /// `preempt_count()` of a CPU, taken apart.

@@ -22,6 +22,25 @@ pub enum TornBy {
     End,
 }
 
+/// Whether a context was spinning: in the loop around its pc, or in one that called what it was in.
+fn spinning(kernel: &Kernel, level: &Level) -> Verdict {
+    let own = kernel.spinning(&level.regs);
+    if !matches!(own, Verdict::Not(_)) || level.context == Context::User {
+        return own;
+    }
+    for caller in &level.callers {
+        // A loop that retries, or that reads a clock, does its work in what it calls.
+        if let Verdict::Spinning(mut spin) = kernel.spinning(caller)
+            && spin.pauses
+            && spin.kind.is_contention()
+        {
+            spin.notes.push(format!("it was in a function that the loop calls, at {:#x}", level.pc));
+            return Verdict::Spinning(spin);
+        }
+    }
+    own
+}
+
 /// One CPU at the end.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -72,7 +91,7 @@ impl Report {
         let mut spins = Vec::new();
         for (i, level) in levels.iter().enumerate().skip(interrupted.unwrap_or(usize::MAX)) {
             let verdict = match level.exact {
-                true => kernel.spinning(&level.regs),
+                true => spinning(kernel, level),
                 false => Verdict::Unknown("its registers at that point were not saved"),
             };
             // The one that it was torn from is always told of; of the others what they wait for.

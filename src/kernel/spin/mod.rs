@@ -102,6 +102,8 @@ pub struct Spin {
     pub pc: VirtAddr,
     /// Instructions in the loop, by address, from the pc on.
     pub instructions: Vec<u64>,
+    /// `pause` is among them.
+    pub pauses: bool,
     /// The lock's own word, or else the word that the loop looks at; `None` where registers do not tell.
     pub word: Option<Word>,
     /// The word that the loop looks at, where that is another.
@@ -206,6 +208,7 @@ impl<'k> Place<'k> {
             function: self.kernel.symbolize(self.pc).map(|symbol| symbol.to_string()),
             pc: self.pc,
             instructions: found.path.clone(),
+            pauses: found.pauses,
             word: None,
             polled: None,
             bit: None,
