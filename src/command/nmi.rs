@@ -242,9 +242,6 @@ impl Show<'_> {
         let spins: Vec<Value> =
             report.spins.iter().map(|(i, verdict)| self.verdict_json(*i, verdict)).collect();
         let torn = match report.torn_by {
-            TornBy::Nmi if report.trace.parked.is_some() => {
-                format!("an NMI: it waits in {}", report.trace.parked.unwrap_or_default())
-            }
             TornBy::Nmi => "nmi",
             TornBy::SavedByNmi => "nmi that saved registers",
             TornBy::Parked(_) => "parked",
