@@ -367,6 +367,77 @@ fn the_command_says_what_the_walk_found() {
     }
 }
 
+/// Code that the tables leave out, entered as if the task's last call had gone there: thunks, an address that is no code, and
+/// the system call's entry with the user's stack pointer.
+#[test]
+fn thunks_bad_calls_and_the_entry_gap() {
+    for set in sets() {
+        let machine = open(&set.dumps()[0], false);
+        let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
+        let sleeping = task_list(kernel).into_iter().map(|task| (task, tracer.task(task)));
+        let (task, whole) = sleeping.filter(|(_, trace)| trace.start == Start::SwitchedOut).nth(1).unwrap();
+        let first = whole.frames().next().unwrap();
+        let thunk = |name: &str| kernel.symbol(name).map(|at| at.0);
+        let codes =
+            [thunk("__x86_indirect_thunk_rax"), thunk("__x86_return_thunk"), Some(0), Some(0xdead_0000)];
+        for pc in codes.into_iter().flatten() {
+            let trace = tracer.from(None, Some(task), Some(pc), first.pc_at);
+            let (found, expected): (Vec<_>, Vec<_>) = (trace.frames().collect(), whole.frames().collect());
+            assert_eq!(found[0].pc, pc);
+            let pcs =
+                |frames: &[&kstub::unwind::Frame]| frames.iter().map(|frame| frame.pc).collect::<Vec<_>>();
+            assert_eq!(pcs(&found[1..]), pcs(&expected), "{} at {pc:#x}: {}", set.name(), found[1].why);
+            assert_eq!((trace.guessed(), trace.ended.is_complete()), (0, true), "{}", set.name());
+            // A word off, the top of the stack is another.
+            let wrong = tracer.from(None, Some(task), Some(pc), first.pc_at.map(|at| at + 16));
+            assert_ne!(wrong.frames().nth(1).map(|frame| frame.pc), Some(first.pc), "{}", set.name());
+        }
+        let entry = kernel.symbol("entry_SYSCALL_64").unwrap();
+        let cpu = machine.first_cpu();
+        let trace = tracer.from(Some(cpu), None, Some(entry.0), Some(0x7ffd_1234_5678));
+        let Ended::EntryGap { pc, user } = &trace.ended else { panic!("{}: {:?}", set.name(), trace.ended) };
+        assert_eq!((*pc, user.sp()), (entry.0, Some(0x7ffd_1234_5678)), "{}", set.name());
+    }
+}
+
+/// Without ORC: call frame information finds the same frames, for stacks that no module and no probe is on.
+#[test]
+fn call_frames_find_the_same() {
+    for name in ["qemu-6.1-4l", "qemu-6.12-5l", "qemu-chain-irq-6.12"] {
+        let Some(set) = sets().into_iter().find(|set| set.name() == name) else { continue };
+        let machine = open(&set.dumps()[0], true);
+        let kernel = machine.kernel().unwrap();
+        let (by_orc, by_cfi) = (Tracer::new(&machine).unwrap(), Tracer::new(&machine).unwrap().without_orc());
+        let (mut same, mut bad) = (0, Vec::new());
+        for task in task_list(kernel) {
+            let (orc, cfi) = (by_orc.task(task), by_cfi.task(task));
+            if orc
+                .frames()
+                .any(|frame| kernel.symbolize(VirtAddr(frame.pc)).is_none_or(|found| found.module.is_some()))
+            {
+                continue;
+            }
+            match pcs(&orc) == pcs(&cfi) && cfi.guessed() == 0 && cfi.ended.is_complete() {
+                true => same += 1,
+                false => bad.push(format!(
+                    "{:#?}\n{:#?}\n{:?}",
+                    names(kernel, &orc),
+                    names(kernel, &cfi),
+                    cfi.ended
+                )),
+            }
+        }
+        assert!(bad.is_empty(), "{name}: {} differ, {same} do not\n{}", bad.len(), bad.join("\n"));
+        assert!(same > 80, "{name}: {same}");
+        let used = by_cfi
+            .tasks(&task_list(kernel))
+            .iter()
+            .flat_map(|t| t.frames())
+            .any(|f| f.source == FrameSource::Orc);
+        assert!(!used, "{name}: ORC was used");
+    }
+}
+
 /// A dump in which the words of some pages are others.
 struct Corrupt {
     dump: Arc<Dump>,

@@ -300,8 +300,10 @@ mod tests {
     /// The bits are those of the bit-fields in the headers of v5.10, v6.3 and v6.12.
     #[test]
     fn three_formats_of_the_same_rows() {
-        let shown =
-            |format, sp, bp, regs, flags| OrcEntry::decode(format, row(sp, bp, regs, flags)).to_string();
+        let shown = |flags, sp, bp, regs, bits| {
+            let format = Format { flags, numbers: Numbers::Old };
+            OrcEntry::decode(format, row(sp, bp, regs, bits)).to_string()
+        };
         assert_eq!(shown(Flags::Old, 16, -16, 0x15, 0), "type:call sp:sp+16 bp:prevsp-16 signal:0");
         assert_eq!(shown(Flags::Signal, 16, -16, 0x15, 0), "type:call sp:sp+16 bp:prevsp-16 signal:0");
         assert_eq!(shown(Flags::Typed, 16, -16, 0x15, 2), "type:call sp:sp+16 bp:prevsp-16 signal:0");

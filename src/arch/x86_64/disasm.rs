@@ -258,7 +258,7 @@ mod tests {
         // push %rbx; sub $0x20,%rsp; je 1f; add $0x20,%rsp; pop %rbx; ret; int3; 1: pushf; nop
         let code =
             [0x53, 0x48, 0x83, 0xec, 0x20, 0x74, 7, 0x48, 0x83, 0xc4, 0x20, 0x5b, 0xc3, 0xcc, 0x9c, 0x90];
-        let at = |offset| pushed_at(&code, 0x1000, 0x1000 + offset).map(|pushed| pushed.bytes);
+        let at = |offset: u64| pushed_at(&code, 0x1000, 0x1000 + offset).map(|pushed| pushed.bytes);
         assert_eq!((at(0), at(1), at(5), at(7), at(11)), (Some(0), Some(8), Some(40), Some(40), Some(8)));
         assert_eq!((at(13), at(14), at(15)), (None, Some(40), Some(48)), "behind ret by the jump only");
         assert_eq!(at(2), None, "in the middle of an instruction");

@@ -163,6 +163,13 @@ pub fn is_thunk(name: &str) -> bool {
     PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// Whether `name` is where a task or a CPU begins: for kernels whose tables do not say so.
+pub fn is_root(name: &str) -> bool {
+    name.starts_with("ret_from_fork")
+        || name.starts_with("secondary_startup_64")
+        || name == "common_startup_64"
+}
+
 /// What saved the registers: told by the name of the entry code and what it put into `orig_ax`.
 pub fn event(name: &str, saved: &PtRegs) -> Event {
     if saved.fred.1 != 0 {

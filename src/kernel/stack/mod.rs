@@ -333,8 +333,8 @@ impl Stacks {
         self.pieces.get_or_init(|| RuntimePieces::of(kernel))
     }
 
-    fn tables<'k>(&'k self, kernel: &'k Kernel) -> KernelTables<'k> {
-        KernelTables { kernel, tables: &self.tables }
+    fn tables<'k>(&'k self, kernel: &'k Kernel, orc: bool) -> KernelTables<'k> {
+        KernelTables { kernel, tables: &self.tables, orc }
     }
 
     fn of_cpu(&self, kernel: &Kernel, cpu: CpuId) -> Vec<StackBounds> {

@@ -162,6 +162,8 @@ impl ImageOrc {
 pub struct KernelTables<'k> {
     pub kernel: &'k Kernel,
     pub tables: &'k CodeTables,
+    /// Whether to use ORC.
+    pub orc: bool,
 }
 
 impl KernelTables<'_> {
@@ -181,6 +183,9 @@ impl KernelTables<'_> {
 
 impl Tables for KernelTables<'_> {
     fn orc(&self, pc: u64) -> Option<OrcEntry> {
+        if !self.orc {
+            return None;
+        }
         // A poisoned lock would mean that another thread panicked; rows are right all the same.
         let known = |rows: &HashMap<u64, Option<OrcEntry>>| rows.get(&pc).copied();
         if let Some(row) = self.tables.rows.read().ok().and_then(|rows| known(&rows)) {

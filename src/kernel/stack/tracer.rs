@@ -27,6 +27,7 @@ pub struct Tracer<'m> {
     running: HashMap<VirtAddr, CpuId>,
     /// `task_struct.thread.sp`
     sp: Option<u64>,
+    orc: bool,
 }
 
 impl<'m> Tracer<'m> {
@@ -36,7 +37,12 @@ impl<'m> Tracer<'m> {
         let cpus = machine.cpus();
         let running = cpus.iter().filter_map(|cpu| Some((kernel.current(cpu.id)?.at, cpu.id))).collect();
         let sp = kernel.member("task_struct", "thread.sp").map(|member| member.offset);
-        Some(Self { kernel, cpus, running, sp })
+        Some(Self { kernel, cpus, running, sp, orc: true })
+    }
+
+    /// The same as if the kernel had no ORC: by what the vmlinux has of call frame information, and by frame pointers.
+    pub fn without_orc(self) -> Self {
+        Self { orc: false, ..self }
     }
 
     /// The CPU that the task at `task` runs on; `None` for one that is switched out.
@@ -220,7 +226,7 @@ impl<'m> Tracer<'m> {
     }
 
     fn walk(&self, mut trace: Trace, first: Frame) -> Trace {
-        let mut walk = Walk::new(self.kernel, trace.cpu, trace.task);
+        let mut walk = Walk::new(self.kernel, trace.cpu, trace.task, self.orc);
         trace.ended = walk.run(first);
         trace.segments = walk.segments;
         // Only what is in front of the first boundary: behind it is what was interrupted.

@@ -84,7 +84,7 @@ enum Next {
 }
 
 impl<'k> Walk<'k> {
-    pub fn new(kernel: &'k Kernel, cpu: Option<CpuId>, task: Option<VirtAddr>) -> Self {
+    pub fn new(kernel: &'k Kernel, cpu: Option<CpuId>, task: Option<VirtAddr>, orc: bool) -> Self {
         let stacks = kernel.stacks();
         let mut known: Vec<StackBounds> = Vec::new();
         known.extend(cpu.map(|cpu| stacks.of_cpu(kernel, cpu)).into_iter().flatten());
@@ -92,7 +92,7 @@ impl<'k> Walk<'k> {
         Self {
             kernel,
             stacks,
-            tables: stacks.tables(kernel),
+            tables: stacks.tables(kernel, orc),
             cpu,
             task,
             memory: StackMemory { kernel, known, pages: RefCell::default() },
@@ -166,6 +166,14 @@ impl<'k> Walk<'k> {
     /// The step by a call: up on the same stack, or over to another by a row made for that.
     fn called(&mut self, frame: &mut Frame, mut next: Frame) -> Next {
         let here = self.here();
+        // The compiler does not know that the stack for interrupts is left: the word at its top is the stack pointer.
+        if here.is_some_and(|here| here.kind == StackKind::Irq && next.sp == here.end.wrapping_sub(8))
+            && next.source != FrameSource::Orc
+            && let Some(sp) = self.memory.word(next.sp)
+        {
+            next.sp = sp;
+            next.regs.set(Reg::Rsp, sp);
+        }
         let on_same = here.is_some_and(|here| here.contains(next.sp) || next.sp == here.end);
         if on_same {
             if next.sp <= frame.sp && !frame.exact || next.sp < frame.sp {
@@ -342,13 +350,16 @@ impl<'k> Walk<'k> {
     /// No row helps: what is known of the code, frame pointers, and last a guess.
     fn without_row(&mut self, frame: &mut Frame, why: NoStep) -> Next {
         let at = VirtAddr(frame.lookup_pc());
-        if frame.exact && self.stacks.code(self.kernel).is_entry(frame.pc) && frame.sp >> 63 == 0 {
-            let name = self.kernel.symbolize(at).map(|found| found.name).unwrap_or_default();
+        let name = self.kernel.symbolize(at).map(|found| found.name).unwrap_or_default();
+        let entry = self.stacks.code(self.kernel).is_entry(at.0);
+        if frame.exact && entry && frame.sp >> 63 == 0 {
             return self.gap(frame, name);
+        }
+        if why == NoStep::NoRow && entry::is_root(name) {
+            return self.end(frame);
         }
         if matches!(why, NoStep::NoRow | NoStep::Undefined) {
             let kind = self.kernel.runtime_code(at).map(|code| code.kind);
-            let entry = self.stacks.code(self.kernel).is_entry(at.0);
             // Detours of kprobes, and entry code of kernels without ORC, call with the saved registers on top.
             if (kind == Some(RuntimeKind::Optprobe) || entry && !frame.exact)
                 && let Some(saved) = PtRegs::read(&self.memory, frame.sp, false)
@@ -357,12 +368,9 @@ impl<'k> Walk<'k> {
                 return self.interrupted(frame, saved, None);
             }
             if frame.exact && entry {
-                let name = self.kernel.symbolize(at).map(|found| found.name).unwrap_or_default();
                 return self.gap(frame, name);
             }
-            if let Some(name) =
-                self.kernel.symbolize(at).map(|found| found.name).filter(|name| entry::is_thunk(name))
-            {
+            if entry::is_thunk(name) {
                 return self.thunk(frame, name);
             }
             // A call to what is no code, or to code before it has pushed anything.
