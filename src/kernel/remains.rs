@@ -35,6 +35,11 @@ impl Stack for StackBytes {
 }
 
 impl StackBytes {
+    /// Whether none of them could be read.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// The aligned words from `from` up, with the address of each.
     fn words(&self, from: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let skip = (from.saturating_sub(self.start).div_ceil(8) as usize).min(self.bytes.len() / 8);

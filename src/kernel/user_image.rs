@@ -46,8 +46,6 @@ struct Segment {
 pub struct UserImage<'k> {
     kernel: &'k Kernel,
     mm: VirtAddr,
-    /// Its path, or the name of the area: untrusted text.
-    pub name: String,
     /// What is added to the file's addresses.
     bias: u64,
     segments: Vec<Segment>,
@@ -76,20 +74,8 @@ impl<'k> UserImage<'k> {
         let first =
             areas.iter().filter(of_same_file).rfind(|area| area.offset == 0 && area.start <= here.start);
         let mapping = file.and_then(|(file, _)| kernel.object("file", *file).ok()?.at("f_mapping").ok()?);
-        let name = match file {
-            Some((_, info)) => info.shown(),
-            None => here.name.clone().unwrap_or_default(),
-        };
-        let mut image = Self {
-            kernel,
-            mm,
-            name,
-            bias: 0,
-            segments: Vec::new(),
-            mapping,
-            symbols: Vec::new(),
-            frames: None,
-        };
+        let mut image =
+            Self { kernel, mm, bias: 0, segments: Vec::new(), mapping, symbols: Vec::new(), frames: None };
         let mut header = [0; 64];
         let start = first.map(|area| area.start);
         match start.is_some_and(|start| image.read_user(start, &mut header)) {

@@ -5,7 +5,7 @@
 //! `arch/x86/kernel/signal_64.c` (`rt_sigreturn` frames are described by the vdso's and libc's tables).
 
 use super::user_image::UserImage;
-use super::vma::Vma;
+use super::vma::{Vma, Vmas};
 use super::{Kernel, ObjectError};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::disasm;
@@ -105,7 +105,7 @@ impl Tables for Space<'_> {
 impl Kernel {
     /// The user stack below `regs`, the user registers of a task whose `mm` this is.
     pub fn user_trace(&self, mm: VirtAddr, regs: Regs) -> Result<UserTrace, ObjectError> {
-        let areas = self.vmas(mm)?.areas;
+        let Vmas { areas, problem } = self.vmas(mm)?;
         let space = Space { kernel: self, mm, areas, images: RefCell::new(HashMap::new()) };
         let mut trace = UserTrace::default();
         const WHY: &str = "the registers that it entered the kernel with";
@@ -136,7 +136,11 @@ impl Kernel {
             let sp = frame.sp;
             trace.frames.push(UserFrame { frame, symbol, module });
             if !is_code {
-                trace.problem = Some("its pc is in no code that the process has mapped".to_owned());
+                trace.problem = Some(match (area, problem) {
+                    // Not all that it has mapped may be known.
+                    (None, Some(problem)) => format!("what code its pc is in is not known: {problem}"),
+                    _ => "its pc is in no code that the process has mapped".to_owned(),
+                });
                 break;
             }
             match next {

@@ -7,7 +7,7 @@ use crate::command::task::{heading, identity};
 use crate::command::{CommandError, Context, Output, printable};
 use crate::kernel::remains::StackUse;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{StackBounds, Trace, Tracer};
+use crate::kernel::stack::{StackBounds, StackKind, Trace, Tracer};
 use crate::kernel::{CpuId, Kernel};
 use crate::unwind::PtRegs;
 use serde_json::{Value, json};
@@ -72,6 +72,12 @@ fn frames(kernel: &Kernel, text: &mut String, stacks: &[StackBounds]) -> Value {
     let mut rows = Vec::new();
     for stack in stacks {
         let bytes = kernel.stack_bytes(stack);
+        // Only encrypted guests have these.
+        if bytes.is_empty()
+            && matches!(stack.kind, StackKind::VmmCommunication | StackKind::VmmCommunicationFallback)
+        {
+            continue;
+        }
         for saved in kernel.exception_frames(&bytes) {
             let mode = if saved.of_user() { "USER" } else { "KERNEL" };
             let _ = writeln!(text, "  {mode}-MODE EXCEPTION FRAME AT: {:016x} ({})", saved.at, stack);
