@@ -193,6 +193,7 @@ fn by_rbp(traces: &[Trace]) -> bool {
 const KNOWN: &[(&str, &str, &str, &str)] = &[
     // The dump's registers are those that __crash_kexec took before it called; they are what the dump says of the CPU.
     ("crash", "kdump-6.1", "machine_kexec", "called after the registers were taken"),
+    ("crash", "kdump-6.1", "__crash_kexec", "where it called machine_kexec"),
     // A word that an earlier call left: s_show calls seq_printf itself (kernel/kallsyms.c), and drgn agrees.
     ("crash", "qemu-6.1-4l", "update_iter", "stale"),
 ];
@@ -311,8 +312,11 @@ fn as_crash_has_them() {
                 .collect();
             theirs.dedup();
             // What an interrupted frame has no return address for, crash names in "[exception RIP: ...]" only.
-            let interrupted =
-                |pc: u64| trace.frames().any(|frame| frame.pc == pc && frame.source == FrameSource::PtRegs);
+            let interrupted = |pc: u64| {
+                trace.frames().any(|frame| {
+                    frame.pc == pc && matches!(frame.source, FrameSource::PtRegs | FrameSource::Registers)
+                })
+            };
             let ours: Vec<u64> = trace.frames().map(|frame| frame.pc).collect();
             let both = |theirs: &[u64]| {
                 let mut rest = theirs.iter().peekable();
@@ -411,6 +415,9 @@ fn call_frames_find_the_same() {
         let (mut same, mut bad) = (0, Vec::new());
         for task in task_list(kernel) {
             let (orc, cfi) = (by_orc.task(task), by_cfi.task(task));
+            if orc.start == Start::Released {
+                continue;
+            }
             if orc
                 .frames()
                 .any(|frame| kernel.symbolize(VirtAddr(frame.pc)).is_none_or(|found| found.module.is_some()))

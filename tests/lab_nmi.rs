@@ -227,6 +227,7 @@ fn contexts_are_those_that_the_guest_made() {
             assert_eq!(one["was_in"]["irqs_on"], false, "{what}: {one:#}");
             // The NMI in the backtrace is not an old one.
             assert_eq!(one["old"], Value::Null, "{what}: {one:#}");
+            assert!(one["nmis"].as_u64().unwrap() >= 1, "{what}: {one:#}");
         }
         checked += 1;
     });
@@ -284,6 +285,43 @@ fn nmis_are_where_they_were() {
             }
         }
     });
+}
+
+/// What the last NMI left on a CPU's stack is what the crashing kernel wrote into that CPU's note, because that NMI was
+/// the one.
+#[test]
+fn the_last_nmi_has_left_what_the_note_of_the_cpu_has() {
+    let (mut whole, mut users) = (0, 0);
+    for_each_set(&|set| set.json["kind"] == "kdump", &mut |set, what, machine| {
+        let kernel = machine.kernel().unwrap();
+        for cpu in machine.cpus() {
+            if set.json["panic"]["cpu"] == cpu.id.0 {
+                continue;
+            }
+            let old = kernel.last_nmi(cpu.id).unwrap_or_else(|| panic!("{what}: CPU {}", cpu.id));
+            let pushed = [Reg::Rip, Reg::Rsp, Reg::Cs, Reg::Ss, Reg::Eflags];
+            let compared = match cpu.regs.in_user_mode() {
+                // Of a program the NMI leaves only what the processor pushes.
+                Some(true) => {
+                    assert_eq!(old.pt_regs, None, "{what}: CPU {}", cpu.id);
+                    users += 1;
+                    &Reg::ALL[..0]
+                }
+                _ => {
+                    assert!(old.pt_regs.is_some(), "{what}: CPU {}", cpu.id);
+                    whole += 1;
+                    &Reg::ALL[..16]
+                }
+            };
+            for &reg in compared.iter().chain(&pushed) {
+                assert_eq!(old.regs.get(reg), cpu.regs.u64(reg), "{what}: CPU {}: {}", cpu.id, reg.name());
+            }
+            // Another CPU's is another's.
+            let next = machine.cpus().iter().find(|one| one.id != cpu.id && one.regs != cpu.regs).unwrap();
+            assert_ne!(old.regs.get(Reg::Rsp), next.regs.u64(Reg::Rsp), "{what}");
+        }
+    });
+    assert!(lab::sets().is_none() || whole > 0 && users > 0, "{whole} in the kernel, {users} in user mode");
 }
 
 // ---------------------------------------------------------------- what lies on stacks

@@ -97,10 +97,14 @@ impl Kernel {
 
     /// How many NMIs `cpu` has taken since boot.
     pub fn nmi_count(&self, cpu: CpuId) -> Option<u64> {
-        let stat = self.object("irq_cpustat_t", self.per_cpu("irq_stat", cpu)?);
-        let stat =
-            stat.or_else(|_| self.value("irq_cpustat_t", self.per_cpu("irq_stat", cpu).unwrap_or_default()));
-        stat.ok()?.get("__nmi_count").ok()
+        let stat = self.value("irq_cpustat_t", self.per_cpu("irq_stat", cpu)?).ok()?;
+        // Since about v7.0 all are in an array.
+        let in_array = || {
+            let index =
+                self.types()?.constant("IRQ_COUNT_NMI").and_then(|index| u64::try_from(index).ok())?;
+            stat.member("counts").ok()?.index(index).ok()?.u64().ok()
+        };
+        stat.get("__nmi_count").ok().or_else(in_array)
     }
 
     /// The backtraces by NMI in the log, oldest first.
