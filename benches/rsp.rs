@@ -16,9 +16,10 @@ impl<T: Read + Write> Stream for T {}
 
 struct Client {
     stream: Box<dyn Stream>,
-    /// Room for a packet of any size; `..filled` has come.
+    /// Room for a packet of any size; `..filled` has come, `..packet` is the last packet.
     input: Vec<u8>,
     filled: usize,
+    packet: usize,
     acks: bool,
     packet_size: usize,
 }
@@ -35,13 +36,14 @@ impl Client {
             stream.set_nodelay(true).expect("nodelay");
             Box::new(stream)
         };
-        let mut client = Self { stream, input: vec![0; 1 << 20], filled: 0, acks: true, packet_size: 0x400 };
+        let mut client =
+            Self { stream, input: vec![1; 1 << 20], filled: 0, packet: 0, acks: true, packet_size: 0x400 };
         // As gdb introduces itself; QThreadEvents tells a stub that this is gdb.
         let mut features = client
             .ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;qRelocInsn+;vContSupported+;QThreadEvents+");
         // QEMU tells that it stopped the guest for us, whenever that happens.
         while !features.starts_with(b"PacketSize") {
-            features = client.receive();
+            features = client.receive().to_vec();
         }
         let features = String::from_utf8_lossy(&features).into_owned();
         let size = features.split(';').find_map(|f| f.strip_prefix("PacketSize=")).expect("PacketSize");
@@ -57,22 +59,32 @@ impl Client {
     /// Sends a packet and returns the body of the answer, still escaped.
     fn ask(&mut self, body: &[u8]) -> Vec<u8> {
         self.stream.write_all(&rsp::frame(body)).expect("write");
-        self.receive()
+        self.receive().to_vec()
     }
 
-    /// The body of the next packet.
-    fn receive(&mut self) -> Vec<u8> {
-        self.receive_with(<[u8]>::to_vec)
+    /// The body of the next packet, still escaped.
+    fn receive(&mut self) -> &[u8] {
+        self.await_packet();
+        self.body()
     }
 
-    /// What `take` makes of the body of the next packet, which is what has come: nobody sends unasked.
-    fn receive_with<T>(&mut self, take: impl FnOnce(&[u8]) -> T) -> T {
+    /// The body of the packet that has come.
+    fn body(&self) -> &[u8] {
+        let end = self.packet - 3;
+        let start = memchr::memchr(b'$', &self.input[..end]).expect("a packet starts with $") + 1;
+        &self.input[start..end]
+    }
+
+    /// Waits for the packet after the one that has come, which is dropped. No packet is copied.
+    fn await_packet(&mut self) {
+        self.input.copy_within(self.packet..self.filled, 0);
+        self.filled -= self.packet;
         let mut seen = 0;
-        let end = loop {
+        self.packet = loop {
             if let Some(at) = memchr::memchr(b'#', &self.input[seen..self.filled]).map(|at| seen + at)
                 && self.filled >= at + 3
             {
-                break at;
+                break at + 3;
             } else {
                 seen = self.filled.saturating_sub(3);
             }
@@ -80,24 +92,15 @@ impl Client {
             assert!(n > 0, "the stub closed the connection, or the packet is too long");
             self.filled += n;
         };
-        let start = memchr::memchr(b'$', &self.input[..end]).expect("a packet starts with $") + 1;
-        let taken = take(&self.input[start..end]);
-        self.input.copy_within(end + 3..self.filled, 0);
-        self.filled -= end + 3;
         if self.acks {
             self.stream.write_all(b"+").expect("write");
         }
-        taken
     }
 
-    /// Appends up to `length` bytes at `at` to `bytes`.
-    fn read(&mut self, at: u64, length: usize, binary: bool, bytes: &mut Vec<u8>) {
+    /// Asks for `length` bytes at `at`.
+    fn request(&mut self, at: u64, length: usize, binary: bool) {
         let request = format!("{}{at:x},{length:x}", if binary { 'x' } else { 'm' });
         self.stream.write_all(&rsp::frame(request.as_bytes())).expect("write");
-        self.receive_with(|answer| {
-            let good = if binary { unescape(answer, bytes) } else { unhex(answer, bytes) };
-            assert!(good, "{request}: {}", String::from_utf8_lossy(answer));
-        });
     }
 }
 
@@ -155,15 +158,31 @@ fn sum(bytes: &[u8]) -> u64 {
 
 fn bulk(address: &str, from: u64, length: u64, binary: bool) {
     let mut client = Client::connect(address);
-    let chunk = if binary { client.packet_size - 16 } else { (client.packet_size - 16) / 2 };
+    // As much as fits, in binary if no more than one byte in sixteen must be escaped.
+    let chunk = (client.packet_size - 16) / if binary { 17 } else { 2 } * if binary { 16 } else { 1 };
     // Touched once, so that it is not the system's handing out of memory that is measured.
-    let mut bytes = vec![1u8; length as usize];
+    let mut bytes = vec![1u8; length as usize + client.packet_size];
     bytes.clear();
     let start = Instant::now();
+    let wanted = |had: usize| chunk.min(length as usize - had);
+    client.request(from, wanted(0), binary);
     while (bytes.len() as u64) < length {
         let had = bytes.len();
-        client.read(from + had as u64, chunk.min(length as usize - had), binary, &mut bytes);
-        assert!(bytes.len() > had, "short read at {:#x}", from + had as u64);
+        let all = had + wanted(had);
+        client.await_packet();
+        // Decoded while the stub is at the next one.
+        let more = (all as u64) < length;
+        if more {
+            client.request(from + all as u64, wanted(all), binary);
+        }
+        let body = client.body();
+        let good = if binary { unescape(body, &mut bytes) } else { unhex(body, &mut bytes) };
+        assert!(good && bytes.len() > had, "{:#x}: {}", from + had as u64, String::from_utf8_lossy(body));
+        if more && bytes.len() < all {
+            // It took more room than it had: what was asked for ahead is from further on.
+            client.await_packet();
+            client.request(from + bytes.len() as u64, wanted(bytes.len()), binary);
+        }
     }
     let seconds = start.elapsed().as_secs_f64();
     println!(
@@ -177,7 +196,8 @@ fn small(address: &str, from: u64, count: u64) {
     let mut bytes = Vec::new();
     let start = Instant::now();
     for i in 0..count {
-        client.read(from + i * 8 % 4096, 8, false, &mut bytes);
+        client.request(from + i * 8 % 4096, 8, false);
+        assert!(unhex(client.receive(), &mut bytes), "no memory at {from:#x}");
     }
     let seconds = start.elapsed().as_secs_f64();
     println!("{{\"reads\": {count}, \"sum\": \"{:016x}\", \"seconds\": {seconds:.6}}}", sum(&bytes));

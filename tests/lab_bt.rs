@@ -229,7 +229,7 @@ fn as_drgn_has_them() {
     let with_referee = ["qemu-6.1-4l", "qemu-6.12-5l", "kdump-6.1", "qemu-5.10-4l", "qemu-chain-irq-6.12"];
     for set in sets().into_iter().filter(|set| with_referee.contains(&set.name().as_str())) {
         let dump = set.dumps()[0].clone();
-        let Some(facts) = referee(&set.name(), &dump.name, "drgn-stacks") else { continue };
+        let Some(facts) = referee(&set.name(), &dump.name, "stacks") else { continue };
         let machine = open(&dump, true);
         let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
         let (mut compared, mut differ, mut mutated) = (0, Vec::new(), 0);
@@ -284,7 +284,7 @@ fn as_crash_has_them() {
     let with_referee = ["qemu-6.1-4l", "qemu-6.12-5l", "kdump-6.1", "qemu-5.10-4l"];
     for set in sets().into_iter().filter(|set| with_referee.contains(&set.name().as_str())) {
         let dump = set.dumps()[0].clone();
-        let Some(facts) = referee(&set.name(), &dump.name, "crash-stacks") else { continue };
+        let Some(facts) = referee(&set.name(), &dump.name, "crash_stacks") else { continue };
         let machine = open(&dump, true);
         let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
         let known = |name: &str| {

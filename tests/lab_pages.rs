@@ -562,6 +562,8 @@ fn caches_are_those_of_slabinfo() {
             answer["caches"].as_array().unwrap().iter().map(|c| (c["name"].as_str().unwrap(), c)).collect();
         assert_eq!(answer["problems"], serde_json::json!([]), "{what}");
         let (mut same, mut all) = (0, 0);
+        // Nobody touches the planted cache between the file and the dump.
+        let planted = set.planted("kstub_plant.txt").and_then(|p| p.get("slab.cache.name").cloned());
         for line in text.lines().skip(2) {
             let words: Vec<&str> = line.split_whitespace().collect();
             let cache = caches.get(words[0]).unwrap_or_else(|| panic!("{what}: no cache {}", words[0]));
@@ -573,7 +575,17 @@ fn caches_are_those_of_slabinfo() {
             assert_eq!(cache["bad_pointers"], serde_json::json!([]), "{what}: {line}");
             all += 1;
             let near = |told: u64, found: u64| found.abs_diff(told) <= 64 + told / 5;
-            same += usize::from(near(number(2), cache["total"].as_u64().unwrap()));
+            let (total, active) =
+                (cache["total"].as_u64().unwrap(), cache["allocated_or_kept"].as_u64().unwrap());
+            assert_eq!(
+                cache["allocated"].as_u64().unwrap() + cache["kept"].as_u64().unwrap(),
+                active,
+                "{what}"
+            );
+            same += usize::from(near(number(2), total) && near(number(1), active));
+            if planted.as_deref() == Some(words[0]) {
+                assert_eq!((active, total), (number(1), number(2)), "{what}: {line}: {cache}");
+            }
         }
         assert!(
             all > 60 && same * 20 >= all * 18,
@@ -655,6 +667,32 @@ fn what_an_address_belongs_to() {
             assert_eq!(found["page"]["kind"], "vmalloc", "{what}: {found}");
         }
     });
+}
+
+/// The census and the list of all pages are two ways to the same.
+#[test]
+fn the_census_is_what_each_page_says() {
+    let mut releases = BTreeSet::new();
+    for_each_set(false, &mut |set, _, machine, what| {
+        if !releases.insert(set.json["release"].to_string()) {
+            return;
+        }
+        let map = machine.kernel().unwrap().page_map().unwrap();
+        let census = json(machine, "kmem --census");
+        let mut kinds = BTreeMap::<String, u64>::new();
+        for section in &map.sections {
+            for page in json(machine, &format!("kmem -p {:x} 32768", section.start.0)).as_array().unwrap() {
+                *kinds.entry(page["kind"].as_str().unwrap().to_owned()).or_default() += 1;
+            }
+        }
+        for (kind, told) in census["kinds"].as_object().unwrap() {
+            assert_eq!(kinds.remove(kind), told["pages"].as_u64(), "{what}: {kind}");
+        }
+        assert!(kinds.is_empty(), "{what}: {kinds:?}");
+        // What has no references and is not free is the rest of a block.
+        assert_eq!(census["kinds"]["unknown"], Value::Null, "{what}: {census}");
+    });
+    assert!(lab::sets().is_none() || !releases.is_empty());
 }
 
 /// A dump that lacks user memory and free pages still has its struct pages.

@@ -13,9 +13,11 @@ from common import CHECKOUT, LAB, LabError, read_json, recipe_hash, say, step
 
 SCRIPTS = CHECKOUT / "scripts/referees.d"
 CACHE = LAB / "referee-cache"
-NAMES = ["drgn", "crash"]
-# They take apart the same stacks: a script of its own, which the others' cached facts do not depend on.
-STACKS = ["drgn-stacks", "crash-stacks"]
+# What each is by the name of its script; "pages" is drgn once more, apart because it takes as long as all the rest.
+NAMES = ["drgn", "pages", "crash"]
+# The same of stacks, only when asked for.
+STACKS = ["stacks", "crash_stacks"]
+TOOL = {"drgn": "drgn", "pages": "drgn", "crash": "crash", "stacks": "drgn", "crash_stacks": "crash"}
 
 
 def _dump_of(manifest, wanted):
@@ -31,9 +33,8 @@ def _dump_of(manifest, wanted):
 
 def _key(who, dump, *more):
     state = dump.stat()
-    tool, _, stacks = who.partition("-")
-    scripts = [SCRIPTS / f"stacks_{tool}.py"] if stacks else sorted(SCRIPTS.glob(f"{who}_*.py"))
-    return recipe_hash(tools.install(tool)[1], *scripts, state.st_mtime_ns, state.st_size, *more)
+    scripts = [SCRIPTS / f"{who}_facts.py", *([SCRIPTS / "drgn_common.py"] if TOOL[who] == "drgn" else [])]
+    return recipe_hash(tools.install(TOOL[who])[1], *scripts, state.st_mtime_ns, state.st_size, *more)
 
 
 def _run(argv, output):
@@ -47,31 +48,27 @@ def _run(argv, output):
     unfinished.rename(output)
 
 
-def _drgn(dump, manifest, script="drgn_facts.py"):
+def _drgn(who, dump, manifest):
     modules = LAB / manifest["modules"]
     debug_files = sorted(modules.rglob("*.ko.debug"))
     # The interpreter that drgn was installed for, with drgn on its path.
     python = ["env", f"PYTHONPATH={tools.drgn_directory()}", "PYTHONDONTWRITEBYTECODE=1", sys.executable]
-    return [*python, SCRIPTS / script, dump, LAB / manifest["vmlinux"], *debug_files]
+    return [*python, SCRIPTS / f"{who}_facts.py", dump, LAB / manifest["vmlinux"], *debug_files]
 
 
-def _crash(dump, manifest):
+def _crash(_who, dump, manifest):
     argv = [sys.executable, SCRIPTS / "crash_facts.py", tools.install("crash")[0], dump, LAB / manifest["vmlinux"]]
     # crash is asked about the pages and addresses that drgn chose.
-    return [*argv, LAB / manifest["modules"], ask(manifest["name"], dump.name, "drgn")]
+    chosen = [ask(manifest["name"], dump.name, who) for who in ("drgn", "pages")]
+    return [*argv, LAB / manifest["modules"], *chosen]
 
 
-def _crash_stacks(dump, manifest):
-    argv = [sys.executable, SCRIPTS / "stacks_crash.py", tools.install("crash")[0], dump, LAB / manifest["vmlinux"]]
+def _crash_stacks(who, dump, manifest):
+    argv = [sys.executable, SCRIPTS / f"{who}_facts.py", tools.install("crash")[0], dump, LAB / manifest["vmlinux"]]
     return [*argv, LAB / manifest["modules"]]
 
 
-ARGUMENTS = {
-    "drgn": _drgn,
-    "crash": _crash,
-    "drgn-stacks": lambda dump, manifest: _drgn(dump, manifest, "stacks_drgn.py"),
-    "crash-stacks": _crash_stacks,
-}
+ARGUMENTS = {"drgn": _drgn, "pages": _drgn, "crash": _crash, "stacks": _drgn, "crash_stacks": _crash_stacks}
 
 
 def ask(set_name, dump_name, who):
@@ -87,8 +84,8 @@ def ask(set_name, dump_name, who):
     # Tests run at the same time, and may want the same.
     with open(directory / f".{output.name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        argv = ARGUMENTS[who](dump, manifest)
-        key = _key(who, dump, *(argv[-1:] if who == "crash" else []))
+        argv = ARGUMENTS[who](who, dump, manifest)
+        key = _key(who, dump, *(argv[-2:] if who == "crash" else []))
         stamp = directory / f".{output.name}.stamp"
         if not (output.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == key):
             with step(f"{who} on {set_name}/{dump.name}"):

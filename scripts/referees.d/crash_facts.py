@@ -1,10 +1,10 @@
 """What crash says of a dump, as JSON on standard output.
 
-  crash_facts.py CRASH DUMP VMLINUX MODULES_DIRECTORY [DRGN_FACTS]
+  crash_facts.py CRASH DUMP VMLINUX MODULES_DIRECTORY [DRGN_FACTS...]
 
 A referee, not the truth: a dump that crash refuses gives {"refused": reason}. What is easy to take apart
-is under a name of its own; what crash printed is under "raw". With DRGN_FACTS (the JSON of drgn_facts.py)
-crash is asked about the same pages and addresses.
+is under a name of its own; what crash printed is under "raw". With DRGN_FACTS (the JSON of drgn_facts.py and
+pages_facts.py) crash is asked about the same pages and addresses.
 """
 
 import json
@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 
 TIMEOUT = 600
-PAGES_OF_A_KIND = 6
+PAGES = 240
+OF_SLABS = 60
+# Whose slabs are shown object by object: one with a red zone or constructor each, small, large, of a module.
+CACHES = ["kmalloc-64", "dentry", "task_struct", "filp", "mm_struct", "kstub_cache", "kstub_constructed"]
 ADDRESSES_OF_A_KIND = 12
 # File name -> command. `kmem -s` walks every slab, so it comes last: a crash that dies in it has told the rest.
 COMMANDS = {
@@ -38,6 +41,9 @@ COMMANDS = {
     "kmem_v": "kmem -v",
     "kmem_o": "kmem -o",
     "kmem_i": "kmem -i",
+    "kmem_V": "kmem -V",
+    "kmem_h": "kmem -h",
+    **{f"kmem_S_{name}": f"kmem -S {name}" for name in CACHES},
     "kmem_s": "kmem -s",
 }
 
@@ -45,9 +51,10 @@ COMMANDS = {
 def questions(drgn_facts):
     """More commands: the pages and addresses that drgn was asked about."""
     found = {}
-    for kind, rows in drgn_facts.get("pages", {}).get("samples", {}).items():
-        for row in rows[:PAGES_OF_A_KIND]:
-            command = "kmem" if kind.startswith(("slab", "buddy")) else "kmem -p"
+    rows = drgn_facts.get("pages", [])
+    whole = [row for row in rows if row["slab"] is True or "buddy" in row["lists"]]
+    for command, some in (("kmem -p", spread(rows, PAGES)), ("kmem", spread(whole, OF_SLABS))):
+        for row in some:
             found[f"page_{row['pfn']:x}"] = f"{command} {row['page'][2:]}"
     seen = {}
     for row in drgn_facts.get("translations", []):
@@ -59,6 +66,13 @@ def questions(drgn_facts):
         where = f"-c {row['pid']} " if row["pid"] else ""
         found[f"vtop_{len(found)}_{row['pid'] or 0}_{row['virtual']}"] = f"vtop {where}{row['virtual'][2:]}"
     return found
+
+
+def spread(all_of_them, count):
+    """So many of them, from the first to the last."""
+    if len(all_of_them) <= count:
+        return all_of_them
+    return [all_of_them[i * (len(all_of_them) - 1) // (count - 1)] for i in range(count)]
 
 
 def ask(crash, dump, vmlinux, modules, commands):
@@ -167,6 +181,60 @@ def physical(text):
     return f"0x{found[1]}" if re.fullmatch("[0-9a-f]+", found[1]) else None
 
 
+def zones(text):
+    """kmem -z: size, watermarks and counters of each zone that has memory"""
+    found = {}
+    for part in text.split("NODE: ")[1:]:
+        name = re.search(r'NAME: "([^"]*)"', part)
+        size = re.search(r"SIZE: (\d+)(?:\s+PRESENT: (\d+))?\s+MIN/LOW/HIGH: (\d+)/(\d+)/(\d+)", part)
+        if name and size:
+            spanned, present, *marks = size.groups()
+            found[name[1]] = {
+                "spanned": int(spanned),
+                "present": int(present) if present else None,
+                "watermarks": [int(mark) for mark in marks],
+                "counters": {key: int(value) for key, value in re.findall(r"^\s*(NR_\w+): (-?\d+)$", part, re.M)},
+            }
+    return found
+
+
+def free_blocks(text):
+    """kmem -f: blocks by order of each zone"""
+    found = {}
+    for part in re.split(r"^ZONE  NAME", text, flags=re.M)[1:]:
+        name = re.search(r"^\s*\d+\s+(\S+)\s+\d+\s+\d+ ", part, re.M)
+        if not name:
+            continue
+        blocks = {}
+        for order, count in re.findall(r"^\s*(\d+)\s+\d+k\s+[0-9a-f]+\s+(\d+)\s+\d+\s*$", part, re.M):
+            blocks[order] = blocks.get(order, 0) + int(count)
+        found[name[1]] = blocks
+    return found
+
+
+def counters(text):
+    """kmem -V"""
+    return {name: int(value) for name, value in re.findall(r"^\s*([A-Z][A-Z0-9_]+): (-?\d+)\s*$", text, re.M)}
+
+
+def huge_pools(text):
+    """kmem -h:      HSTATE        SIZE    FREE   TOTAL  NAME"""
+    row = re.compile(r"^\s*([0-9a-f]{16})\s+\S+\s+(\d+)\s+(\d+)\s+(\S+)$", re.MULTILINE)
+    return {name: {"free": int(free), "total": int(total)} for _, free, total, name in row.findall(text)}
+
+
+def objects(text):
+    """kmem -S: objects of each slab, behind "FREE / [ALLOCATED]"; behind a free one may stand whose it is"""
+    found = {}
+    for part in text.split("FREE / [ALLOCATED]")[1:]:
+        for line in part.splitlines()[1:]:
+            row = re.match(r"^\s+(\[?)([0-9a-f]{16})\]?(?:  \(cpu \d+ cache\))?$", line)
+            if not row:
+                break
+            found[f"0x{row[2]}"] = bool(row[1])
+    return found
+
+
 def usage(text):
     """kmem -i: PAGES by name"""
     return {
@@ -187,6 +255,11 @@ def parse(texts):
         "slabs": slabs(texts.get("kmem_s", "")),
         "slab_problems": slab_problems(texts.get("kmem_s", "")),
         "memory_pages": usage(texts.get("kmem_i", "")),
+        "zones": zones(texts.get("kmem_z", "")),
+        "free_blocks": free_blocks(texts.get("kmem_f", "")),
+        "counters": counters(texts.get("kmem_V", "")),
+        "huge_pools": huge_pools(texts.get("kmem_h", "")),
+        "objects": {name: objects(texts.get(f"kmem_S_{name}", "")) for name in CACHES},
         "pages": {},
         "translations": [],
         "raw": {},
@@ -197,7 +270,7 @@ def parse(texts):
         elif name.startswith("vtop_"):
             _, _, pid, virtual = name.split("_")
             facts["translations"].append({"pid": int(pid) or None, "virtual": virtual, "physical": physical(text)})
-        else:
+        elif not name.startswith("kmem_S_"):
             facts["raw"][name] = text
     return facts
 
@@ -206,7 +279,9 @@ def main():
     crash, dump, vmlinux, module_directory, *more = sys.argv[1:]
     version = subprocess.run([crash, "--version"], stdout=subprocess.PIPE, text=True, check=False).stdout
     facts = {"who": version.strip().splitlines()[0] if version.strip() else "crash"}
-    drgn_facts = json.loads(Path(more[0]).read_text(encoding="utf-8")) if more else {}
+    drgn_facts = {}
+    for path in more:
+        drgn_facts |= json.loads(Path(path).read_text(encoding="utf-8"))
     start = time.monotonic()
     texts, said = ask(crash, dump, vmlinux, module_directory, COMMANDS | questions(drgn_facts))
     if texts.get("sys"):

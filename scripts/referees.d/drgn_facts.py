@@ -9,60 +9,17 @@ dump it cannot open gives {"refused": reason}. Addresses are hexadecimal text, e
 import importlib.metadata
 import itertools
 import json
-import re
 import sys
 import time
 
 import drgn
 from drgn.helpers.linux import cpumask, fs, irq, list as lists, mm, module, net, percpu, pid, printk, sched, slab, swap
 from drgn.helpers.linux import timer
-from drgn_common import address, attempt, first, number, symbol_name, text, with_memory
-from drgn_pages import page_census
+from drgn_common import address, attempt, first, number, open_dump, symbol_name, text, with_memory
 
 LONGEST_LIST = 1 << 20
 TRANSLATIONS_OF_A_KIND = 50
 PF_KTHREAD = 0x200000
-
-
-# Opening
-
-
-def vmcoreinfo_in(path):
-    """The text of VMCOREINFO as it lies in guest RAM, for dumps whose maker did not have it."""
-    window, overlap = 64 << 20, 1 << 16
-    with open(path, "rb") as file:
-        at = 0
-        while True:
-            file.seek(at)
-            block = file.read(window + overlap)
-            if not block:
-                return None
-            for match in re.finditer(rb"OSRELEASE=[\x20-\x7e]+\n", block):
-                candidate = re.match(rb"[\x20-\x7e\n]+", block[match.start() : match.start() + overlap])[0]
-                if b"KERNELOFFSET=" in candidate and b"SYMBOL(swapper_pg_dir)" in candidate:
-                    return candidate
-            at += window
-
-
-def open_dump(path, debug_files):
-    try:
-        prog = drgn.Program()
-        prog.set_core_dump(path)
-        how = "dump"
-        if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
-            raise ValueError("not seen as a Linux kernel")
-    except Exception as error:  # noqa: BLE001
-        found = vmcoreinfo_in(path)
-        if not found:
-            raise
-        prog = drgn.Program(vmcoreinfo=found)
-        prog.set_core_dump(path)
-        how = f"text in RAM (the dump alone: {error})"
-    try:
-        prog.load_debug_info(debug_files)
-    except drgn.MissingDebugInfoError as error:
-        return prog, how, str(error)
-    return prog, how, None
 
 
 # Tasks, CPUs
@@ -368,21 +325,6 @@ def slabs(prog):
     return [attempt(lambda cache=cache: cache_facts(prog, cache)) for cache in slab.for_each_slab_cache(prog)]
 
 
-def objects_of(prog, name, type_name):
-    cache = slab.find_slab_cache(prog, name)
-    return sorted(address(one) for one in slab.slab_cache_for_each_allocated_object(cache, type_name))
-
-
-def allocated(prog):
-    """Every allocated object of a few caches: addresses. For each of them drgn looks through all of memory."""
-    kinds = {"task_struct": "struct task_struct", "kstub_cache": "char"}
-    return {
-        name: attempt(lambda name=name, kind=kind: objects_of(prog, name, kind))
-        for name, kind in kinds.items()
-        if slab.find_slab_cache(prog, name)
-    }
-
-
 # Files, mounts, devices
 
 
@@ -511,7 +453,6 @@ SECTIONS = {
     "modules": modules,
     "log": log,
     "slabs": slabs,
-    "allocated": allocated,
     "mounts": mounts,
     "files": files,
     "swaps": swaps,
@@ -520,7 +461,6 @@ SECTIONS = {
     "timers": timers,
     "hrtimers": hrtimers,
     "translations": translations,
-    "pages": page_census,
     "stacks": stacks,
 }
 

@@ -3,7 +3,7 @@
 use super::args::{self, Address};
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::{PAGE_SIZE, Pfn, PhysAddr, VirtAddr};
-use crate::kernel::page::about::About;
+use crate::kernel::page::about::{About, Pages};
 use crate::kernel::page::mapping::{Held, Mapping};
 use crate::kernel::page::users::{self, Users};
 use crate::kernel::page::{Kind, PageMap};
@@ -50,8 +50,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let map = kernel.page_map()?;
     let first = find(context, map, wanted, task)?;
     let (mut text, mut json) = (String::new(), Vec::new());
+    let pages = Pages::new(kernel, map);
     for i in 0..count {
-        let about = About::new(kernel, map, Pfn(first.0 + i))?;
+        let about = pages.about(Pfn(first.0.saturating_add(i)))?;
         let users = users::of(kernel, &about.mapping, &about.indexes(), PhysAddr(about.phys()));
         if i > 0 {
             text.push('\n');
@@ -123,6 +124,9 @@ pub fn line(about: &About<'_>) -> String {
     let mut line = format!("page {}  pfn {}  {}", about.at, about.pfn, about.kind.name());
     if let Some(compound) = about.compound.filter(|compound| compound.index > 0) {
         let _ = write!(line, ", tail {} of {}", compound.index, compound.head);
+    }
+    if let Some(block) = about.block {
+        let _ = write!(line, ", of the block from pfn {}", block.head);
     }
     let _ = write!(line, "  refcount {}", about.raw.refcount);
     if let Some(count) = about.mapcount {
@@ -213,6 +217,10 @@ fn kind(about: &About<'_>) -> String {
                 write!(text, ", head of {} pages (order {})", 1u64 << compound.order.min(63), compound.order);
         }
         None => {}
+    }
+    if let Some(block) = about.block {
+        let (number, count) = (about.pfn.0.wrapping_sub(block.head.0), 1u64 << block.order.min(63));
+        let _ = write!(text, ", page {number} of {count} from pfn {} that are no compound page", block.head);
     }
     text
 }
@@ -322,6 +330,7 @@ fn to_json(map: &PageMap, about: &About<'_>, users: &Users) -> Value {
         "refcount": about.raw.refcount,
         "mapcount": about.mapcount.map(|count| json!({ "page": count.page, "entire": count.entire, "total": count.total })),
         "compound": about.compound.map(|c| json!({ "head": hex(c.head.0), "head_pfn": c.head_pfn.0, "order": c.order, "index": c.index })),
+        "block": about.block.map(|block| json!({ "head_pfn": block.head.0, "order": block.order })),
         "free": about.free.map(|free| json!({ "head_pfn": free.head.0, "order": free.order, "cpu": free.cpu.map(|cpu| cpu.0) })),
         "migratetype": about.migratetype,
         "mapping": { "kind": mapping.0, "at": mapping.1.map(|at| hex(at.0)) },

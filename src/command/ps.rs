@@ -368,7 +368,7 @@ fn arguments_of(kernel: &Kernel, task: &TaskInfo) -> Result<Vec<String>, String>
     let (start, end) = (place("arg_start")?, place("arg_end")?);
     let len = end.checked_sub(start).ok_or("'arg_end' lies below 'arg_start'")?.min(ARGS_MAX);
     let mut bytes = vec![0; len as usize];
-    let read = kernel.read_user(mm, VirtAddr(start), &mut bytes).ok_or("its page tables cannot be found")?;
+    let read = kernel.read_user(mm, VirtAddr(start), &mut bytes)?;
     if let (0, Some(why)) = (read.filled, read.stopped) {
         return Err(format!("cannot be read: {why}"));
     }

@@ -119,10 +119,10 @@ impl Space {
                 let kernel = context.kernel()?;
                 let task = context.task()?;
                 let mm = task.get("mm")?;
-                let space = if mm == 0 { None } else { kernel.user_space(VirtAddr(mm)) };
-                let space = space.ok_or_else(|| {
-                    CommandError(format!("the task at {} has no user memory that is known", task.at))
-                })?;
+                if mm == 0 {
+                    return Err(CommandError(format!("the task at {} has no user memory", task.at)));
+                }
+                let space = kernel.user_space(VirtAddr(mm)).map_err(CommandError)?;
                 let read = space.read(&**backend, VirtAddr(at), buf);
                 (read.filled, read.stopped.map(|why| why.to_string()))
             }

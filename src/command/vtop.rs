@@ -3,11 +3,12 @@
 use super::args::{self, Address};
 use super::{Command, CommandError, Context, Output, page, printable};
 use crate::addr::VirtAddr;
+use crate::arch::x86_64::AddressSpace;
+use crate::arch::x86_64::entry::{self, HighBits};
 use crate::arch::x86_64::paging::{Step, TranslateError, Translation};
-use crate::arch::x86_64::{AddressSpace, entry};
-use crate::kernel::Object;
 use crate::kernel::page::about::About;
 use crate::kernel::page::mapping::SwapEntry;
+use crate::kernel::{Kernel, Object};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -87,9 +88,18 @@ pub fn user_space<'a>(
             printable(&comm)
         ))
     })?;
-    match kernel.user_space(mm.at) {
-        Some(space) => Ok((space, Some(mm))),
-        None => Err(CommandError(format!("the page tables of the mm at {} cannot be found", mm.at))),
+    kernel.user_space(mm.at).map(|space| (space, Some(mm))).map_err(CommandError)
+}
+
+/// Which of the high bits left to software the kernel uses, by functions that came and went with them.
+fn high_bits(kernel: &Kernel) -> HighBits {
+    let has = |name: &str| kernel.symbol(name).is_some();
+    // Since about v6.6 bit 58 is SAVED_DIRTY, and pte_mkwrite() a function; DEVMAP moved to 57, and went in about v6.17.
+    let shadow_stacks = has("pte_mkwrite");
+    let devmap = if shadow_stacks { 57 } else { 58 };
+    HighBits {
+        devmap: (has("follow_devmap_pmd") || has("follow_devmap_pud")).then_some(devmap),
+        saved_dirty: shadow_stacks.then_some(58),
     }
 }
 
@@ -104,9 +114,10 @@ fn show(context: &Context<'_>, walk: &Walk, mm: Option<Object<'_>>) -> Result<(S
         let _ = write!(text, "  <{place}>");
     }
     text.push('\n');
+    let high = high_bits(kernel);
     let mut steps = Vec::new();
     for step in &walk.steps {
-        let flags = entry::flags(step, walk.space.sme_mask);
+        let flags = entry::flags(step, walk.space.sme_mask, high);
         let name = step.level.name(levels);
         let _ =
             writeln!(text, "  {name:<3} at {:#014x}: {:#018x}  {}", step.at.0, step.entry, flags.join(" "));

@@ -232,8 +232,8 @@ impl Machine {
             return kernel.read(at, buf);
         }
         match kernel.task(task).mm.flatten().map(|mm| kernel.user_space(mm)) {
-            Some(Some(space)) => space.read(&*self.backend, at, buf),
-            Some(None) => no_tables("the page tables of its mm cannot be found"),
+            Some(Ok(space)) => space.read(&*self.backend, at, buf),
+            Some(Err(why)) => no_tables(&why),
             None => no_tables("the task is a kernel thread or exiting: it has no user memory"),
         }
     }
@@ -526,9 +526,7 @@ const FOREIGN_TABLES: &str = "not in this kernel's page tables";
 fn user_space(kernel: &Kernel, cpu: &Cpu) -> UserSpace {
     let mm = kernel.current(cpu.id).and_then(|task| task.mm);
     match mm {
-        Some(Some(mm)) => kernel
-            .user_space(mm)
-            .ok_or_else(|| format!("the page tables of mm {mm} cannot be found (mm_struct.pgd unreadable)")),
+        Some(Some(mm)) => kernel.user_space(mm),
         Some(None) => {
             let task = match (&cpu.comm, cpu.pid) {
                 (Some(comm), Some(pid)) => format!("{comm} (pid {pid})"),

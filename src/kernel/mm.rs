@@ -92,9 +92,9 @@ impl Kernel {
         Some(pages)
     }
 
-    /// Reads user memory of the process with this `mm`.
-    pub fn read_user(&self, mm: VirtAddr, at: VirtAddr, buf: &mut [u8]) -> Option<VirtOutcome> {
-        Some(self.user_space(mm)?.read(&*self.backend, at, buf))
+    /// Reads user memory of the process with this `mm`; the error says why its page tables are unknown.
+    pub fn read_user(&self, mm: VirtAddr, at: VirtAddr, buf: &mut [u8]) -> Result<VirtOutcome, String> {
+        Ok(self.user_space(mm)?.read(&*self.backend, at, buf))
     }
 
     /// Bytes of RAM that the kernel manages.

@@ -103,10 +103,17 @@ impl Kernel {
         Task { at, pid, comm, mm }
     }
 
-    /// The user address space of `mm`: its `pgd` is a pointer into the direct map.
-    pub fn user_space(&self, mm: VirtAddr) -> Option<AddressSpace> {
-        let pgd = self.read_u64(mm.wrapping_add(self.member("mm_struct", "pgd")?.offset))?;
-        let root = self.found.space.translate(&*self.backend, VirtAddr(pgd)).ok()?.phys;
-        Some(AddressSpace { root, ..self.found.space })
+    /// The user address space of `mm`: its `pgd` is a pointer into the direct map. The error says why it is unknown.
+    pub fn user_space(&self, mm: VirtAddr) -> Result<AddressSpace, String> {
+        let lost = |why: String| format!("the page tables of mm {mm} cannot be found: {why}");
+        let member =
+            self.member("mm_struct", "pgd").ok_or_else(|| lost("no type tells mm_struct.pgd".to_owned()))?;
+        let mut pgd = [0; 8];
+        if let Some(why) = self.read(mm.wrapping_add(member.offset), &mut pgd).stopped {
+            return Err(lost(format!("mm_struct.pgd: {why}")));
+        }
+        let root = self.found.space.translate(&*self.backend, VirtAddr(u64::from_le_bytes(pgd)));
+        root.map(|root| AddressSpace { root: root.phys, ..self.found.space })
+            .map_err(|why| lost(why.to_string()))
     }
 }

@@ -172,6 +172,13 @@ impl Kernel {
     pub fn first_percpu_chunk(&self, map: &PageMap) -> Vec<Pfn> {
         let base = self.symbol("pcpu_base_addr").and_then(|at| self.read_u64(at));
         let (Some(base), Some((unit, offsets))) = (base, self.per_cpu_units()) else { return Vec::new() };
+        // What a unit does not need was given back; the chunk begins behind the variables of the image.
+        let used = self.symbol("pcpu_first_chunk").and_then(|at| {
+            let chunk = self.object("pcpu_chunk", VirtAddr(self.read_u64(at)?)).ok()?;
+            let start = VirtAddr(chunk.get("base_addr").ok()?).offset_from(VirtAddr(base))?;
+            start.checked_add(chunk.get("nr_pages").ok()?.checked_mul(PAGE_SIZE)?)
+        });
+        let unit = used.map_or(unit, |used| used.min(unit));
         let unit_pages = |(_, offset): (CpuId, u64)| {
             let start = VirtAddr(base).wrapping_add(offset);
             self.mapped(map, start, start.wrapping_add(unit)).collect::<Vec<_>>()

@@ -23,10 +23,10 @@ pub const COMMAND: Command = Command {
              -V            counters of /proc/vmstat, with what CPUs have not added yet\n  \
              -v            areas of vmalloc and ioremap\n  \
              -h            pools of hugetlb pages\n  \
-             -p [PFN [N]]  struct pages, one a line; N of them from PFN (hexadecimal) on\n  \
+             -p [PFN [N]]  struct pages, one a line; N of them, up to 262144, from PFN (hexadecimal) on\n  \
              ADDR          what the address belongs to: a symbol, a slab's object, a page, an area of vmalloc, a task\n\n\
            'allocated' objects are in use; 'kept' ones are free and kept by CPUs and nodes (per-CPU free lists, \
-           sheaves). /proc/slabinfo counts both as active. CPUs that are offline count as well.\n\n\
+           slabs that a CPU owns, sheaves). /proc/slabinfo counts both as active. CPUs that are offline count as well.\n\n\
            Examples:\n  kmem -i\n  kmem -s task_struct dentry\n  kmem -S kmalloc-64\n  kmem $rdi\n  kmem -p 3eb64 4\n",
     run,
 };

@@ -5,14 +5,15 @@ use crate::addr::Pfn;
 use crate::bytes::ByteSize;
 use crate::command::page::{line, pages_to_bytes};
 use crate::command::{CommandError, Context, Output, printable};
-use crate::kernel::page::about::About;
+use crate::kernel::page::about::Pages;
 use crate::kernel::page::census::Census;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
 /// Lines shown at most, unless asked for more.
 const LINES: u64 = 64;
-const LINES_MAX: u64 = 1 << 20;
+/// As many as 1 GiB has: an answer is built before any of it is shown, and this one takes 1 GB.
+const LINES_MAX: u64 = 1 << 18;
 
 pub fn census(context: &Context<'_>) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
@@ -51,7 +52,8 @@ pub fn list(context: &Context<'_>, range: &[&str]) -> Result<Output, CommandErro
     let kernel = context.kernel()?;
     let map = kernel.page_map()?;
     let hex = |text: &str| u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
-    let bad = || usage("-p takes a page frame number in hexadecimal, and a decimal count");
+    let bad =
+        || usage(&format!("-p takes a page frame number in hexadecimal, and a count up to {LINES_MAX}"));
     let first_of_all = map.sections.first().map_or(0, |section| section.start.0);
     let (first, count) = match range {
         [] => (first_of_all, LINES),
@@ -62,9 +64,10 @@ pub fn list(context: &Context<'_>, range: &[&str]) -> Result<Output, CommandErro
         }
         _ => return Err(bad()),
     };
+    let pages = Pages::new(kernel, map);
     let (mut text, mut json) = (String::new(), Vec::new());
     for pfn in (first..first.saturating_add(count)).map(Pfn) {
-        match About::new(kernel, map, pfn) {
+        match pages.about(pfn) {
             Ok(about) => {
                 let _ = writeln!(text, "{}", printable(&line(&about)));
                 json.push(json!({

@@ -118,6 +118,7 @@ pub fn state_name(state: ObjectState) -> String {
         ObjectState::FreeOnCpu(cpu) => format!("free, on the list of CPU {cpu}"),
         ObjectState::FreeInSheaf(Some(cpu)) => format!("free, in a sheaf of CPU {cpu}"),
         ObjectState::FreeInSheaf(None) => "free, in a sheaf of the node".to_owned(),
+        ObjectState::FreeAfterRcu(cpu) => format!("freed, waits for RCU in a sheaf of CPU {cpu}"),
     }
 }
 
@@ -166,6 +167,7 @@ fn to_json(cache: &Cache<'_>, walk: &CacheWalk, slabs: bool) -> Value {
         "slab_bytes": 4096u64 << cache.order,
         "allocated": walk.allocated(),
         "kept": walk.kept(),
+        "waiting_for_rcu": walk.waiting(),
         "allocated_or_kept": walk.allocated_or_kept(),
         "total": walk.objects(),
         "slabs": walk.slab_count(),

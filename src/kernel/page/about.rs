@@ -2,14 +2,16 @@
 //!
 //! Each fact is found by a file beside; a fact that cannot be had is left out and, if something is broken, said.
 
-use super::census::Owners;
 use super::kind::{self, Free, Kind, Marks};
 use super::mapping::{self, FileIdentity, Held, Mapping, SwapEntry};
+use super::owners::{Block, Owners};
 use super::{PageMap, RawPage, flags};
 use crate::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use crate::kernel::memcg::MemCgroup;
 use crate::kernel::slab::{Cache, Slab};
 use crate::kernel::{Kernel, ObjectError};
+use std::cell::OnceCell;
+use std::collections::HashMap;
 
 /// The compound page that a page is part of.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +53,8 @@ pub struct About<'k> {
     pub kind: Kind,
     /// Where it lies free.
     pub free: Option<Free>,
+    /// What it was allocated with, if it is not the first page of that.
+    pub block: Option<Block>,
     /// Names of its own flags.
     pub flags: Vec<String>,
     /// What the first tail says of the whole compound page.
@@ -85,9 +89,64 @@ pub struct About<'k> {
     pub problems: Vec<String>,
 }
 
+/// What answers about many pages share: each list is walked once, when it is first needed.
+pub struct Pages<'k> {
+    kernel: &'k Kernel,
+    map: &'k PageMap,
+    marks: Marks,
+    zones: Vec<(u64, u64, String)>,
+    migratetypes: Vec<String>,
+    owners: OnceCell<Owners>,
+    per_cpu_free: OnceCell<HashMap<Pfn, Free>>,
+}
+
+impl<'k> Pages<'k> {
+    /// For this kernel.
+    pub fn new(kernel: &'k Kernel, map: &'k PageMap) -> Self {
+        let zones = kernel.zones().unwrap_or_default();
+        Self {
+            kernel,
+            map,
+            marks: Marks::new(kernel, map),
+            zones: zones.iter().map(|zone| (zone.node, zone.index, zone.name())).collect(),
+            migratetypes: kernel.migratetypes(),
+            owners: OnceCell::new(),
+            per_cpu_free: OnceCell::new(),
+        }
+    }
+
+    /// The free block that a page without references lies in.
+    fn free(&self, pfn: Pfn) -> Option<Free> {
+        let per_cpu = || self.per_cpu_free.get_or_init(|| kind::per_cpu_blocks(self.kernel, self.map));
+        kind::buddy_block(self.kernel, self.map, pfn).or_else(|| per_cpu().get(&pfn).copied())
+    }
+
+    /// Node and name of the zone, by what the flags say and the node has.
+    fn zone(&self, raw: &RawPage) -> Option<(u64, String)> {
+        let told = (self.map.flags.node_of(raw.flags)?, self.map.flags.zone_of(raw.flags)?);
+        let found = self.zones.iter().find(|(node, index, _)| (*node, *index) == told)?;
+        Some((found.0, found.2.clone()))
+    }
+
+    fn migratetype(&self, pfn: Pfn) -> Option<String> {
+        let number = self.kernel.pageblock_migratetype(self.map, pfn)?;
+        self.migratetypes.get(number as usize).cloned()
+    }
+
+    /// Everything about `pfn` but who maps it.
+    pub fn about(&self, pfn: Pfn) -> Result<About<'k>, ObjectError> {
+        About::find(self, pfn)
+    }
+}
+
 impl<'k> About<'k> {
     /// Everything about `pfn` but who maps it.
     pub fn new(kernel: &'k Kernel, map: &'k PageMap, pfn: Pfn) -> Result<Self, ObjectError> {
+        Pages::new(kernel, map).about(pfn)
+    }
+
+    fn find(pages: &Pages<'k>, pfn: Pfn) -> Result<Self, ObjectError> {
+        let (kernel, map, marks) = (pages.kernel, pages.map, &pages.marks);
         let outside = || ObjectError::NotA {
             what: format!("pfn {pfn}"),
             wanted: "a page that the kernel has a struct page for",
@@ -95,7 +154,6 @@ impl<'k> About<'k> {
         let at = map.page(pfn).ok_or_else(outside)?;
         let raw = map.read(kernel, at)?;
         let mut problems = Vec::new();
-        let marks = Marks::new(kernel, map);
         let tail_of = map.head(at, &raw, || kind::second(kernel, map, at));
         let (head_at, head) = match tail_of {
             Some(head) => match map.read(kernel, head) {
@@ -108,9 +166,9 @@ impl<'k> About<'k> {
             None => (at, raw),
         };
         let mut kind = marks.kind(map, &head, || kind::second(kernel, map, head_at));
-        let mut free = None;
+        let (mut free, mut block) = (None, None);
         if kind == Kind::Free || head.refcount == 0 && kind == Kind::Unknown {
-            free = kind::buddy_block(kernel, map, pfn).or_else(|| kind::per_cpu_block(kernel, map, pfn));
+            free = pages.free(pfn);
             kind = match free {
                 Some(Free { cpu: Some(_), .. }) => Kind::FreePerCpu,
                 Some(_) => Kind::Free,
@@ -118,7 +176,12 @@ impl<'k> About<'k> {
             };
         }
         if matches!(kind, Kind::Kernel | Kind::Unknown | Kind::Reserved) {
-            kind = Owners::collect(kernel, map).kind(pfn).unwrap_or(kind);
+            let owners = pages.owners.get_or_init(|| Owners::collect(kernel, map));
+            kind = owners.kind(pfn, kind).unwrap_or(kind);
+            if kind == Kind::Unknown {
+                block = owners.block(kernel, map, marks, pfn);
+                kind = block.map_or(kind, |block| block.kind);
+            }
         }
         let compound = compound(kernel, map, pfn, (head_at, &head), tail_of.is_some());
         let is_tail = compound.is_some_and(|compound| compound.index > 0);
@@ -132,7 +195,7 @@ impl<'k> About<'k> {
             types: map.types.of(raw.mapcount).map(str::to_owned).collect(),
             compound_flags: Vec::new(),
             mapcount: None,
-            zone: zone(kernel, map, &raw),
+            zone: pages.zone(&raw),
             generation: map
                 .flags
                 .generation
@@ -147,7 +210,7 @@ impl<'k> About<'k> {
             swap: None,
             memcg: None,
             slab: None,
-            migratetype: map_migratetype(kernel, map, pfn),
+            migratetype: pages.migratetype(pfn),
             problems,
             pfn,
             at,
@@ -156,8 +219,9 @@ impl<'k> About<'k> {
             compound,
             kind,
             free,
+            block,
         };
-        about.look_further(kernel, map, head_at, &marks);
+        about.look_further(kernel, map, head_at, marks);
         Ok(about)
     }
 
@@ -278,19 +342,6 @@ fn compound(
         order: order.unwrap_or(0),
         index: pfn.0.wrapping_sub(head_pfn.0),
     })
-}
-
-/// Node and name of the zone, by what the flags say and the node has.
-fn zone(kernel: &Kernel, map: &PageMap, raw: &RawPage) -> Option<(u64, String)> {
-    let (zone, node) = (map.flags.zone_of(raw.flags)?, map.flags.node_of(raw.flags)?);
-    let zones = kernel.zones().ok()?;
-    let found = zones.iter().find(|place| (place.node, place.index) == (node, zone))?;
-    Some((node, found.name()))
-}
-
-fn map_migratetype(kernel: &Kernel, map: &PageMap, pfn: Pfn) -> Option<String> {
-    let number = kernel.pageblock_migratetype(map, pfn)?;
-    kernel.migratetypes().get(number as usize).cloned()
 }
 
 /// The LRU list that a page is on, by its flags.

@@ -1,13 +1,13 @@
 //! All pages of the machine, counted by what they are used for.
 //!
 //! The vmemmap is read a section at a time, by as many threads as there are processors. What `struct page`s do not
-//! tell (lists of free pages, vmalloc areas) is collected before. Source: as for [`super::kind`].
+//! tell ([`Owners`]) is collected before. Source: as for [`super::kind`].
 
 use super::kind::{Kind, Marks};
+use super::owners::{Block, Owners};
 use super::{PageMap, RawPage, SECTION_PAGES, Section};
 use crate::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use crate::kernel::Kernel;
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The `struct page`s of one section, as bytes.
@@ -84,61 +84,6 @@ pub fn for_each_section<T: Send>(
     all.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Pages whose kind their `struct page` does not tell.
-#[derive(Default)]
-pub struct Owners {
-    pages: HashMap<Pfn, Kind>,
-    /// Lists and areas that are broken.
-    pub problems: Vec<String>,
-}
-
-impl Owners {
-    /// Collects the per-CPU free lists and the areas of vmalloc.
-    pub fn collect(kernel: &Kernel, map: &PageMap) -> Self {
-        let mut owners = Self::default();
-        for zone in kernel.zones().unwrap_or_default() {
-            for (_, lists) in zone.per_cpu_lists(map) {
-                owners.problems.extend(lists.problems);
-                for block in lists.blocks {
-                    let pages =
-                        (0..1u64 << block.order.min(18)).map(|i| (Pfn(block.pfn.0 + i), Kind::FreePerCpu));
-                    owners.pages.extend(pages);
-                }
-            }
-        }
-        for (pfn, kind) in kernel.vmalloc_pages(map, &mut owners.problems) {
-            owners.pages.insert(pfn, kind);
-        }
-        for pfn in kernel.first_percpu_chunk(map) {
-            owners.pages.insert(pfn, Kind::PerCpu);
-        }
-        for pfn in zero_pages(kernel, map) {
-            owners.pages.insert(pfn, Kind::Zero);
-        }
-        owners
-    }
-
-    /// The kind of a page, where something else than its own words tells it.
-    pub fn kind(&self, pfn: Pfn) -> Option<Kind> {
-        self.pages.get(&pfn).copied()
-    }
-}
-
-/// The pages that are mapped where memory was read and never written.
-fn zero_pages(kernel: &Kernel, map: &PageMap) -> Vec<Pfn> {
-    let word = |name: &str| kernel.symbol(name).and_then(|at| kernel.read_u64(at));
-    let small = ["zero_page_pfn", "zero_pfn"].into_iter().find_map(word);
-    let mut pages: Vec<Pfn> = small.map(Pfn).into_iter().collect();
-    // Allocated when first needed: until then the pointer is NULL and the frame number all ones.
-    let pointer =
-        || ["huge_zero_folio", "huge_zero_page"].iter().find_map(|name| map.pfn(VirtAddr(word(name)?)));
-    if let Some(huge) = word("huge_zero_pfn").map(Pfn).filter(|&pfn| map.page(pfn).is_some()).or_else(pointer)
-    {
-        pages.extend((0..512).map(|i| Pfn(huge.0 + i)));
-    }
-    pages
-}
-
 /// How many pages of each kind there are.
 #[derive(Clone, Debug, Default)]
 pub struct Census {
@@ -167,15 +112,19 @@ impl Census {
         let hwpoison = map.flags.mask("hwpoison");
         let counts = for_each_section(kernel, map, |pages| {
             let mut counts = Counts { kinds: [(0, 0); Kind::ALL.len()], unreadable: 0, hwpoison: 0 };
+            let mut block: Option<Block> = None;
             each_page(kernel, pages, &marks, |pfn, raw, kind, tail| {
                 let Some(kind) = kind else {
                     counts.unreadable += 1;
                     return;
                 };
-                // A slab or page table in vmalloc's hands is still what it is.
-                let own =
-                    matches!(kind, Kind::Kernel | Kind::Unknown | Kind::Reserved).then(|| owners.kind(pfn));
-                let slot = counts.kinds.get_mut(own.flatten().unwrap_or(kind).index());
+                let mut kind = owners.kind(pfn, kind).unwrap_or(kind);
+                if kind == Kind::Unknown {
+                    let last = block.filter(|block| pfn.0.wrapping_sub(block.head.0) < 1 << block.order);
+                    block = last.or_else(|| owners.block(kernel, map, &marks, pfn));
+                    kind = block.map_or(kind, |block| block.kind);
+                }
+                let slot = counts.kinds.get_mut(kind.index());
                 if let Some((pages, tails)) = slot {
                     *pages += 1;
                     *tails += u64::from(tail);

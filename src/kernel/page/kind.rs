@@ -1,12 +1,13 @@
 //! What a page is used for, told from the words of its `struct page` and, for a tail, of its head.
 //!
 //! Kinds that only other structures tell (per-CPU free lists, vmalloc, stacks) are laid over it: see
-//! [`Owners`](super::census::Owners). Source: `include/linux/page-flags.h`, `fs/proc/page.c` (`stable_page_flags`).
+//! [`Owners`](super::owners::Owners). Source: `include/linux/page-flags.h`, `fs/proc/page.c` (`stable_page_flags`).
 
 use super::flags::Context;
 use super::{PageMap, RawPage};
 use crate::addr::{Pfn, VirtAddr};
 use crate::kernel::{CpuId, Kernel};
+use std::collections::HashMap;
 
 /// What a page is used for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -43,6 +44,12 @@ pub enum Kind {
     Vmalloc,
     /// Per-CPU variables.
     PerCpu,
+    /// The kernel's image: code, data and what it was loaded with.
+    Image,
+    /// The `struct page`s themselves.
+    Vmemmap,
+    /// Ftrace's records of what can be traced.
+    Ftrace,
     /// The page of zeros that untouched memory is read from, and the huge one.
     Zero,
     /// Memory of a device (`ZONE_DEVICE`).
@@ -57,7 +64,7 @@ pub enum Kind {
     Unaccepted,
     /// Kernel pages that can be moved.
     Movable,
-    /// Reserved: the image, firmware's, allocated before the page allocator ran, absent.
+    /// Other reserved pages: firmware's, allocated before the page allocator ran, absent.
     Reserved,
     /// Other pages that the kernel holds.
     Kernel,
@@ -67,7 +74,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order they are shown in.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::Free,
         Self::FreePerCpu,
         Self::Anon,
@@ -84,6 +91,9 @@ impl Kind {
         Self::Stack,
         Self::Vmalloc,
         Self::PerCpu,
+        Self::Ftrace,
+        Self::Vmemmap,
+        Self::Image,
         Self::Zero,
         Self::Kernel,
         Self::Movable,
@@ -115,6 +125,9 @@ impl Kind {
             Self::Stack => "kernel-stack",
             Self::Vmalloc => "vmalloc",
             Self::PerCpu => "percpu",
+            Self::Image => "kernel-image",
+            Self::Vmemmap => "vmemmap",
+            Self::Ftrace => "ftrace",
             Self::Zero => "zero",
             Self::Device => "device",
             Self::Offline => "offline",
@@ -272,22 +285,19 @@ pub fn buddy_block(kernel: &Kernel, map: &PageMap, pfn: Pfn) -> Option<Free> {
     })
 }
 
-/// The block on some CPU's free list that `pfn` lies in.
-pub fn per_cpu_block(kernel: &Kernel, map: &PageMap, pfn: Pfn) -> Option<Free> {
-    let zones = kernel.zones().ok()?;
-    let lists = zones.iter().flat_map(|zone| zone.per_cpu_lists(map));
-    lists.flat_map(|(cpu, lists)| lists.blocks.into_iter().map(move |block| (cpu, block))).find_map(
-        |(cpu, block)| {
-            let within = pfn.0.wrapping_sub(block.pfn.0) < 1 << block.order;
-            let free = Free {
-                head: block.pfn,
-                order: block.order,
-                cpu: Some(cpu),
-                migratetype: Some(block.migratetype),
-            };
-            within.then_some(free)
-        },
-    )
+/// Every page on a CPU's list of free pages, with the block it lies in.
+pub fn per_cpu_blocks(kernel: &Kernel, map: &PageMap) -> HashMap<Pfn, Free> {
+    let mut pages = HashMap::new();
+    for zone in kernel.zones().unwrap_or_default() {
+        for (cpu, lists) in zone.per_cpu_lists(map) {
+            for block in lists.blocks {
+                let migratetype = Some(block.migratetype);
+                let free = Free { head: block.pfn, order: block.order, cpu: Some(cpu), migratetype };
+                pages.extend((0..1u64 << block.order.min(18)).map(|i| (Pfn(block.pfn.0 + i), free)));
+            }
+        }
+    }
+    pages
 }
 
 /// The page after `at`.

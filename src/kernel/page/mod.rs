@@ -9,6 +9,7 @@ pub mod census;
 pub mod flags;
 pub mod kind;
 pub mod mapping;
+pub mod owners;
 mod types;
 pub mod users;
 

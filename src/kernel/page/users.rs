@@ -96,7 +96,7 @@ fn mapped_at(
     let offsets: Vec<u64> = [Some(vma.get("vm_pgoff")?), anon].into_iter().flatten().collect();
     let mm = VirtAddr(vma.get("vm_mm")?);
     let kernel = vma.kernel();
-    let Some(space) = kernel.user_space(mm) else { return Ok(None) };
+    let Ok(space) = kernel.user_space(mm) else { return Ok(None) };
     let at = |offset: u64, index: u64| start.wrapping_add(index.wrapping_sub(offset).wrapping_mul(PAGE_SIZE));
     let by_index = offsets.iter().flat_map(|&offset| indexes.iter().map(move |&index| at(offset, index)));
     let candidates: Vec<u64> = fixed.map(|at| at.0).into_iter().chain(by_index).collect();

@@ -36,6 +36,13 @@ pub struct PlacedSlab {
     pub cpu_free: u64,
 }
 
+impl PlacedSlab {
+    /// Objects on its own free list by the slab's own count, which a broken list does not change.
+    pub fn counted_free(&self) -> u64 {
+        self.slab.objects.saturating_sub(self.slab.inuse)
+    }
+}
+
 /// A free list that leads nowhere.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BadPointer {
@@ -60,8 +67,8 @@ pub struct CacheWalk {
     pub slabs: Vec<PlacedSlab>,
     /// Free objects on free lists: of which CPU, `None` for slabs' own lists.
     free: HashMap<u64, Option<CpuId>>,
-    /// Free objects in sheaves: of which CPU, `None` for the node's barn.
-    sheaves: HashMap<u64, Option<CpuId>>,
+    /// Free objects in sheaves: how each is free.
+    sheaves: HashMap<u64, ObjectState>,
     /// Slabs by the node's counter; `None` where the kernel does not count.
     pub counted_slabs: Option<u64>,
     /// Objects by the node's counter.
@@ -83,6 +90,9 @@ pub enum ObjectState {
     FreeOnCpu(CpuId),
     /// In a CPU's sheaf, or the node's barn.
     FreeInSheaf(Option<CpuId>),
+    /// In a CPU's sheaf of objects that are free once RCU's readers are done (`kfree_rcu()`). When the sheaf is full it
+    /// is RCU's, and its objects look allocated until then.
+    FreeAfterRcu(CpuId),
 }
 
 impl CacheWalk {
@@ -91,7 +101,7 @@ impl CacheWalk {
         match (self.free.get(&at.0), self.sheaves.get(&at.0)) {
             (Some(Some(cpu)), _) => ObjectState::FreeOnCpu(*cpu),
             (Some(None), _) => ObjectState::Free,
-            (None, Some(cpu)) => ObjectState::FreeInSheaf(*cpu),
+            (None, Some(state)) => *state,
             (None, None) => ObjectState::Allocated,
         }
     }
@@ -106,16 +116,23 @@ impl CacheWalk {
         self.counted_slabs.unwrap_or(self.slabs.len() as u64)
     }
 
-    /// Objects not on slabs' own free lists: in use, or kept by a CPU.
+    /// Objects in use or kept: what `/proc/slabinfo` calls active (`get_slabinfo()`, which takes off only what is free
+    /// in the nodes' partial slabs; since about v6.10 that is an estimate for a node with more than 10,000 of these).
     pub fn allocated_or_kept(&self) -> u64 {
-        // The slab's own count of them, which a broken list does not change.
-        let free: u64 = self.slabs.iter().map(|p| p.slab.objects.saturating_sub(p.slab.inuse)).sum();
-        self.objects().saturating_sub(free)
+        let partial = self.slabs.iter().filter(|placed| matches!(placed.place, Place::Partial(_)));
+        self.objects().saturating_sub(partial.map(PlacedSlab::counted_free).sum())
     }
 
-    /// Free objects that CPUs and nodes keep: on CPUs' free lists and in sheaves.
+    /// Free objects that CPUs and nodes keep: on CPUs' free lists, in the slabs that CPUs own, and in sheaves.
     pub fn kept(&self) -> u64 {
-        self.slabs.iter().map(|placed| placed.cpu_free).sum::<u64>() + self.sheaves.len() as u64
+        let of_cpus = |placed: &&PlacedSlab| matches!(placed.place, Place::Cpu(_) | Place::CpuPartial(_));
+        let owned: u64 = self.slabs.iter().filter(of_cpus).map(PlacedSlab::counted_free).sum();
+        self.slabs.iter().map(|placed| placed.cpu_free).sum::<u64>() + owned + self.sheaves.len() as u64
+    }
+
+    /// Those of the kept ones that wait for RCU.
+    pub fn waiting(&self) -> u64 {
+        self.sheaves.values().filter(|state| matches!(state, ObjectState::FreeAfterRcu(_))).count() as u64
     }
 
     /// Objects in use.
@@ -205,18 +222,19 @@ impl<'k> Cache<'k> {
         }
         let at = VirtAddr(pointer.wrapping_add(kernel.per_cpu_offset(cpu).unwrap_or(0)));
         let own = kernel.object("slub_percpu_sheaves", at)?;
-        for name in ["main", "spare", "rcu_free"] {
+        let kept = ObjectState::FreeInSheaf(Some(cpu));
+        for (name, state) in [("main", kept), ("spare", kept), ("rcu_free", ObjectState::FreeAfterRcu(cpu))] {
             if let Some(sheaf) = own.at(name)? {
-                self.sheaf(sheaf, Some(cpu), walk)?;
+                self.sheaf(sheaf, state, walk)?;
             }
         }
         Ok(())
     }
 
-    fn sheaf(&self, sheaf: Object<'k>, cpu: Option<CpuId>, walk: &mut CacheWalk) -> Result<(), ObjectError> {
+    fn sheaf(&self, sheaf: Object<'k>, state: ObjectState, walk: &mut CacheWalk) -> Result<(), ObjectError> {
         let objects = sheaf.member("objects")?;
         for index in 0..sheaf.get("size")?.min(OBJECTS_MAX) {
-            walk.sheaves.insert(objects.index(index)?.u64()?, cpu);
+            walk.sheaves.insert(objects.index(index)?.u64()?, state);
         }
         Ok(())
     }
@@ -246,7 +264,7 @@ impl<'k> Cache<'k> {
                 walk.problems.extend(sheaves.problem);
                 for link in sheaves.nodes {
                     let sheaf = kernel.object("list_head", link)?.container_of("slab_sheaf", "barn_list")?;
-                    self.sheaf(sheaf, None, walk)?;
+                    self.sheaf(sheaf, ObjectState::FreeInSheaf(None), walk)?;
                 }
             }
         }

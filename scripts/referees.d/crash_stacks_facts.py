@@ -1,6 +1,6 @@
 """What stacks crash sees in a dump, as JSON on standard output.
 
-  stacks_crash.py CRASH DUMP VMLINUX MODULES_DIRECTORY
+  crash_stacks_facts.py CRASH DUMP VMLINUX MODULES_DIRECTORY
 
 {"tasks": {ADDRESS: {"pid", "comm", "cpu", "frames": [{"pc", "symbol"}], "user": whether it ends with user registers,
 "notes": lines that are none of these}}}, frames innermost first.

@@ -1,6 +1,6 @@
 """What stacks drgn sees in a dump, as JSON on standard output.
 
-  stacks_drgn.py DUMP VMLINUX [MODULE.ko.debug...]
+  stacks_facts.py DUMP VMLINUX [MODULE.ko.debug...]
 
 {"tasks": {ADDRESS: {"pid", "comm", "cpu", "frames": [{"pc", "symbol", "interrupted"}]}}}, frames innermost first, inlined
 ones left out; "error" in place of "frames" where drgn cannot unwind.
@@ -10,8 +10,7 @@ import json
 import sys
 
 from drgn.helpers.linux import cpumask, percpu, pid, sched
-from drgn_common import address, attempt, number, symbol_name, text
-from drgn_facts import open_dump
+from drgn_common import address, attempt, number, open_dump, symbol_name, text
 
 FRAMES_MAX = 2000
 
