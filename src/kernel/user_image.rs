@@ -124,7 +124,7 @@ impl<'k> UserImage<'k> {
 
     /// Whether all of the process's memory at `at` could be read.
     fn read_user(&self, at: u64, buf: &mut [u8]) -> bool {
-        self.kernel.read_user(self.mm, VirtAddr(at), buf).is_some_and(|read| read.stopped.is_none())
+        self.kernel.read_user(self.mm, VirtAddr(at), buf).is_ok_and(|read| read.stopped.is_none())
     }
 
     /// Whether all of the file at `offset` is in the page cache.

@@ -71,7 +71,7 @@ impl Space<'_> {
 impl Stack for Space<'_> {
     fn word(&self, at: u64) -> Option<u64> {
         let mut word = [0; 8];
-        let read = self.kernel.read_user(self.mm, VirtAddr(at), &mut word)?;
+        let read = self.kernel.read_user(self.mm, VirtAddr(at), &mut word).ok()?;
         read.stopped.is_none().then(|| u64::from_le_bytes(word))
     }
 }
@@ -93,7 +93,7 @@ impl Tables for Space<'_> {
                 let at = pc.wrapping_sub(len);
                 let read = self.kernel.read_user(self.mm, VirtAddr(at), &mut code);
                 match read {
-                    Some(read) if read.stopped.is_none() => disasm::decode(&code, at, disasm::Syntax::Att)
+                    Ok(read) if read.stopped.is_none() => disasm::decode(&code, at, disasm::Syntax::Att)
                         .first()
                         .is_some_and(|one| one.bytes.len() as u64 == len && one.text.contains("call")),
                     _ => true,
