@@ -525,14 +525,15 @@ fn a_delay_is_no_lock() {
 
 // ---------------------------------------------------------------- kernels without ORC
 
-/// The backtrace that a kernel printed of itself when it panicked, innermost first: names, without those marked as
-/// doubtful and those that print.
-fn printed_trace(console: &str) -> Vec<String> {
+/// The backtrace that a kernel printed of itself when it panicked, innermost first: names, without those that print. A
+/// kernel that guesses marks all as doubtful; of others the doubtful ones are left out.
+fn printed_trace(console: &str, guesses: bool) -> Vec<String> {
     let lines = console.lines().skip_while(|line| !line.contains("Call Trace:")).skip(1);
     let lines = lines.take_while(|line| !line.contains("RIP: ") && !line.contains("</TASK>"));
     let name = |line: &str| {
         let (_, frame) = line.split_once("]  ")?;
         let (name, _) = frame.split_once("+0x")?;
+        let name = if guesses { name.trim_start_matches("? ") } else { name };
         (!name.starts_with('?') && !name.starts_with("dump_stack")).then(|| name.to_owned())
     };
     lines.filter_map(name).collect()
@@ -562,10 +563,12 @@ fn kernels_without_orc_unwind() {
         let Ok(text) = std::fs::read_to_string(dir.join("set.json")) else { continue };
         let set = Set { json: serde_json::from_str(&text).unwrap(), dir };
         let console = std::fs::read_to_string(set.dir.join("console.log")).unwrap();
-        let printed = printed_trace(&console);
         let has_frame_pointers = text.contains("UNWINDER_FRAME_POINTER");
-        let (_, user) = console.split_once("RIP: 0033:").unwrap();
-        let user = user.split_whitespace().next().unwrap();
+        let printed = printed_trace(&console, !has_frame_pointers);
+        assert!(printed.len() > 8, "{printed:?}");
+        // Guessing, it does not get as far as that.
+        let user = console.split_once("RIP: 0033:").and_then(|(_, user)| user.split_whitespace().next());
+        assert_eq!(user.is_some(), has_frame_pointers);
         for with_vmlinux in [true, false] {
             let what = format!("{}, with vmlinux: {with_vmlinux}", set.name());
             let dump = Dump::open(&set.dir.join("dump.elf")).unwrap();
@@ -580,15 +583,12 @@ fn kernels_without_orc_unwind() {
             let names: Vec<String> = frames.iter().map(|one| text_of(one)).collect();
             let guesses = !with_vmlinux && !has_frame_pointers;
             assert_eq!(trace["guessed"].as_u64().unwrap() > 0, guesses, "{what}: {names:?}");
-            if has_frame_pointers {
-                // A kernel that guesses prints all it finds, and so the order is all there is to say.
-                assert!(printed.len() > 8, "{what}: {printed:?}");
-            }
             assert!(in_order(&printed, &names), "{what}: {printed:?} are not in order in {names:?}");
             let reversed: Vec<String> = printed.iter().rev().cloned().collect();
-            assert!(printed.len() < 2 || !in_order(&reversed, &names), "{what}");
+            assert!(!in_order(&reversed, &names), "{what}");
             if !guesses {
-                assert_eq!(trace["user_registers"]["rip"], user, "{what}: {trace:#}");
+                let rip = &trace["user_registers"]["rip"];
+                assert!(user.is_none_or(|user| rip == user) && rip.is_string(), "{what}: {trace:#}");
                 assert_eq!(trace["ended"]["complete"], true, "{what}");
             }
             let everyone = json(&machine, "foreach bt");
