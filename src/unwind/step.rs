@@ -94,8 +94,8 @@ fn by_orc(frame: &mut Frame, row: OrcEntry, stack: &dyn Stack) -> Result<Step, N
         OrcReg::Ax => plus(reg(Reg::Rax)?),
         OrcReg::Dx => plus(reg(Reg::Rdx)?),
         OrcReg::BpIndirect => word(plus(reg(Reg::Rbp)?))?,
-        // Since Linux commit 87ccc826bf1c ("x86/unwind/orc: Change REG_SP_INDIRECT") (in v5.12); before, no row had it
-        // with an offset but 0.
+        // Since Linux commit 87ccc826bf1c ("x86/unwind/orc: Change REG_SP_INDIRECT") (in v5.12); kernels before
+        // have no such row (5.10).
         OrcReg::SpIndirect => plus(word(frame.sp)?),
         OrcReg::Undefined | OrcReg::PrevSp | OrcReg::Unknown => return Err(NoStep::Row),
     };

@@ -113,8 +113,7 @@ impl Kernel {
     pub(super) fn read_thread_size(&self) -> u64 {
         let by_type = || self.types().and_then(|types| types.size(types.composite("thread_union")?));
         let between = |start, end| self.symbol(end)?.offset_from(self.symbol(start)?);
-        // Since Linux commit 8f69cba096b5 ("x86: Rename __{start,end}_init_task to __{start,end}_init_stack")
-        // (in v6.9).
+        // Renamed in about v6.9.
         let by_symbol = || between("__start_init_stack", "__end_init_stack");
         let by_older_symbol = || between("__start_init_task", "__end_init_task");
         let plausible = |size: &u64| size.is_power_of_two() && (4096..=SIZE_MAX).contains(size);

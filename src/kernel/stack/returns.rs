@@ -96,7 +96,7 @@ impl ReturnLayout {
         let mut words = vec![0; SHADOW_STACK_SIZE];
         let filled = kernel.read(VirtAddr(at), &mut words).filled;
         words.truncate(filled);
-        // Since Linux commit 42675b723b48 ("function_graph: Convert ret_stack to a series of longs") (in v6.11) the entries
+        // Since about v6.11 the entries
         // have no common size; they begin at words all the same.
         let (address, retp, size) = (address as usize, retp as usize, size as usize);
         (0..words.len().saturating_sub(size.saturating_sub(8)))
