@@ -62,7 +62,7 @@ INIT_FLAGS = [
 ]
 
 
-def _lines(name):
+def lines(name):
     """The lines of a file of the recipe, without comments."""
     text = (RECIPE / name).read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
@@ -76,9 +76,9 @@ def _source_version():
     return max(versions, key=debian.version_key)
 
 
-def _fetch_source(refresh):
-    """Unpacks the kernel's source unless it is there; returns (directory, package version)."""
-    final = WORK / "source"
+def fetch_source(place, refresh=False):
+    """Unpacks the kernel's source below `place` unless it is there; returns (directory, package version)."""
+    final = place / "source"
     facts = final / "source.json"
     if facts.exists() and not refresh:
         return final / SOURCE_PACKAGE, read_json(facts)["version"]
@@ -110,7 +110,7 @@ def _configure(source):
         else:
             run(["scripts/kconfig/merge_config.sh", "-m", ".config", RECIPE / "config"], cwd=source)
     got = (source / ".config").read_text(encoding="utf-8").splitlines()
-    missing = [line for line in _lines("config") if line not in got]
+    missing = [line for line in lines("config") if line not in got]
     if missing:
         raise LabError(f"not in the kernel's configuration: {' '.join(missing)}", "see what they depend on (Kconfig)")
 
@@ -119,7 +119,7 @@ def _ask_for_full_debug_info(source):
     """Everything is compiled with -g1; a makefile's own flag for an object comes later and wins."""
     for original in source.rglob("Makefile.original"):
         original.rename(original.with_name("Makefile"))
-    for path in _lines("full-debug-info"):
+    for path in lines("full-debug-info"):
         if not (source / path).is_file():
             raise LabError(f"this kernel has no {path}", "update qemu/sample/full-debug-info")
         makefile = (source / path).parent / "Makefile"
@@ -162,8 +162,9 @@ def _build_initramfs(work):
     return archive
 
 
-def _panic_and_dump(source, work):
-    """Boots, waits for the panic, and leaves dump.elf, registers.txt and console.log in `work`."""
+def panic_and_dump(source, work):
+    """Boots what was built in `source`, waits for the panic, and leaves dump.elf, registers.txt and console.log in
+    `work`; returns the console's text."""
     initramfs = _build_initramfs(work)
     options = {"cpu": "max,la57=off", "memory": MEMORY, "smp": CPUS, "vmcoreinfo": True, "facts": False}
     with Machine(work, source / "arch/x86/boot/bzImage", initramfs, COMMAND_LINE, **options) as machine:
@@ -279,12 +280,12 @@ def _origin(console, version):
 
 def make(refresh=False):
     """Makes tests/data/sample anew."""
-    source, version = _fetch_source(refresh)
+    source, version = fetch_source(WORK, refresh)
     _build_kernel(source, version)
     work = WORK / "guest"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    console = _panic_and_dump(source, work)
+    console = panic_and_dump(source, work)
     with step("shrinking"):
         _shrink_dump(work)
         _shrink_vmlinux(source, work)

@@ -2,6 +2,7 @@
 
 use super::ps::Tasks;
 use super::{Command, CommandError, Context, Focus, Output, find, printable};
+use crate::addr::VirtAddr;
 use crate::kernel::sched::TaskInfo;
 use serde_json::json;
 use std::fmt::Write;
@@ -80,6 +81,12 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         rows.push(row);
     }
     Ok(Output { text, json: json!({ "command": command, "tasks": rows }) })
+}
+
+/// The `struct task_struct` of each task that `selectors` choose.
+pub(super) fn chosen(context: &Context<'_>, selectors: &[&str]) -> Result<Vec<VirtAddr>, CommandError> {
+    let tasks = Tasks::read(context.kernel()?)?;
+    Ok(select(&tasks, selectors)?.into_iter().map(|task| task.at).collect())
 }
 
 fn select<'t>(tasks: &'t Tasks<'_>, selectors: &[&str]) -> Result<Vec<&'t TaskInfo>, CommandError> {

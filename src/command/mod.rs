@@ -16,6 +16,7 @@ mod list;
 mod log;
 mod module;
 mod mount;
+mod nmi;
 mod p;
 mod page;
 mod percpu;
@@ -130,6 +131,7 @@ pub const COMMANDS: &[Command] = &[
     log::COMMAND,
     module::COMMAND,
     mount::COMMAND,
+    nmi::COMMAND,
     p::COMMAND,
     page::COMMAND,
     percpu::COMMAND,

@@ -2,6 +2,7 @@
 
 pub mod disasm;
 pub mod entry;
+pub mod loops;
 pub mod paging;
 pub mod regs;
 

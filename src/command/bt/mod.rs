@@ -2,8 +2,12 @@
 //!
 //! The letters and the look are crash's; what crash does not have is spelled out. Knows no stack: `kernel::stack` walks.
 
+mod group;
 mod json;
+mod remains;
 mod render;
+mod user;
+mod views;
 
 use super::args::{self, Options, number_of_cpu};
 use super::{Command, CommandError, Context, Output, printable};
@@ -12,11 +16,10 @@ use crate::kernel::stack::{Trace, Tracer};
 use crate::kernel::{CpuId, Kernel};
 use render::{Renderer, Style};
 use serde_json::{Value, json};
-use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "bt",
-    arguments: "[-a [-n idle]|-c CPUS|-p|-g|-v] [-l] [-f|-F] [-s] [-x|-d] [-r] [-R REF] [-I PC -S SP] [--why] [PID|TASK]...",
+    arguments: "[-a [-n idle]|-c CPUS|-p|-g|-v] [-l] [-f|-F] [-s] [-x|-d] [-r] [-R REF] [-I PC -S SP] [-t|-T|-e|-E|-u|--group] [--why] [PID|TASK]...",
     summary: "backtraces of tasks and CPUs, across all stacks down to user mode",
     help: "Without PID or TASK (the address of a task_struct): of the task chosen with 'set', else of the CPU selected in gdb.\n\n\
            -a: of every CPU, with -n idle of those that are not idle; -c CPUS: of some (0,2-3); -p: of the CPU that \
@@ -27,20 +30,27 @@ pub const COMMAND: Command = Command {
            -R: only those that have a symbol, an address or a module in their backtrace.\n\
            -I, -S: starts at another pc or stack pointer.\n\
            -v: tasks whose stack has overflowed: its end marker is gone, or it was left.\n\
-           --why: how each frame was found.\n\n\
+           --why: how each frame was found.\n\
+           -t: addresses of code on the stack above the stack pointer, -T: on all of it; -e: saved registers on it, -E: on \
+           the interrupt and exception stacks of all CPUs. They may be old.\n\
+           -u: the user stack, where the pages for it are present.\n\
+           --group: identical backtraces of all tasks, or of those chosen as in foreach (UN, a name), once for all that \
+           have them.\n\n\
            A frame that is a guess is marked '?'. A CPU that was in user mode has its user registers and no kernel frames.\n\n\
            Examples:\n  bt\n  bt -a\n  bt -l 1\n  bt -c 0-1 --why\n  foreach UN bt\n",
     run,
 };
 
-const OPTIONS: &[&str] =
-    &["a", "c:", "p", "g", "v", "n:", "l", "f", "F", "s", "x", "d", "r", "R:", "I:", "S:", "-why"];
+const OPTIONS: &[&str] = &[
+    "a", "c:", "p", "g", "v", "n:", "l", "f", "F", "s", "x", "d", "r", "R:", "I:", "S:", "-why", "t", "T",
+    "e", "E", "u", "-group",
+];
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    let request = Request::read(context, arguments)?;
-    if request.overflows {
-        return overflows(context);
+    if let Some(output) = views::of(context, &Options::read("bt", OPTIONS, true, arguments)?)? {
+        return Ok(output);
     }
+    let request = Request::read(context, arguments)?;
     let subjects = request.subjects.clone();
     let answers = request.answers(&subjects);
     let (text, json): (Vec<String>, Vec<Value>) =
@@ -54,6 +64,9 @@ pub fn for_tasks(
     tasks: &[VirtAddr],
     arguments: &[&str],
 ) -> Result<Vec<Option<Output>>, CommandError> {
+    if let Some(outputs) = views::of_tasks(context, &Options::read("bt", OPTIONS, true, arguments)?, tasks)? {
+        return Ok(outputs.into_iter().map(Some).collect());
+    }
     let request = Request::read(context, arguments)?;
     let subjects: Vec<Subject> = tasks.iter().copied().map(Subject::Task).collect();
     Ok(request.answers(&subjects))
@@ -72,7 +85,6 @@ struct Request<'a> {
     tracer: Tracer<'a>,
     style: Style,
     subjects: Vec<Subject>,
-    overflows: bool,
     /// `-R`
     only: Option<&'a str>,
     /// `-I`, `-S`
@@ -93,7 +105,6 @@ impl<'a> Request<'a> {
             kernel,
             style: Style::read(&options),
             subjects: subjects(context, &options)?,
-            overflows: options.has("v"),
             only: options.value("R"),
             from: (number("I")?, number("S")?),
             tracer,
@@ -166,23 +177,4 @@ fn cpus_of(context: &Context<'_>, text: &str) -> Result<Vec<CpuId>, CommandError
         cpus.extend((first.0..=last.0).map(CpuId));
     }
     Ok(cpus)
-}
-
-/// `bt -v`: tasks whose stack has overflowed.
-fn overflows(context: &Context<'_>) -> Result<Output, CommandError> {
-    let kernel = context.kernel()?;
-    let reader = kernel.task_reader()?;
-    let (mut text, mut rows) = (String::new(), Vec::new());
-    for task in kernel.tasks()?.tasks {
-        let Some(overflow) = kernel.stack_overflow(task.at) else { continue };
-        let info = reader.read(task.at);
-        let _ = writeln!(text, "{}  {overflow}", super::task::heading(&info));
-        let mut row = super::task::identity(&info);
-        row.insert("overflow".into(), json!(overflow));
-        rows.push(Value::Object(row));
-    }
-    if rows.is_empty() {
-        text.push_str("No task's stack has overflowed\n");
-    }
-    Ok(Output { text, json: json!({ "overflows": rows }) })
 }

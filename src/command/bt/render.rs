@@ -233,7 +233,7 @@ impl<'a> Renderer<'a> {
 }
 
 /// Registers in crash's order.
-fn registers(text: &mut String, regs: &Regs, orig_ax: Option<u64>) {
+pub fn registers(text: &mut String, regs: &Regs, orig_ax: Option<u64>) {
     let show =
         |reg: Reg| regs.get(reg).map_or("(not saved)     ".to_owned(), |value| format!("{value:016x}"));
     const ROWS: [[(&str, Reg); 3]; 5] = [

@@ -1,0 +1,90 @@
+//! Those options of `bt` that show no backtrace in the usual shape.
+
+use super::render::{Renderer, Style};
+use super::{Subject, group, remains, subjects, user};
+use crate::addr::VirtAddr;
+use crate::command::args::Options;
+use crate::command::{CommandError, Context, Output, foreach};
+use crate::kernel::CpuId;
+use crate::kernel::stack::Tracer;
+
+/// Options that are about one task at a time.
+const OF_TASKS: [&str; 4] = ["t", "T", "e", "u"];
+
+fn tracer<'a>(context: &Context<'a>) -> Result<Tracer<'a>, CommandError> {
+    let no_kernel = || CommandError("no kernel was found in the dump; see 'info'".into());
+    Tracer::new(context.machine).ok_or_else(no_kernel)
+}
+
+/// The answer, if `options` ask for one of these.
+pub fn of(context: &Context<'_>, options: &Options<'_>) -> Result<Option<Output>, CommandError> {
+    let kernel = context.kernel()?;
+    let every = || -> Result<Vec<VirtAddr>, CommandError> {
+        Ok(kernel.tasks()?.tasks.into_iter().map(|task| task.at).collect())
+    };
+    if options.has("E") {
+        let cpus: Vec<CpuId> = context.machine.cpus().iter().map(|cpu| cpu.id).collect();
+        return remains::of_cpus(context, &cpus).map(Some);
+    }
+    if options.has("v") {
+        return remains::overflows(context, &tracer(context)?, &every()?).map(Some);
+    }
+    if options.has("-group") {
+        let tasks = match options.rest.as_slice() {
+            [] => every()?,
+            selectors => foreach::chosen(context, selectors)?,
+        };
+        return grouped(context, options, &tasks).map(Some);
+    }
+    if !OF_TASKS.iter().any(|letter| options.has(letter)) {
+        return Ok(None);
+    }
+    let mut tasks = Vec::new();
+    for subject in subjects(context, options)? {
+        match subject {
+            Subject::Task(task) => tasks.push(task),
+            Subject::Cpu(cpu) => tasks.extend(kernel.current(cpu).map(|task| task.at)),
+        }
+    }
+    of_each(context, options, &tracer(context)?, &tasks).map(Some)
+}
+
+/// `foreach ... bt`: an answer for each of `tasks`, if `options` ask for one of these; of groups one for all.
+pub fn of_tasks(
+    context: &Context<'_>,
+    options: &Options<'_>,
+    tasks: &[VirtAddr],
+) -> Result<Option<Vec<Output>>, CommandError> {
+    if let Some(name) = ["E", "v"].into_iter().find(|name| options.has(name)) {
+        return Err(CommandError(format!("'bt -{name}' is not about a task; use it without 'foreach'")));
+    }
+    if options.has("-group") {
+        return Err(CommandError(
+            "use 'bt --group' with what would stand behind 'foreach': bt --group UN".into(),
+        ));
+    }
+    if !OF_TASKS.iter().any(|letter| options.has(letter)) {
+        return Ok(None);
+    }
+    let tracer = tracer(context)?;
+    tasks.iter().map(|task| of_each(context, options, &tracer, &[*task])).collect::<Result<_, _>>().map(Some)
+}
+
+fn of_each(
+    context: &Context<'_>,
+    options: &Options<'_>,
+    tracer: &Tracer<'_>,
+    tasks: &[VirtAddr],
+) -> Result<Output, CommandError> {
+    match options.has("u") {
+        true => user::output(context, tracer, tasks, options.has("-why")),
+        false => remains::of_tasks(context, options, tracer, tasks),
+    }
+}
+
+fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
+    let kernel = context.kernel()?;
+    let (reader, tracer) = (kernel.task_reader()?, tracer(context)?);
+    let traced = tracer.map(tasks, |task| (reader.read(*task), tracer.task(*task)));
+    Ok(group::output(&traced, &Renderer { kernel, style: Style::read(options) }))
+}
