@@ -298,8 +298,10 @@ class Named(gdb.FrameDecorator.FrameDecorator):
         frame = self.inferior_frame()
         if self.is_between() or frame.function() is not None:
             return super().function()
-        row = FRAMES.of(frame)
-        return row and row["name"] or ("<user mode>" if frame.pc() < 1 << 63 else super().function())
+        row = FRAMES.of(frame) or {"name": None, "caller": None}
+        # A kernel's frame has a caller, also one in the user's half: a call through a bad pointer.
+        user = frame.pc() < 1 << 63 and row["caller"] is None
+        return row["name"] or ("<user mode>" if user else super().function())
 
     def address(self):
         return None if self.is_between() else super().address()
@@ -316,7 +318,13 @@ class EndOfStack:
         gdb.frame_filters[self.name] = self
 
     def filter(self, frames):
-        return (Named(frame) for frame in frames if frame.inferior_frame().pc() != 0)
+        return (Named(frame) for frame in frames if not self.is_end(frame.inferior_frame()))
+
+    def is_end(self, frame):
+        """Whether nothing is there. Otherwise it is a call through a null pointer."""
+        called = frame.newer() if frame.pc() == 0 else None
+        row = called and FRAMES.of(called)
+        return bool(row and row["caller"] is None)
 
 
 def has_command(name):

@@ -4,6 +4,8 @@
   drgn_rival.py tasks DUMP VMLINUX     pid, name and state of every task
   drgn_rival.py pages DUMP VMLINUX     how many pages have each flag: the struct pages read in bulk, counted by word
   drgn_rival.py page-objects …         the same by an object for each page
+  drgn_rival.py stacks DUMP VMLINUX    pid and the pcs of every task that has a stack, inlined frames left out
+  drgn_rival.py stacks-text …          every stack as drgn prints it, with inlined functions and lines
 """
 
 import collections
@@ -65,7 +67,28 @@ def page_objects(prog):
     return counts
 
 
-WHAT = {"start": lambda prog: None, "tasks": tasks, "pages": pages, "page-objects": page_objects}
+def traces(prog):
+    """(task, stack trace) of every task but those that drgn cannot unwind."""
+    from drgn.helpers.linux.pid import for_each_task
+
+    for task in for_each_task(prog):
+        try:
+            yield task, prog.stack_trace(task)
+        except (LookupError, ValueError, drgn.FaultError, OverflowError):
+            pass
+
+
+def stacks(prog):
+    return [
+        [task.pid.value_(), [frame.pc for frame in trace if not frame.is_inline]] for task, trace in traces(prog)
+    ]
+
+
+def stacks_text(prog):
+    return [f"{task.pid.value_()}\n{trace}" for task, trace in traces(prog)]
+
+
+WHAT = {"stacks": stacks, "stacks-text": stacks_text, "start": lambda prog: None, "tasks": tasks, "pages": pages, "page-objects": page_objects}
 
 if __name__ == "__main__":
     print(json.dumps(WHAT[sys.argv[1]](open_dump(*sys.argv[2:4]))))
