@@ -110,7 +110,13 @@ fn every_cpu_ends_where_it_began() {
                         // The user's own frames are nobody's business but gdb's, who guesses; kstub's script does not.
                         assert!(!script || frames == ["<user"], "{what}: {frames:?}");
                     } else {
-                        let roots = ["<user", "user_mode", "secondary_startup_64", "ret_from_fork"];
+                        let roots = [
+                            "<user",
+                            "user_mode",
+                            "secondary_startup_64",
+                            "common_startup_64",
+                            "ret_from_fork",
+                        ];
                         let is_root = |root: &&str| last.starts_with(root);
                         assert!(roots.iter().any(is_root), "{what}: ends in {last}\n{thread}");
                     }
