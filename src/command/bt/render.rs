@@ -61,6 +61,9 @@ impl<'a> Renderer<'a> {
         if !matches!(trace.start, Start::Cpu | Start::SwitchedOut | Start::Given) {
             let _ = writeln!(text, "    ({})", trace.start.words());
         }
+        if trace.start == Start::NotSaved {
+            text.push_str("    (addresses of code that lie on its stack, stale ones among them: bt -t)\n");
+        }
         if self.style.raw {
             self.raw(&mut text, trace);
             return text;
@@ -121,7 +124,7 @@ impl<'a> Renderer<'a> {
         let _ = write!(text, "{:>3} [{at:016x}] {mark}", format!("#{number}"));
         let found = self.symbol(frame);
         match found {
-            Some(found) => text.push_str(&printable(found.name)),
+            Some(found) => text.push_str(&printable(&demangled(found.name))),
             None => text.push_str("(unknown)"),
         }
         if let Some(found) = found.filter(|_| self.style.offsets) {
@@ -149,7 +152,7 @@ impl<'a> Renderer<'a> {
         for (index, place) in lines.iter().enumerate() {
             // All but the last are inlined into the one behind.
             let inlined = match &place.function {
-                Some(name) if index + 1 < lines.len() => format!("{} (inlined) ", printable(name)),
+                Some(name) if index + 1 < lines.len() => format!("{} (inlined) ", printable(&demangled(name))),
                 _ => String::new(),
             };
             let line = place.line.map_or(String::new(), |line| format!(": {line}"));
@@ -254,4 +257,23 @@ pub fn registers(text: &mut String, regs: &Regs, orig_ax: Option<u64>) {
     }
     let orig = orig_ax.map_or(String::new(), |value| format!("ORIG_RAX: {value:016x}  "));
     let _ = writeln!(text, "    {orig}CS: {}  SS: {}", short(Reg::Cs, 4), short(Reg::Ss, 4));
+}
+
+/// A name as its source has it: Rust's are mangled. The hash that tells crates' versions apart is left out.
+fn demangled(name: &str) -> String {
+    rustc_demangle::try_demangle(name).map_or_else(|_| name.to_owned(), |name| format!("{name:#}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_rust_are_read_back() {
+        // As in the kernel's samples/rust, by `rustc -C symbol-mangling-version=v0`.
+        assert_eq!(demangled("_RNvNtCs1234_6kernel5print11call_printk"), "kernel::print::call_printk");
+        assert_eq!(demangled("_ZN4core9panicking5panic17h0123456789abcdefE"), "core::panicking::panic");
+        assert_eq!(demangled("schedule"), "schedule");
+        assert_eq!(demangled("_R"), "_R");
+    }
 }
