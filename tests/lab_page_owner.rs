@@ -56,7 +56,16 @@ impl Record {
         }
     }
 
-    /// Whether `page_owner` of `page` says the same.
+    /// Whether only the pages are not the same.
+    fn says_the_same(&self, other: &Self) -> bool {
+        let said = |record: &Self| {
+            let (who, when) = ((record.pid, record.tgid, record.comm.clone()), (record.ts, record.free_ts));
+            (who, when, record.order, record.mask.clone(), record.stack.clone())
+        };
+        said(self) == said(other)
+    }
+
+    /// Whether this `page_owner` of a page says the same.
     fn check(&self, owner: &Value) -> Result<(), String> {
         let same = [
             owner["tracked"] == true,
@@ -138,7 +147,7 @@ fn records_are_the_kernels_own() {
         assert!(records.len() > 100, "{}", records.len());
         let last = records.iter().map(|record| record.ts).max().unwrap();
         for (what, machine) in machines(&dir) {
-            let (mut same, mut with_free, mut large) = (0, 0, 0);
+            let (mut same, mut other_than_next, mut with_free, mut large) = (0, 0, 0, 0);
             for (i, record) in records.iter().enumerate() {
                 let known = owner(&machine, record.pfn);
                 // Some have gone, or gone to somebody else, between the file and the end.
@@ -149,19 +158,17 @@ fn records_are_the_kernels_own() {
                 same += 1;
                 with_free += usize::from(record.free_ts != 0);
                 large += usize::from(record.order > 0);
-                // Another record is not this one, nor is the page behind allocated at once with it.
-                let other = &records[(i + 1) % records.len()];
+                // Early pages have all the same record; what differs from this one is not this page's.
+                let Some(other) = records[i..].iter().find(|other| !other.says_the_same(record)) else {
+                    continue;
+                };
                 assert!(other.check(&known).is_err(), "{what}: pfn {:#x} and {:#x}", record.pfn, other.pfn);
-                let behind = owner(&machine, record.pfn + (1 << record.order));
-                assert!(
-                    record.check(&behind).is_err() || record.ts == 0,
-                    "{what}: behind pfn {:#x}",
-                    record.pfn
-                );
+                other_than_next += usize::from(record.check(&owner(&machine, other.pfn)).is_err());
             }
             eprintln!("{what}: {same} of {} records; {with_free} freed before, {large} large", records.len());
-            assert!(same * 4 > records.len() * 3, "{what}: only {same} of {}", records.len());
-            assert!(with_free > 0 && large > 0, "{what}: {with_free} freed before, {large} large");
+            assert!(same * 20 > records.len() * 19, "{what}: only {same} of {}", records.len());
+            assert!(other_than_next > 100, "{what}: {other_than_next} pages differ from their next");
+            assert!(with_free > 5 && large > 20, "{what}: {with_free} freed before, {large} large");
         }
     }
 }

@@ -1,12 +1,11 @@
 /*
  * Runs before the sample's init on the small kernel with CONFIG_PAGE_OWNER, without a C library: says on the console
- * what /sys/kernel/debug/page_owner says of some pages, frees pages of its own, and becomes the sample's init.
+ * what /sys/kernel/debug/page_owner says, frees pages of its own, and becomes the sample's init.
  */
 #include <asm/unistd.h>
 
 #define PAGE_SIZE 4096
-#define PAGES 16384UL /* of a guest with 64 MiB */
-#define STRIDE 64
+#define RECORDS 2000
 #define FREED 64
 #define PFN_MASK ((1UL << 55) - 1)
 #define O_RDONLY 0
@@ -72,20 +71,36 @@ static void mount(const char *type, const char *place)
 	check(syscall6(__NR_mount, (long)type, (long)place, (long)type, 0, 0, 0), type);
 }
 
+/* The number after `PFN `, which every record has; 0 if it is cut off. */
+static unsigned long frame_of(const char *record, long size)
+{
+	unsigned long frame = 0;
+	long at = 4;
+
+	while (at < size && !(record[at - 4] == 'P' && record[at - 3] == 'F' && record[at - 2] == 'N'))
+		at++;
+	for (; at < size && record[at] >= '0' && record[at] <= '9'; at++)
+		frame = frame * 10 + record[at] - '0';
+	return frame;
+}
+
 /* The offset in the file is a frame number: what is read is the record of the first allocated page from there on. */
 static void say_records(void)
 {
 	static char record[PAGE_SIZE];
 	long file = check(syscall(__NR_open, "/debug/page_owner", O_RDONLY, 0), "page_owner");
+	unsigned long at = 0;
 
-	for (unsigned long at = 0; at < PAGES; at += STRIDE) {
+	for (unsigned int i = 0; i < RECORDS; i++) {
 		long size = syscall6(__NR_pread64, file, (long)record, sizeof(record), at, 0, 0);
+		unsigned long frame = frame_of(record, size);
 
-		if (size <= 0)
+		if (!frame)
 			break;
 		say("KSTUB-OWNER\n");
 		syscall(__NR_write, 1, record, size);
 		say("KSTUB-END\n");
+		at = frame + 1;
 	}
 	syscall(__NR_close, file, 0, 0);
 }

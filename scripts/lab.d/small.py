@@ -68,6 +68,8 @@ def _owner_facts(console, work):
     """What the guest said of its pages: the kernel's records, and frames that were freed."""
     text = console.replace("\r", "")
     records = re.findall(r"^KSTUB-OWNER\n(.*?)^KSTUB-END$", text, re.MULTILINE | re.DOTALL)
+    # The log goes to the same console, also into the middle of a line.
+    records = [record for record in records if not re.search(r"\[ *\d+\.\d{6}\]", record)]
     freed = re.findall(r"^KSTUB-FREED (\d+)$", text, re.MULTILINE)
     if not records or not freed:
         raise LabError("the guest has not said who owns its pages", "see console.log")
@@ -77,7 +79,7 @@ def _owner_facts(console, work):
 
 def build_kernel(name):
     """Builds vmlinux and bzImage outside the source; returns (directory, package version)."""
-    stamp = _stamp(name)
+    stamp = recipe_hash(SCHEMA, *_options(name))
     source, version = sample.fetch_source(BUILD)
     build = BUILD / name
     if is_current(build, stamp) and (build / "vmlinux").exists():
