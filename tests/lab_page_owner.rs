@@ -6,13 +6,16 @@
 
 mod support;
 
-use kstub::backend::Dump;
+use kstub::addr::{Pfn, VirtAddr};
+use kstub::backend::{Backend, Dump};
 use kstub::command::{self, Context, Focus, Output};
 use kstub::debuginfo::find::Places;
-use kstub::kernel::{Machine, Options};
+use kstub::kernel::{Kernel, Machine, Options};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use support::damaged::Damaged;
 use support::lab;
 
 /// One record of the kernel's file.
@@ -118,14 +121,20 @@ fn kernels() -> Vec<PathBuf> {
     found
 }
 
+fn dump_of(dir: &Path) -> Dump {
+    Dump::open(&dir.join("dump.elf")).unwrap()
+}
+
+fn open(backend: Arc<dyn Backend>, beside: Option<&Path>) -> Machine {
+    let places = Places { beside: beside.map(Path::to_owned), ..Places::default() };
+    let options = Options { vmlinux: None, places, ..Options::default() };
+    Machine::open(backend, &options, &|_, _| ()).unwrap()
+}
+
 /// With DWARF, and with what the kernel has in its own memory.
 fn machines(dir: &Path) -> [(String, Machine); 2] {
     [true, false].map(|with_vmlinux| {
-        let dump = Dump::open(&dir.join("dump.elf")).unwrap();
-        let beside = with_vmlinux.then(|| dir.to_owned());
-        let places = Places { beside, ..Places::default() };
-        let options = Options { vmlinux: None, places, ..Options::default() };
-        let machine = Machine::open(Arc::new(dump), &options, &|_, _| ()).unwrap();
+        let machine = open(Arc::new(dump_of(dir)), with_vmlinux.then_some(dir));
         assert_eq!(machine.vmlinux().is_some(), with_vmlinux);
         (format!("{}, with vmlinux: {with_vmlinux}", dir.display()), machine)
     })
@@ -238,5 +247,69 @@ fn the_image_is_not_tracked() {
             assert_eq!(page.json["page_owner"], serde_json::json!({ "tracked": false }), "{what}");
             assert!(page.text.contains("  page_owner not tracked"), "{what}: {}", page.text);
         }
+    }
+}
+
+/// Where the record of a stack lies, by the layouts of `lib/stackdepot.c` in v6.1 and v6.12: its pool's pointer, and
+/// itself.
+fn stack_record(kernel: &Kernel, handle: u64) -> (VirtAddr, VirtAddr) {
+    let old = kernel.has_member("handle_parts", "slabindex");
+    let (symbol, index, offset) = match old {
+        true => ("stack_slabs", handle & 0xffff, handle >> 16 & 0x3ff),
+        false => ("stack_pools", (handle & 0x1_ffff) - 1, handle >> 17 & 0x3ff),
+    };
+    let pointer = kernel.symbol(symbol).unwrap().wrapping_add(index * 8);
+    (pointer, VirtAddr(kernel.read_u64(pointer).unwrap() + offset * 16))
+}
+
+#[test]
+fn what_is_broken_is_told_and_costs_only_itself() {
+    for dir in kernels() {
+        let [(what, machine), _] = machines(&dir);
+        let kernel = machine.kernel().unwrap();
+        let stays = |record: &Record| record.check(&owner(&machine, record.pfn)).is_ok();
+        let record = records(&dir).into_iter().filter(|record| record.stack.len() > 4).find(stays).unwrap();
+        let page = format!("page pfn:{:x}", record.pfn);
+        let whole = run(&machine, &page).json;
+
+        let size = kernel.symbol("page_ext_size").unwrap();
+        let operations = kernel.global("page_ext_operations", "page_owner_ops").unwrap();
+        let offset = operations.member("offset").unwrap();
+        let section = kernel.page_map().unwrap().section(Pfn(record.pfn)).unwrap().page_ext;
+        let extension = VirtAddr(section.wrapping_add(kernel.read_u64(size).unwrap() * record.pfn));
+        let kept = kernel.object("page_owner", extension.wrapping_add(offset.u64().unwrap())).unwrap();
+        let handle = kept.member("handle").unwrap();
+        let (pool, stack) = stack_record(kernel, handle.u64().unwrap());
+        let count = kernel.object("stack_record", stack).unwrap().member("size").unwrap();
+        assert_eq!(count.u64().unwrap(), record.stack.len() as u64, "{what}");
+
+        let said = |at: VirtAddr, value: u64| {
+            let space = kernel.found().space;
+            let words = BTreeMap::from([(space.translate(&**kernel.backend(), at).unwrap().phys.0, value)]);
+            let damaged = open(Arc::new(Damaged { dump: dump_of(&dir), words }), Some(dir.as_path()));
+            let mut answer = run(&damaged, &page).json;
+            let owner = answer["page_owner"].take();
+            let mut others = whole.clone();
+            others["page_owner"].take();
+            assert_eq!(answer, others, "{what}: {at} {value:#x}");
+            owner
+        };
+        let error = |value: &Value| value["error"].as_str().unwrap_or_default().to_owned();
+        for value in [u64::MAX, 1 << 13] {
+            assert!(error(&said(size, value)).contains("page_ext"), "{what}: size {value:#x}");
+        }
+        assert!(error(&said(offset.at, 1 << 40)).contains("page_ext"), "{what}");
+        // The depot's error is in place of the stack, and the rest is as it was.
+        // Sixteen bytes behind or before a record there is none.
+        let beside = if kernel.has_member("handle_parts", "slabindex") { 1 << 16 } else { 1 << 17 };
+        let handles = [u64::MAX, handle.u64().unwrap() ^ beside];
+        let broken = [(pool, 0), (pool, 0x4141_4141_4141_4141), (count.at, u64::MAX), (count.at, 65)];
+        for (at, value) in broken.into_iter().chain(handles.map(|value| (handle.at, value))) {
+            let owner = said(at, value);
+            assert!(error(&owner["stack"]).contains("stack"), "{what}: {at} {value:#x}: {owner:#}");
+            assert_eq!((&owner["pid"], &owner["ts_ns"]), (&record.pid.into(), &record.ts.into()), "{what}");
+        }
+        // No flag, no record.
+        assert_eq!(said(extension, 0), serde_json::json!({ "tracked": false }), "{what}");
     }
 }
