@@ -6,8 +6,8 @@
 
 mod support;
 
-use kstub::addr::{Pfn, PhysAddr, PhysRange, VirtAddr};
-use kstub::backend::{Backend, Dump, Fact, SavedCpu};
+use kstub::addr::{Pfn, PhysAddr, VirtAddr};
+use kstub::backend::{Backend, Dump};
 use kstub::command::{self, Context, Focus};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::page::about::About;
@@ -17,11 +17,11 @@ use kstub::kernel::page::mapping::Held;
 use kstub::kernel::page::users;
 use kstub::kernel::slab::ObjectState;
 use kstub::kernel::{Kernel, Machine, Options};
-use kstub::memory::{PhysicalMemory, ReadOutcome};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
+use support::damaged::Damaged;
 use support::lab::{self, DumpFile, Set};
 
 fn machine_of(backend: Arc<dyn Backend>, dump: &DumpFile) -> Machine {
@@ -705,50 +705,6 @@ fn a_filtered_dump_has_its_census() {
         let pages = |kind: &str| census["kinds"][kind]["pages"].as_u64().unwrap_or(0);
         assert!(pages("free") > 1000 && pages("slab") > 1000 && pages("anon") > 10, "{what}: {census}");
     });
-}
-
-/// A dump with some words of its memory replaced.
-struct Damaged {
-    dump: Dump,
-    words: BTreeMap<u64, u64>,
-}
-
-impl PhysicalMemory for Damaged {
-    fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        let outcome = self.dump.read_phys(at, buf);
-        for (&place, value) in &self.words {
-            for (i, byte) in value.to_le_bytes().into_iter().enumerate() {
-                if let Some(index) = (place + i as u64).checked_sub(at.0)
-                    && let Some(slot) = buf.get_mut(index as usize)
-                {
-                    *slot = byte;
-                }
-            }
-        }
-        outcome
-    }
-
-    fn ranges(&self) -> Vec<PhysRange> {
-        self.dump.ranges()
-    }
-}
-
-impl Backend for Damaged {
-    fn saved_cpus(&self) -> &[SavedCpu] {
-        self.dump.saved_cpus()
-    }
-    fn vmcoreinfo_note(&self) -> Option<&[u8]> {
-        self.dump.vmcoreinfo_note()
-    }
-    fn phys_base_hints(&self) -> Vec<u64> {
-        self.dump.phys_base_hints()
-    }
-    fn facts(&self) -> Vec<Fact> {
-        self.dump.facts()
-    }
-    fn problems(&self) -> Vec<String> {
-        self.dump.problems()
-    }
 }
 
 fn phys(kernel: &Kernel, at: VirtAddr) -> u64 {

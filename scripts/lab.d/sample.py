@@ -152,22 +152,23 @@ def _build_kernel(source, version):
     (source / ".stamp").write_text(stamp, encoding="utf-8")
 
 
-def _build_initramfs(work):
+def _build_initramfs(work, programs):
     tree = work / "initramfs"
     tree.mkdir()
-    run(["gcc", *INIT_FLAGS, "-o", tree / "init", RECIPE / "init.c"])
+    for name, source in programs.items():
+        run(["gcc", *INIT_FLAGS, "-o", tree / name, source])
     archive = work / "initramfs.cpio"
-    script = 'set -e; cd "$1"; echo init | cpio --quiet -o -H newc -R 0:0 > "$2"'
+    script = 'set -e; cd "$1"; ls | cpio --quiet -o -H newc -R 0:0 > "$2"'
     run(["sh", "-c", script, "sh", tree, archive])
     return archive
 
 
-def panic_and_dump(source, work):
+def panic_and_dump(source, work, programs=None, command_line=COMMAND_LINE):
     """Boots what was built in `source`, waits for the panic, and leaves dump.elf, registers.txt and console.log in
-    `work`; returns the console's text."""
-    initramfs = _build_initramfs(work)
+    `work`; returns the console's text. `programs`: names and sources of what the initramfs has."""
+    initramfs = _build_initramfs(work, programs or {"init": RECIPE / "init.c"})
     options = {"cpu": "max,la57=off", "memory": MEMORY, "smp": CPUS, "vmcoreinfo": True, "facts": False}
-    with Machine(work, source / "arch/x86/boot/bzImage", initramfs, COMMAND_LINE, **options) as machine:
+    with Machine(work, source / "arch/x86/boot/bzImage", initramfs, command_line, **options) as machine:
         with step("guest boots and panics"):
             machine.wait_for("end Kernel panic", BOOT_TIMEOUT)
             time.sleep(1)

@@ -1,4 +1,6 @@
-"""Kernels that unwind without ORC: built small from Debian's source as the sample's is, panicked and dumped by QEMU.
+"""Kernels with what Debian's have not: built small from Debian's source as the sample's is, panicked and dumped by QEMU.
+
+Two unwind without ORC, and one has page_owner.
 
 They lie in $LAB/small/<name>, not among the sets: their guest says little of itself and plants little.
 """
@@ -9,6 +11,7 @@ import shutil
 
 import sample
 from common import (
+    CHECKOUT,
     LAB,
     STAMP,
     LabError,
@@ -29,26 +32,54 @@ BUILD = LAB / "small-build"
 SERIES = sample.SOURCE_PACKAGE.rpartition("-")[2]
 # What each has in place of CONFIG_UNWINDER_ORC.
 UNWINDERS = {f"qemu-fp-{SERIES}": "CONFIG_UNWINDER_FRAME_POINTER", f"qemu-guess-{SERIES}": "CONFIG_UNWINDER_GUESS"}
-NAMES = list(UNWINDERS)
+OWNER = f"qemu-owner-{SERIES}"
+OWNER_INIT = CHECKOUT / "qemu/small/page-owner.c"
+NAMES = [*UNWINDERS, OWNER]
 JOBS = 2
 SCHEMA = 1
 
 
-def _options(unwinder):
-    """The sample's configuration with another unwinder."""
+def _options(name):
+    """The sample's configuration with another unwinder, or with page_owner."""
+    if name == OWNER:
+        return [*sample.lines("config"), "CONFIG_PAGE_OWNER=y"]
+    unwinder = UNWINDERS[name]
     lines = [line for line in sample.lines("config") if "CONFIG_UNWINDER_ORC" not in line]
     # The allocator's debugging keeps stacks, for which guesses are not good enough.
     guess = ["# CONFIG_SLUB_DEBUG is not set"] if unwinder.endswith("GUESS") else []
     return [*lines, "# CONFIG_UNWINDER_ORC is not set", f"{unwinder}=y", *guess]
 
 
-def _stamp(unwinder):
-    return recipe_hash(SCHEMA, *_options(unwinder), sample.RECIPE / "init.c", sample.COMMAND_LINE)
+def _programs(name):
+    """What the initramfs has."""
+    init = sample.RECIPE / "init.c"
+    return {"init": OWNER_INIT, "sample": init} if name == OWNER else {"init": init}
 
 
-def build_kernel(name, unwinder):
+def _command_line(name):
+    return f"{sample.COMMAND_LINE} page_owner=on" if name == OWNER else sample.COMMAND_LINE
+
+
+def _stamp(name):
+    return recipe_hash(SCHEMA, *_options(name), *_programs(name).values(), _command_line(name))
+
+
+def _owner_facts(console, work):
+    """What the guest said of its pages: the kernel's records, and frames that were freed."""
+    text = console.replace("\r", "")
+    records = re.findall(r"^KSTUB-OWNER\n(.*?)^KSTUB-END$", text, re.MULTILINE | re.DOTALL)
+    # The log goes to the same console, also into the middle of a line.
+    records = [record for record in records if not re.search(r"\[ *\d+\.\d{6}\]", record)]
+    freed = re.findall(r"^KSTUB-FREED (\d+)$", text, re.MULTILINE)
+    if not records or not freed:
+        raise LabError("the guest has not said who owns its pages", "see console.log")
+    (work / "page_owner.txt").write_text("".join(records), encoding="utf-8")
+    (work / "freed.txt").write_text("".join(f"{pfn}\n" for pfn in freed), encoding="utf-8")
+
+
+def build_kernel(name):
     """Builds vmlinux and bzImage outside the source; returns (directory, package version)."""
-    stamp = _stamp(unwinder)
+    stamp = recipe_hash(SCHEMA, *_options(name))
     source, version = sample.fetch_source(BUILD)
     build = BUILD / name
     if is_current(build, stamp) and (build / "vmlinux").exists():
@@ -62,7 +93,7 @@ def build_kernel(name, unwinder):
         "LC_ALL": "C",
     }
     make = ["make", f"O={build}"]
-    options = _options(unwinder)
+    options = _options(name)
     fragment = build / "kstub.config"
     fragment.write_text("".join(f"{line}\n" for line in options), encoding="utf-8")
     with step(f"kernel of {name}"):
@@ -82,16 +113,19 @@ def build_kernel(name, unwinder):
 
 def make(name):
     """Builds a kernel and makes its dump unless both are there."""
-    if name not in UNWINDERS:
+    if name not in NAMES:
         raise LabError(f"no small kernel is called {name}", f"there are: {' '.join(NAMES)}")
-    unwinder = UNWINDERS[name]
-    stamp = _stamp(unwinder)
+    stamp = _stamp(name)
     final = SMALL / name
     if is_current(final, stamp):
         return
-    build, version = build_kernel(name, unwinder)
+    build, version = build_kernel(name)
     with step(f"set {name}"), fresh_directory(final, stamp, keep_failed=True) as work:
-        console = sample.panic_and_dump(build, work)
+        console = sample.panic_and_dump(build, work, _programs(name), _command_line(name))
+        truth = {"registers": "registers.txt", "console": "console.log"}
+        if name == OWNER:
+            _owner_facts(console, work)
+            truth |= {"page_owner": "page_owner.txt", "freed": "freed.txt"}
         make_sparse(work / "dump.elf")
         shutil.copy(build / "vmlinux", work / "vmlinux")
         shutil.copy(build / ".config", work / "config")
@@ -101,11 +135,11 @@ def make(name):
                 "schema": SCHEMA,
                 "name": name,
                 "kind": "qemu-small",
-                "unwinder": unwinder,
+                "unwinder": UNWINDERS.get(name, "CONFIG_UNWINDER_ORC"),
                 "release": re.search(r"Linux version (\S+)", console)[1],
                 "package_version": version,
                 "vmlinux": f"small/{name}/vmlinux",
-                "cmdline": sample.COMMAND_LINE,
+                "cmdline": _command_line(name),
                 "smp": 2,
                 "dumps": [
                     {
@@ -121,7 +155,7 @@ def make(name):
                     }
                 ],
                 "panic": panic_facts(console),
-                "truth": {"registers": "registers.txt", "console": "console.log"},
+                "truth": truth,
             },
         )
     note_progress(f"small kernel {name}")

@@ -19,6 +19,7 @@ mod mount;
 mod nmi;
 mod p;
 mod page;
+mod page_owner;
 mod percpu;
 mod ps;
 mod rd;

@@ -1,10 +1,12 @@
 //! `page`: what a page of memory is used for, and by whom.
 
 use super::args::{self, Address};
+use super::page_owner;
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::{PAGE_SIZE, Pfn, PhysAddr, VirtAddr};
 use crate::kernel::page::about::{About, Pages};
 use crate::kernel::page::mapping::{Held, Mapping};
+use crate::kernel::page::page_owner::PageOwners;
 use crate::kernel::page::users::{self, Users};
 use crate::kernel::page::{Kind, PageMap};
 use crate::kernel::{Kernel, Object};
@@ -21,7 +23,8 @@ pub const COMMAND: Command = Command {
            decimal.\n\n\
            Flags have one name each, by what the page is. A tail page shows its head's use; its own flags word holds \
            mostly other things. 'held' says what the page cache has at the page's index: this page, or something \
-           else, which is damage. Each user was looked up in the page tables.\n\n\
+           else, which is damage. Each user was looked up in the page tables. On a kernel with page_owner=on 'page_owner' \
+           says who allocated the page or, if it is free, who freed it, and where.\n\n\
            Examples:\n  page $rdi\n  page pfn:3eb64\n  page phys:3bd7000\n  page -c 150 7f98b2864000\n  \
            page -n 5 0xffffea0000fad900\n",
     run,
@@ -51,14 +54,21 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let first = find(context, map, wanted, task)?;
     let (mut text, mut json) = (String::new(), Vec::new());
     let pages = Pages::new(kernel, map);
+    let owners = PageOwners::new(kernel, map);
     for i in 0..count {
         let about = pages.about(Pfn(first.0.saturating_add(i)))?;
         let users = users::of(kernel, &about.mapping, &about.indexes(), PhysAddr(about.phys()));
         if i > 0 {
             text.push('\n');
         }
+        let owner = page_owner::find(&owners, about.pfn);
         text.push_str(&render(kernel, map, &about, &users));
-        json.push(to_json(map, &about, &users));
+        text.push_str(&page_owner::render(kernel, owner.as_ref()));
+        let mut value = to_json(map, &about, &users);
+        if let Some(object) = value.as_object_mut() {
+            object.insert("page_owner".to_owned(), page_owner::to_json(kernel, owner.as_ref()));
+        }
+        json.push(value);
     }
     let json = match json.pop() {
         Some(only) if json.is_empty() && count == 1 => only,

@@ -26,6 +26,7 @@ pub mod sched;
 pub mod slab;
 pub mod spin;
 pub mod stack;
+pub mod stack_depot;
 mod switched_out;
 pub mod taint;
 mod task;

@@ -4,6 +4,7 @@
 //! kstub's own parsers, so a layout that is wrong in the parser cannot agree with itself here.
 #![allow(dead_code, unused_imports, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod damaged;
 pub mod elf_core;
 pub mod elf_file;
 pub mod flat_memory;

@@ -10,6 +10,7 @@ pub mod flags;
 pub mod kind;
 pub mod mapping;
 pub mod owners;
+pub mod page_owner;
 mod types;
 pub mod users;
 
