@@ -152,7 +152,9 @@ impl<'a> Renderer<'a> {
         for (index, place) in lines.iter().enumerate() {
             // All but the last are inlined into the one behind.
             let inlined = match &place.function {
-                Some(name) if index + 1 < lines.len() => format!("{} (inlined) ", printable(&demangled(name))),
+                Some(name) if index + 1 < lines.len() => {
+                    format!("{} (inlined) ", printable(&demangled(name)))
+                }
                 _ => String::new(),
             };
             let line = place.line.map_or(String::new(), |line| format!(": {line}"));
