@@ -71,16 +71,19 @@ static void mount(const char *type, const char *place)
 	check(syscall6(__NR_mount, (long)type, (long)place, (long)type, 0, 0, 0), type);
 }
 
-/* The number after `PFN `, which every record has; 0 if it is cut off. */
+/* The number after `PFN `, which every record has; 0 if it is cut off. Before v6.8 or so it is decimal. */
 static unsigned long frame_of(const char *record, long size)
 {
-	unsigned long frame = 0;
+	unsigned long frame = 0, base = 10;
 	long at = 4;
 
 	while (at < size && !(record[at - 4] == 'P' && record[at - 3] == 'F' && record[at - 2] == 'N'))
 		at++;
-	for (; at < size && record[at] >= '0' && record[at] <= '9'; at++)
-		frame = frame * 10 + record[at] - '0';
+	for (; at < size && record[at] != ' '; at++)
+		if (record[at] == 'x')
+			base = 16;
+		else
+			frame = frame * base + record[at] - (record[at] <= '9' ? '0' : 'a' - 10);
 	return frame;
 }
 

@@ -68,24 +68,24 @@ def lines(name):
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def _source_version():
+def _source_version(package):
     """The newest version for this Debian release; backports of it to an older one (`~`) are the same source."""
-    versions = [stanza["Version"] for stanza in debian.show([SOURCE_PACKAGE]) if "~" not in stanza["Version"]]
+    versions = [stanza["Version"] for stanza in debian.show([package]) if "~" not in stanza["Version"]]
     if not versions:
-        raise LabError(f"the mirror has no {SOURCE_PACKAGE}", "name another series in scripts/lab.d/sample.py")
+        raise LabError(f"the mirror has no {package}", "name another series in scripts/lab.d/sample.py")
     return max(versions, key=debian.version_key)
 
 
-def fetch_source(place, refresh=False):
+def fetch_source(place, refresh=False, name=SOURCE_PACKAGE):
     """Unpacks the kernel's source below `place` unless it is there; returns (directory, package version)."""
     final = place / "source"
     facts = final / "source.json"
     if facts.exists() and not refresh:
-        return final / SOURCE_PACKAGE, read_json(facts)["version"]
+        return final / name, read_json(facts)["version"]
     debian.update(force=refresh)
-    version = _source_version()
+    version = _source_version(name)
     with step(f"source {version}"), fresh_directory(final, version) as work:
-        package = debian.download(SOURCE_PACKAGE, version, work)
+        package = debian.download(name, version, work)
         run(
             [
                 "bash",
@@ -94,12 +94,12 @@ def fetch_source(place, refresh=False):
                 "bash",
                 package,
                 work,
-                f"./usr/src/{SOURCE_PACKAGE}.tar.xz",
+                f"./usr/src/{name}.tar.xz",
             ]
         )
         package.unlink()
-        write_json(work / "source.json", {"package": SOURCE_PACKAGE, "version": version})
-    return final / SOURCE_PACKAGE, version
+        write_json(work / "source.json", {"package": name, "version": version})
+    return final / name, version
 
 
 def _configure(source):

@@ -1,6 +1,6 @@
-"""Kernels with what Debian's have not: built small from Debian's source as the sample's is, panicked and dumped by QEMU.
+"""Kernels with what Debian's have not: built small from its source as the sample's is, panicked and dumped by QEMU.
 
-Two unwind without ORC, and one has page_owner.
+Two unwind without ORC, and two have page_owner: stacks are kept in another form since v6.9 or so.
 
 They lie in $LAB/small/<name>, not among the sets: their guest says little of itself and plants little.
 """
@@ -32,16 +32,16 @@ BUILD = LAB / "small-build"
 SERIES = sample.SOURCE_PACKAGE.rpartition("-")[2]
 # What each has in place of CONFIG_UNWINDER_ORC.
 UNWINDERS = {f"qemu-fp-{SERIES}": "CONFIG_UNWINDER_FRAME_POINTER", f"qemu-guess-{SERIES}": "CONFIG_UNWINDER_GUESS"}
-OWNER = f"qemu-owner-{SERIES}"
+OWNERS = [f"qemu-owner-{SERIES}", "qemu-owner-6.12"]
 OWNER_INIT = CHECKOUT / "qemu/small/page-owner.c"
-NAMES = [*UNWINDERS, OWNER]
+NAMES = [*UNWINDERS, *OWNERS]
 JOBS = 2
 SCHEMA = 1
 
 
 def _options(name):
     """The sample's configuration with another unwinder, or with page_owner."""
-    if name == OWNER:
+    if name in OWNERS:
         return [*sample.lines("config"), "CONFIG_PAGE_OWNER=y"]
     unwinder = UNWINDERS[name]
     lines = [line for line in sample.lines("config") if "CONFIG_UNWINDER_ORC" not in line]
@@ -53,11 +53,11 @@ def _options(name):
 def _programs(name):
     """What the initramfs has."""
     init = sample.RECIPE / "init.c"
-    return {"init": OWNER_INIT, "sample": init} if name == OWNER else {"init": init}
+    return {"init": OWNER_INIT, "sample": init} if name in OWNERS else {"init": init}
 
 
 def _command_line(name):
-    return f"{sample.COMMAND_LINE} page_owner=on" if name == OWNER else sample.COMMAND_LINE
+    return f"{sample.COMMAND_LINE} page_owner=on" if name in OWNERS else sample.COMMAND_LINE
 
 
 def _stamp(name):
@@ -80,7 +80,8 @@ def _owner_facts(console, work):
 def build_kernel(name):
     """Builds vmlinux and bzImage outside the source; returns (directory, package version)."""
     stamp = recipe_hash(SCHEMA, *_options(name))
-    source, version = sample.fetch_source(BUILD)
+    package = f"linux-source-{name.rpartition('-')[2]}"
+    source, version = sample.fetch_source(BUILD / package, name=package)
     build = BUILD / name
     if is_current(build, stamp) and (build / "vmlinux").exists():
         return build, version
@@ -123,7 +124,7 @@ def make(name):
     with step(f"set {name}"), fresh_directory(final, stamp, keep_failed=True) as work:
         console = sample.panic_and_dump(build, work, _programs(name), _command_line(name))
         truth = {"registers": "registers.txt", "console": "console.log"}
-        if name == OWNER:
+        if name in OWNERS:
             _owner_facts(console, work)
             truth |= {"page_owner": "page_owner.txt", "freed": "freed.txt"}
         make_sparse(work / "dump.elf")
