@@ -6,7 +6,8 @@ use kstub::arch::x86_64::disasm::{call_before, pushed_at};
 use kstub::debuginfo::cfi::{CallFrames, CfiRow};
 use kstub::debuginfo::orc::{Flags, Format, Numbers, OrcEntry, OrcTable};
 use kstub::unwind::{
-    Frame, FrameSource, Regs, Stack, Step, Tables, by_call_frames, by_frame_pointer, by_own_code, by_top_of_stack, step,
+    Frame, FrameSource, Regs, Stack, Step, Tables, by_call_frames, by_frame_pointer, by_own_code,
+    by_top_of_stack, step,
 };
 use kstub_fuzz::{take, take_u64};
 
@@ -56,10 +57,16 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         numbers: if kind & 4 == 0 { Numbers::Old } else { Numbers::New },
     };
     let _ = Format::tell(kind & 8 != 0, &rows);
-    let cfi = if kind & 16 == 0 { CallFrames::from_debug_frame(frames) } else { CallFrames::from_eh_frame(frames, CODE) };
+    let cfi = if kind & 16 == 0 {
+        CallFrames::from_debug_frame(frames)
+    } else {
+        CallFrames::from_eh_frame(frames, CODE)
+    };
     let world = World { orc: OrcTable::new(format, CODE, ips, rows), cfi, code, stack: rest };
     let mut regs = Regs::default();
-    for (reg, value) in [(Reg::Rip, CODE + pc % 4096), (Reg::Rsp, STACK + sp % 4096), (Reg::Rbp, STACK + bp % 4096)] {
+    for (reg, value) in
+        [(Reg::Rip, CODE + pc % 4096), (Reg::Rsp, STACK + sp % 4096), (Reg::Rbp, STACK + bp % 4096)]
+    {
         regs.set(reg, value);
     }
     let mut frame = Frame::first(regs, FrameSource::Registers, "the fuzzer's").expect("has pc and sp");
@@ -79,7 +86,10 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         let Some(Step::Caller(next)) = taken else { break };
         let at = next.pc_at.expect("a caller's pc is on the stack");
         assert_eq!(world.word(at), Some(next.pc), "{}", next.why);
-        assert_eq!((frame.cfa, next.regs.pc(), next.regs.sp()), (Some(next.sp), Some(next.pc), Some(next.sp)));
+        assert_eq!(
+            (frame.cfa, next.regs.pc(), next.regs.sp()),
+            (Some(next.sp), Some(next.pc), Some(next.sp))
+        );
         frame = next;
     }
 });
