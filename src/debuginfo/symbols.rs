@@ -129,9 +129,11 @@ impl SymbolTable {
             let of = self.name(entry).strip_prefix(b"const_");
             of.is_some_and(|of| here.iter().any(|other| self.name(other) == of))
         };
-        let best = here.iter().rev().max_by_key(|e| (e.size > offset, e.size == 0, !is_alias(e)))?;
+        // One whose name is no text hides none that has a name.
+        let named = here.iter().rev().filter_map(|entry| Some((entry, self.symbol(entry)?)));
+        let (best, symbol) = named.max_by_key(|(e, _)| (e.size > offset, e.size == 0, !is_alias(e)))?;
         let covers = if best.size == 0 { end < self.entries.len() } else { best.size > offset };
-        covers.then(|| self.symbol(best)).flatten().map(|symbol| (symbol, offset))
+        covers.then_some((symbol, offset))
     }
 
     fn name(&self, entry: &Entry) -> &[u8] {
