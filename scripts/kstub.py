@@ -298,6 +298,9 @@ class Named(gdb.FrameDecorator.FrameDecorator):
         frame = self.inferior_frame()
         if self.is_between() or frame.function() is not None:
             return super().function()
+        last = end_of(frame)
+        if last:
+            return "<the backtrace ends here: %s>" % last["broken"]
         row = FRAMES.of(frame) or {"name": None, "caller": None}
         # A kernel's frame has a caller, also one in the user's half: a call through a bad pointer.
         user = frame.pc() < 1 << 63 and row["caller"] is None
@@ -310,8 +313,16 @@ class Named(gdb.FrameDecorator.FrameDecorator):
         return None if self.is_between() else super().filename()
 
 
+def end_of(frame):
+    """What kstub knows of the last frame, if this is the one at 0 behind it, by which gdb is told that a backtrace ends.
+    None for a frame that is there: a call through a null pointer."""
+    called = frame.newer() if frame.pc() == 0 else None
+    row = called and FRAMES.of(called)
+    return row if row and row["caller"] is None else None
+
+
 class EndOfStack:
-    """Leaves out the frame at 0 by which gdb is told that a backtrace ends."""
+    """Leaves out the frame at 0 by which gdb is told that a backtrace ends, unless it ends short."""
 
     def __init__(self):
         self.name, self.priority, self.enabled = "kstub-end-of-stack", 100, True
@@ -321,10 +332,8 @@ class EndOfStack:
         return (Named(frame) for frame in frames if not self.is_end(frame.inferior_frame()))
 
     def is_end(self, frame):
-        """Whether nothing is there. Otherwise it is a call through a null pointer."""
-        called = frame.newer() if frame.pc() == 0 else None
-        row = called and FRAMES.of(called)
-        return bool(row and row["caller"] is None)
+        last = end_of(frame)
+        return last is not None and last["broken"] is None
 
 
 def has_command(name):

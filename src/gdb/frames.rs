@@ -9,7 +9,7 @@ use super::threads::{Thread, Threads};
 use crate::addr::VirtAddr;
 use crate::bytes::printable;
 use crate::kernel::Machine;
-use crate::kernel::stack::{Trace, Tracer};
+use crate::kernel::stack::{Ended, Trace, Tracer};
 use crate::unwind::{Frame, FrameSource, Regs, Why};
 use serde_json::{Map, Value, json};
 
@@ -19,7 +19,8 @@ const PT_REGS_IP: u64 = 128;
 /// The frames of a thread as JSON: of each `pc` and `sp`, by which the client knows it again, `cfa`, `function` (its
 /// start) and its `name`, the registers of its `caller` (`null`: there is none), and whether call frame information would get it
 /// `wrong`. Where registers were saved between the two, `saved` is where their `ip` is, and `through` the pc of the code
-/// in [`super::libraries`] that stands for that. It ends before the first frame that is a guess.
+/// in [`super::libraries`] that stands for that. It ends before the first frame that is a guess; the last row then says
+/// why in `broken`, as it does where the walk ended short of a root.
 pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option<Value> {
     let tracer = Tracer::new(machine)?;
     let trace = match threads.task(machine, thread) {
@@ -48,6 +49,11 @@ pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option
         let named = named(frame.lookup_pc());
         row["name"] = json!(named.as_ref().map(|named| printable(named.name)));
         row["function"] = json!(named.map(|named| frame.lookup_pc().wrapping_sub(named.offset)));
+        row["broken"] = json!(match (&trace.ended, next) {
+            (_, None) if !is_last => Some("all that follows would be guesses".to_owned()),
+            (Ended::Broken { why, .. }, None) => Some(printable(why)),
+            _ => None,
+        });
         row["saved"] = json!(saved);
         row["through"] = json!(saved.map(|_| INTERRUPTED));
         rows.push(row);
@@ -63,7 +69,7 @@ fn row(pc: u64, sp: u64, caller: Option<Regs>, wrong: bool) -> Value {
     let none = Value::Null;
     json!({
         "pc": pc, "sp": sp, "cfa": sp, "function": none, "name": none, "caller": caller.map(registers), "wrong": wrong,
-        "saved": none, "through": none,
+        "saved": none, "through": none, "broken": none,
     })
 }
 

@@ -1,7 +1,8 @@
 //! Modules as gdb's shared libraries: a file for each, and where its sections are.
 //!
 //! A module's own file if one has its build-id, else one made of the names in the kernel's memory; the same for the
-//! kernel image where there is no vmlinux. Made when a client first asks.
+//! kernel image where there is no vmlinux. Made when a client first asks. One more has no code, but call frame
+//! information of the kernel's entry code.
 //! Source: GDB manual, "Library List Format"; gdb `solib-target.c` (one address for each section that is loaded,
 //! empty ones too, in the order of the file); `Documentation/arch/x86/x86_64/mm.rst` (the hole at the top).
 
