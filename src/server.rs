@@ -11,7 +11,7 @@ mod session;
 pub use debugger::{Debugger, gdb};
 pub use listen::Listen;
 
-use crate::gdb::Settings;
+use crate::gdb::{Front, Settings};
 use crate::kernel::Machine;
 use anyhow::Context;
 use listen::Listener;
@@ -40,6 +40,8 @@ pub fn serve(
     if listen == Listen::Stdio {
         return session::over_stdio(machine, settings);
     }
+    // A list of ten thousand tasks is read before anyone waits for it: gdb gives up after 2 s.
+    drop(Front::with(machine.clone(), settings.clone()));
     let runtime = runtime()?;
     // Sessions that are still at work when this returns end with the process.
     runtime.block_on(async {

@@ -1,8 +1,9 @@
-//! Machines: physical memory plus the registers of its CPUs, from a dump or (later) a live guest.
+//! Machines: physical memory plus the registers of its CPUs, from a dump or a live guest.
 //!
 //! What stands above sees only [`Backend`]; it cannot tell a dump from a guest except by asking.
 
 mod dump;
+pub mod live;
 mod registers;
 
 pub use dump::Dump;
@@ -57,4 +58,9 @@ pub trait Backend: PhysicalMemory {
 
     /// What is wrong or missing in the source, one sentence each, with the cure where there is one.
     fn problems(&self) -> Vec<String>;
+
+    /// The guest, if this is one and no dump.
+    fn live(&self) -> Option<&dyn live::LiveControl> {
+        None
+    }
 }

@@ -82,6 +82,9 @@ fn command(debugger: &Debugger, socket: &Path, script: &Path) -> Command {
     let mut command = Command::new(&debugger.program);
     // Files are here: gdb would ask us first.
     command.args(["-q", "-iex", "set sysroot /"]);
+    // From a cold disk ten thousand tasks take longer than the 2 s after which gdb gives up. We cannot hang unnoticed:
+    // gdb sees the socket close when we die.
+    command.args(["-iex", "set remotetimeout 120"]);
     command.args(debugger.index_cache.on().into_iter().flat_map(|on| ["-iex".to_owned(), on]));
     command.args(&debugger.vmlinux);
     // Only the vmlinux's index may come from the cache: gdb keeps a module's by build-id too, but with the addresses

@@ -1,0 +1,171 @@
+//! What a machine that can run offers besides memory and registers.
+//!
+//! Knows run control as a debugger means it, and no packet: vCPUs go by their index, addresses are the guest's own.
+//! Whoever holds a [`LiveControl`] sees the machine as it is now; a [`Backend`] from [`LiveControl::snapshot`] has the
+//! registers of one moment over memory that goes on changing unless the guest is stopped.
+//! Source: GDB manual, "Packets" (`vCont`, `Z0` to `Z4`), "Stop Reply Packets"; QEMU `docs/interop/qemu-qmp-ref`.
+
+use super::Backend;
+use crate::addr::{PhysAddr, VirtAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A place that stops the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Point {
+    /// `Z0`: a breakpoint by an instruction put there (QEMU under TCG changes no memory for it).
+    Software,
+    /// `Z1`: a breakpoint by the CPU's own means.
+    Hardware,
+    /// `Z2`: a write to memory.
+    Write,
+    /// `Z3`: a read of memory.
+    Read,
+    /// `Z4`: either.
+    Access,
+}
+
+/// What a vCPU is to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Go {
+    /// Run until something stops the guest.
+    Continue,
+    /// One instruction.
+    Step,
+}
+
+/// Why the guest stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StopReason {
+    /// A signal's number as the protocol has it: 5 for a breakpoint or a step, 2 when it was asked to stop.
+    Signal(u8),
+    /// A watchpoint, at the address that was accessed.
+    Watch(Point, VirtAddr),
+    /// The recording that is replayed has no more in the direction it went.
+    ReplayEnd,
+}
+
+/// A stop of the whole guest: no vCPU runs any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stop {
+    /// Index of the vCPU that stopped it.
+    pub cpu: u32,
+    /// Why.
+    pub reason: StopReason,
+}
+
+/// What a guest is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RunState {
+    /// Its vCPUs run.
+    Running,
+    /// They do not, for the reason that QEMU gives: "paused", "prelaunch", "debug", "guest-panicked", …
+    Stopped(&'static str),
+}
+
+/// What happened to the guest by other hands than ours. Each is reported once.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Happening {
+    /// It was reset, or rebooted itself: another boot, maybe another kernel, begins.
+    Reset,
+    /// Its memory is another's: a snapshot was loaded, or it was migrated away.
+    Replaced(String),
+    /// Somebody else (another monitor, libvirt) stopped it, or it panicked.
+    Stopped,
+    /// Somebody else let it run.
+    Resumed,
+}
+
+/// Why the guest could not be asked or told something.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LiveError {
+    /// QEMU is no longer there: it quit, was killed, or closed the connection.
+    #[error("QEMU is gone: {0}")]
+    Gone(String),
+    /// QEMU answered, and said no.
+    #[error("{what}: QEMU refuses: {why}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// Its words.
+        why: String,
+    },
+    /// QEMU answered, and the answer makes no sense.
+    #[error("{what}: QEMU's answer makes no sense: {answer}")]
+    Nonsense {
+        /// What was asked.
+        what: String,
+        /// The beginning of the answer, printable.
+        answer: String,
+    },
+    /// No answer within the time that there is.
+    #[error("{what}: no answer from QEMU within {seconds} s (is it stopped itself, or busy?)")]
+    Timeout {
+        /// What was asked.
+        what: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// The session was opened without `--allow-write`.
+    #[error("{0} would change the guest; start kstub with --allow-write to let it")]
+    ReadOnly(String),
+}
+
+/// A running or stopped guest.
+///
+/// Everything up to [`Self::attach`] neither stops nor changes it.
+pub trait LiveControl: Send + Sync {
+    /// The machine with its registers as they are at this moment. A guest that runs is not stopped for it.
+    fn snapshot(&self) -> Result<Arc<dyn Backend>, LiveError>;
+
+    /// Whether it runs.
+    fn run_state(&self) -> Result<RunState, LiveError>;
+
+    /// What happened since this was last asked, oldest first.
+    fn happenings(&self) -> Vec<Happening>;
+
+    /// Answers a line of QEMU's human monitor. The caller sees to it that the line is harmless or allowed.
+    fn monitor(&self, line: &str) -> Result<String, LiveError>;
+
+    /// Stops the guest without run control, as the monitor's `stop` does; nothing if it is stopped.
+    fn pause(&self) -> Result<(), LiveError>;
+
+    /// Lets it run, as the monitor's `cont` does; nothing if it runs.
+    fn unpause(&self) -> Result<(), LiveError>;
+
+    /// Takes run control (QEMU's own GDB stub, which is started if none is), which stops the guest, and says where.
+    /// Nothing but the answer if it is taken.
+    fn attach(&self) -> Result<Stop, LiveError>;
+
+    /// Gives run control up: all points are removed, and the guest runs or stays as `running` says.
+    fn detach(&self, running: bool) -> Result<(), LiveError>;
+
+    /// Whether it can be run backwards now (QEMU replays a recording).
+    fn can_reverse(&self) -> bool;
+
+    /// Puts a point at `at` (for watchpoints of `len` bytes). Needs run control and a stopped guest.
+    fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError>;
+
+    /// Takes one away that was put there.
+    fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError>;
+
+    /// Lets the vCPUs go and returns at once. Each vCPU does what the first action that names it, or names all
+    /// (`None`), says; one that no action names stays where it is.
+    fn resume(&self, actions: &[(Option<u32>, Go)]) -> Result<(), LiveError>;
+
+    /// Runs the whole guest backwards.
+    fn reverse(&self, go: Go) -> Result<(), LiveError>;
+
+    /// Asks for a stop; it comes through [`Self::wait_stop`].
+    fn interrupt(&self) -> Result<(), LiveError>;
+
+    /// The stop that ended the last [`Self::resume`], once the guest stands still; `None` if that takes longer than
+    /// `patience`.
+    fn wait_stop(&self, patience: Duration) -> Result<Option<Stop>, LiveError>;
+
+    /// Writes guest memory through QEMU, which tells TCG and whoever logs dirty pages.
+    fn write_phys(&self, at: PhysAddr, bytes: &[u8]) -> Result<(), LiveError>;
+
+    /// Sets a register of a vCPU, by its name in QEMU's target description ("rax", "cr3"), from little-endian bytes.
+    fn write_register(&self, cpu: u32, name: &str, value: &[u8]) -> Result<(), LiveError>;
+}
