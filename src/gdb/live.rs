@@ -47,15 +47,12 @@ pub struct Policy {
 
 /// Looks for the kernel in a guest that was not known, or was started again.
 pub type Opener = dyn Fn(Arc<dyn Backend>) -> Result<Machine, OpenError> + Send + Sync;
-/// Finds the files of a machine's modules; the last ones are given, whose files are still in use.
-pub type Library = dyn Fn(&Arc<Machine>, Option<&Libraries>) -> Libraries + Send + Sync;
 
 /// A guest and those who look at it.
 pub struct Live {
     control: Arc<dyn LiveControl>,
     policy: Policy,
     open: Box<Opener>,
-    library: Option<Box<Library>>,
     /// Held by whoever changes who controls the guest, which takes its time.
     turn: Mutex<()>,
     state: Mutex<State>,
@@ -122,16 +119,15 @@ pub enum OpenLive {
 }
 
 impl Live {
-    /// A guest behind `control`, whose kernel `open` looks for, and `library` for its modules' files.
+    /// A guest behind `control`, whose kernel `open` looks for.
     pub fn new(
         control: Arc<dyn LiveControl>,
         policy: Policy,
         open: Box<Opener>,
-        library: Option<Box<Library>>,
     ) -> Result<Arc<Self>, OpenLive> {
         let machine = Arc::new(open(control.snapshot()?)?);
         let state = State {
-            libraries: library.as_ref().map(|library| library(&machine, None)),
+            libraries: None,
             is_stale: machine.kernel().is_none(),
             machine,
             generation: 0,
@@ -147,7 +143,7 @@ impl Live {
             gone: None,
         };
         let (turn, runs) = (Mutex::new(()), Condvar::new());
-        let live = Arc::new(Self { control, policy, open, library, turn, state: Mutex::new(state), runs });
+        let live = Arc::new(Self { control, policy, open, turn, state: Mutex::new(state), runs });
         let weak = Arc::downgrade(&live);
         std::thread::Builder::new().name("kstub-guest".to_owned()).spawn(move || watch(&weak))?;
         Ok(live)
@@ -158,7 +154,12 @@ impl Live {
         self.state().machine.clone()
     }
 
-    /// The files of its modules, where there are any.
+    /// Offers clients the files of its modules.
+    pub fn set_libraries(&self, libraries: Libraries) {
+        self.state().libraries = Some(libraries);
+    }
+
+    /// The files of its modules, where they are offered.
     pub fn libraries(&self) -> Option<Libraries> {
         self.state().libraries.clone()
     }
@@ -188,7 +189,7 @@ impl Live {
         };
         let machine = if is_stale { self.open_again(backend, &before) } else { before.again(backend) };
         let machine = Arc::new(machine);
-        let libraries = self.library.as_ref().map(|library| library(&machine, libraries.as_ref()));
+        let libraries = libraries.map(|libraries| libraries.again(machine.clone()));
         let mut state = self.state();
         if is_stale && let Some(kernel) = machine.kernel() {
             state.is_stale = false;
