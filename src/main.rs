@@ -1,9 +1,11 @@
 //! Parse, run, print the error chain, exit code.
 
+mod moments;
 mod open;
 
 use anyhow::Context;
 use clap::Parser;
+use kstub::backend::live::LiveError;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::Focus;
 use kstub::gdb::{Files, Settings, Show, index};
@@ -140,14 +142,13 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
-    // What 'set' has chosen counts from the next command on.
-    let context = || {
-        let cpu = focus.cpu.get().unwrap_or(cpu);
-        command::Context { machine: &machine, cpu, task: None, focus: &focus }
-    };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
-        let result = command::run(&context(), line);
+        // What 'set' has chosen counts from the next command on.
+        let cpu = focus.cpu.get().unwrap_or(cpu);
+        let result = moments::run(&machine, pause, |machine| {
+            command::run(&command::Context { machine, cpu, task: None, focus: &focus }, line)
+        })?;
         failed |= result.is_err();
         if json {
             return print(format!("{}\n", command::envelope(line, &result)).as_bytes());
@@ -200,6 +201,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         return exit::USAGE;
     }
     let code = error.chain().find_map(|cause| {
+        if cause.is::<LiveError>() {
+            return Some(exit::GUEST);
+        }
         if let Some(error) = cause.downcast_ref::<vmcore::Error>() {
             use vmcore::Error::{Denied, Io, Open};
             let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });

@@ -39,7 +39,11 @@ pub fn source(target: &Target, control: Control) -> anyhow::Result<(Source, Libr
         },
     };
     let opener = Opener::of(target);
-    let live = Live::new(guest(address, target.allow_write)?, policy, Box::new(move |backend| opener.open(backend)))?;
+    let live = Live::new(
+        guest(address, target.allow_write)?,
+        policy,
+        Box::new(move |backend| opener.open(backend)),
+    )?;
     let libraries = Libraries::new(live.machine(), places(target));
     live.set_libraries(libraries.clone());
     Ok((Source::Guest(live), libraries))
@@ -136,4 +140,3 @@ pub fn terminal(bar: indicatif::ProgressBar) -> indicatif::ProgressBar {
     }
     bar
 }
-
