@@ -6,7 +6,7 @@ use kstub::backend::{Backend, Dump};
 use kstub::cli::{self, Control, Target};
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
-use kstub::gdb::{Libraries, Live, OnDisconnect, Policy};
+use kstub::gdb::{Libraries, Live, OnDisconnect, OpenLive, Policy};
 use kstub::kernel::{Machine, OpenError, Options, TypesFrom};
 use kstub::server::Source;
 use std::io::IsTerminal;
@@ -39,11 +39,13 @@ pub fn source(target: &Target, control: Control) -> anyhow::Result<(Source, Libr
         },
     };
     let opener = Opener::of(target);
-    let live = Live::new(
-        guest(address, target.allow_write)?,
-        policy,
-        Box::new(move |backend| opener.open(backend)),
-    )?;
+    let guest = guest(address, target.allow_write)?;
+    let live = Live::new(guest, policy, Box::new(move |backend| opener.open(backend)));
+    let live = live.map_err(|error| match error {
+        OpenLive::Guest(error) => anyhow::Error::new(error),
+        OpenLive::Kernel(error) => error.into(),
+        OpenLive::Thread(error) => error.into(),
+    })?;
     let libraries = Libraries::new(live.machine(), places(target));
     live.set_libraries(libraries.clone());
     Ok((Source::Guest(live), libraries))

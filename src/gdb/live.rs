@@ -6,8 +6,9 @@
 
 use super::Libraries;
 use crate::addr::VirtAddr;
+use crate::arch::x86_64::Reg;
 use crate::backend::Backend;
-use crate::backend::live::{Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
+use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
 use crate::kernel::{Machine, OpenError};
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -18,6 +19,9 @@ use std::time::Duration;
 
 /// How long the thread that waits for stops goes without looking what else happened.
 const PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long one instruction may take.
+const STEP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Points that clients may have set at once; gdb itself sets some dozens.
 const POINTS_MAX: usize = 4096;
@@ -75,6 +79,8 @@ struct State {
     stop: Stop,
     backward: bool,
     points: Vec<Placed>,
+    /// Our own breakpoint where every module passes before its init (`do_init_module()` in kernel/module/main.c).
+    module_hook: Option<VirtAddr>,
     /// Who is to be woken by the next stop.
     waiting: HashMap<u64, UnixStream>,
     /// The kernel that is known is of an earlier boot.
@@ -100,6 +106,8 @@ pub(super) struct Stopped {
     pub(super) stop: Stop,
     /// It went backwards.
     pub(super) backward: bool,
+    /// A module has been loaded, and has not begun to run.
+    pub(super) new_module: bool,
     /// What else to tell the user.
     pub(super) news: Vec<String>,
 }
@@ -138,6 +146,7 @@ impl Live {
             stop: Stop { cpu: 0, reason: StopReason::Signal(SIGTRAP) },
             backward: false,
             points: Vec::new(),
+            module_hook: None,
             waiting: HashMap::new(),
             news: Vec::new(),
             gone: None,
@@ -221,7 +230,9 @@ impl Live {
         }
         state.is_running = false;
         state.stop = stop;
-        state.wake();
+        drop(state);
+        self.hook_modules();
+        self.state().wake();
     }
 
     fn is_gone(&self, error: LiveError) {
@@ -280,11 +291,67 @@ impl Live {
             let mut state = self.state();
             (state.ran_before, state.is_running, state.stop) = (ran_before, false, stop);
             state.points.clear();
+            state.module_hook = None;
             drop(state);
             self.refresh()?;
         }
         self.state().owner = Some(session);
+        self.hook_modules();
         Ok(())
+    }
+
+    /// Sees to it that modules stop the guest before their init, where clients are told of modules.
+    fn hook_modules(&self) {
+        let (machine, hook) = {
+            let state = self.state();
+            if state.libraries.is_none() || state.owner.is_none() {
+                return;
+            }
+            (state.machine.clone(), state.module_hook)
+        };
+        let wanted = machine.kernel().and_then(|kernel| kernel.symbol("do_init_module"));
+        if wanted == hook {
+            return;
+        }
+        if let Some(Err(error)) = hook.map(|old| self.control.remove(Point::Software, old, 1)) {
+            tracing::warn!("{error}");
+        }
+        let set = |at: &VirtAddr| match self.control.insert(Point::Software, *at, 1) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("modules do not stop the guest before their init: {error}");
+                false
+            }
+        };
+        self.state().module_hook = wanted.filter(set);
+    }
+
+    /// Whether `stop` is at our own breakpoint and at no client's.
+    fn is_new_module(state: &State, stop: Stop) -> bool {
+        let pc = usize::try_from(stop.cpu).ok().and_then(|index| state.machine.cpu_of_saved(index));
+        let pc = pc.and_then(|cpu| state.machine.cpu(cpu)?.regs.u64(Reg::Rip)).map(VirtAddr);
+        let is_clients = |at| {
+            let is_code = |point| matches!(point, Point::Software | Point::Hardware);
+            state.points.iter().any(|placed| is_code(placed.point) && placed.at == at)
+        };
+        stop.reason == StopReason::Signal(SIGTRAP)
+            && pc.is_some_and(|pc| Some(pc) == state.module_hook && !is_clients(pc))
+    }
+
+    /// Takes the vCPU that stands at our own breakpoint over it: the client knows nothing of it.
+    fn pass_hook(&self) -> Result<(), LiveError> {
+        let (hook, stop) = {
+            let state = self.state();
+            match state.module_hook.filter(|_| Self::is_new_module(&state, state.stop)) {
+                Some(hook) => (hook, state.stop),
+                None => return Ok(()),
+            }
+        };
+        self.control.remove(Point::Software, hook, 1)?;
+        self.control.resume(&[(Some(stop.cpu), Go::Step)])?;
+        let stepped = self.control.wait_stop(STEP_PATIENCE);
+        self.control.insert(Point::Software, hook, 1)?;
+        stepped.map(|_| ())
     }
 
     /// `session` no longer controls the guest: all its points go, and the guest goes on as it is to.
@@ -297,6 +364,7 @@ impl Live {
             }
             state.owner = None;
             state.points.clear();
+            state.module_hook = None;
             let runs = match self.policy.on_disconnect {
                 OnDisconnect::Restore => state.ran_before,
                 OnDisconnect::Resume => true,
@@ -395,7 +463,13 @@ impl Session {
     /// How the guest stands.
     pub(super) fn last_stop(&self) -> Stopped {
         let mut state = self.live.state();
-        Stopped { stop: state.stop, backward: state.backward, news: std::mem::take(&mut state.news) }
+        let new_module = Live::is_new_module(&state, state.stop);
+        Stopped {
+            stop: state.stop,
+            backward: state.backward,
+            new_module,
+            news: std::mem::take(&mut state.news),
+        }
     }
 
     /// Why the guest cannot be asked any more.
@@ -519,7 +593,8 @@ impl Session {
             return Resumed::No(why);
         }
         self.live.state().backward = backward;
-        if let Err(error) = go(&*self.live.control) {
+        let passed = if backward { Ok(()) } else { self.live.pass_hook() };
+        if let Err(error) = passed.and_then(|()| go(&*self.live.control)) {
             self.live.state().waiting.remove(&self.id);
             return Resumed::No(format!("{error}\n"));
         }
