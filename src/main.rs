@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::Parser;
 use kstub::backend::Dump;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
-use kstub::command::Focus;
+use kstub::command::{Focus, Form};
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
 use kstub::gdb::{Files, Libraries, Settings, Show, index};
@@ -128,17 +128,18 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>) -> anyhow::Res
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
+    let form = if json { Form::Json } else { Form::Text };
     // What 'set' has chosen counts from the next command on.
     let context = || {
         let cpu = focus.cpu.get().unwrap_or(cpu);
-        command::Context { machine: &machine, cpu, task: None, focus: &focus }
+        command::Context { machine: &machine, cpu, task: None, focus: &focus, form }
     };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
         let result = command::run(&context(), line);
         failed |= result.is_err();
         if json {
-            return print(format!("{}\n", command::envelope(line, &result)).as_bytes());
+            return print(format!("{}\n", command::envelope(line, result)).as_bytes());
         }
         match result {
             Ok(output) => print(output.text.as_bytes()),

@@ -11,7 +11,10 @@ use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{Boundary, Ended, Event, StackBounds, StackKind, Start, Trace};
 use crate::kernel::{Kernel, Symbolized};
 use crate::unwind::{Frame, Regs};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt::Write;
+use std::rc::Rc;
 
 /// Words of one frame that are shown: more than a stack has.
 const WORDS_MAX: u64 = 64 << 10;
@@ -46,9 +49,18 @@ impl Style {
 pub struct Renderer<'a> {
     pub kernel: &'a Kernel,
     pub style: Style,
+    /// Ten thousand tasks sleep in a hundred places.
+    symbols: RefCell<HashMap<u64, Option<Symbolized<'a>>>>,
+    /// What a line says of a pc, by the pc and whether it is exact.
+    places: RefCell<HashMap<(u64, bool), Rc<str>>>,
 }
 
 impl<'a> Renderer<'a> {
+    /// One for `kernel`, which remembers what it has looked up.
+    pub fn new(kernel: &'a Kernel, style: Style) -> Self {
+        Self { kernel, style, symbols: RefCell::default(), places: RefCell::default() }
+    }
+
     /// The whole of `trace`, with its heading.
     pub fn text(&self, trace: &Trace, info: Option<&TaskInfo>) -> String {
         let mut text = info.map(heading).unwrap_or_default();
@@ -96,7 +108,8 @@ impl<'a> Renderer<'a> {
 
     /// The symbol of a frame.
     pub fn symbol(&self, frame: &Frame) -> Option<Symbolized<'a>> {
-        self.kernel.symbolize(VirtAddr(frame.lookup_pc()))
+        let pc = frame.lookup_pc();
+        *self.symbols.borrow_mut().entry(pc).or_insert_with(|| self.kernel.symbolize(VirtAddr(pc)))
     }
 
     /// The source lines of a frame, the innermost inlined function's first.
@@ -121,20 +134,7 @@ impl<'a> Renderer<'a> {
     fn frame(&self, text: &mut String, number: usize, frame: &Frame) {
         let at = frame.pc_at.filter(|_| !frame.exact).unwrap_or(frame.sp);
         let mark = if frame.source.is_guess() { "? " } else { "" };
-        let _ = write!(text, "{:>3} [{at:016x}] {mark}", format!("#{number}"));
-        let found = self.symbol(frame);
-        match found {
-            Some(found) => text.push_str(&printable(&demangled(found.name))),
-            None => text.push_str("(unknown)"),
-        }
-        if let Some(found) = found.filter(|_| self.style.offsets) {
-            let offset = found.offset + u64::from(!frame.exact);
-            let _ = if self.style.decimal { write!(text, "+{offset}") } else { write!(text, "+{offset:#x}") };
-        }
-        let _ = write!(text, " at {:016x}", frame.pc);
-        if let Some(module) = found.and_then(|found| found.module) {
-            let _ = write!(text, " [{}]", printable(module));
-        }
+        let _ = write!(text, "{:>3} [{at:016x}] {mark}{}", format!("#{number}"), self.place(frame));
         if let Some(by) = frame.restored {
             let _ = write!(text, " (return address restored: {by})");
         }
@@ -145,6 +145,27 @@ impl<'a> Renderer<'a> {
         if self.style.lines {
             self.put_lines(text, frame);
         }
+    }
+
+    /// What the line of `frame` says of its pc: the symbol, the address, the module.
+    fn place(&self, frame: &Frame) -> Rc<str> {
+        let key = (frame.pc, frame.exact);
+        if let Some(known) = self.places.borrow().get(&key) {
+            return known.clone();
+        }
+        let found = self.symbol(frame);
+        let mut text = found.map_or_else(|| "(unknown)".to_owned(), |found| printable(&demangled(found.name)));
+        if let Some(found) = found.filter(|_| self.style.offsets) {
+            let offset = found.offset + u64::from(!frame.exact);
+            let _ = if self.style.decimal { write!(text, "+{offset}") } else { write!(text, "+{offset:#x}") };
+        }
+        let _ = write!(text, " at {:016x}", frame.pc);
+        if let Some(module) = found.and_then(|found| found.module) {
+            let _ = write!(text, " [{}]", printable(module));
+        }
+        let text: Rc<str> = text.into();
+        self.places.borrow_mut().insert(key, text.clone());
+        text
     }
 
     fn put_lines(&self, text: &mut String, frame: &Frame) {

@@ -6,6 +6,7 @@ use crate::addr::VirtAddr;
 use crate::command::args::Options;
 use crate::command::{CommandError, Context, Output, foreach};
 use crate::kernel::CpuId;
+use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::Tracer;
 
 /// Options that are about one task at a time.
@@ -42,7 +43,7 @@ pub fn of(context: &Context<'_>, options: &Options<'_>) -> Result<Option<Output>
     let mut tasks = Vec::new();
     for subject in subjects(context, options)? {
         match subject {
-            Subject::Task(task) => tasks.push(task),
+            Subject::Task(task) | Subject::Known(&TaskInfo { at: task, .. }) => tasks.push(task),
             Subject::Cpu(cpu) => tasks.extend(kernel.current(cpu).map(|task| task.at)),
         }
     }
@@ -86,5 +87,5 @@ fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> 
     let kernel = context.kernel()?;
     let (reader, tracer) = (kernel.task_reader()?, tracer(context)?);
     let traced = tracer.map(tasks, |task| (reader.read(*task), tracer.task(*task)));
-    Ok(group::output(&traced, &Renderer { kernel, style: Style::read(options) }))
+    Ok(group::output(&traced, &Renderer::new(kernel, Style::read(options)), context.form))
 }

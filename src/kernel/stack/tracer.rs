@@ -65,13 +65,25 @@ impl<'m> Tracer<'m> {
 
     /// `f` of each item, in order; shared among all of the machine's processors.
     pub fn map<T: Sync, R: Send>(&self, items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+        self.map_with(items, || (), |(), item| f(item))
+    }
+
+    /// The same, with something that each thread makes for itself: what it remembers from one item to the next.
+    pub fn map_with<T: Sync, S, R: Send>(
+        &self,
+        items: &[T],
+        state: impl Fn() -> S + Sync,
+        f: impl Fn(&S, &T) -> R + Sync,
+    ) -> Vec<R> {
         let workers =
             std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(BATCH));
         if workers <= 1 {
-            return items.iter().map(f).collect();
+            let state = state();
+            return items.iter().map(|item| f(&state, item)).collect();
         }
         let next = AtomicUsize::new(0);
         let work = || {
+            let state = state();
             let mut done = Vec::new();
             loop {
                 let batch = next.fetch_add(1, Ordering::Relaxed);
@@ -79,7 +91,7 @@ impl<'m> Tracer<'m> {
                     return done;
                 };
                 let some = items.iter().skip(from).take(BATCH);
-                done.push((batch, some.map(&f).collect::<Vec<_>>()));
+                done.push((batch, some.map(|item| f(&state, item)).collect::<Vec<_>>()));
             }
         };
         let mut batches: Vec<(usize, Vec<R>)> = std::thread::scope(|scope| {
