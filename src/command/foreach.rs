@@ -47,7 +47,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let (mut text, mut rows) = (String::new(), Vec::new());
     if *command == "bt" {
         // Many at once.
-        for (task, answer) in chosen.iter().zip(super::bt::for_tasks(context, &chosen, rest)?) {
+        let answers = super::bt::for_tasks(context, &chosen, rest)?;
+        text.reserve_exact(answers.iter().flatten().map(|answer| answer.text.len() + 1).sum());
+        for (task, answer) in chosen.iter().zip(answers) {
             let Some(answer) = answer else { continue };
             text += &answer.text;
             text.push('\n');

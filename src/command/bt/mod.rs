@@ -14,7 +14,7 @@ use super::{Command, CommandError, Context, Form, Output, object, printable};
 use crate::addr::VirtAddr;
 use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{Trace, Tracer};
-use crate::kernel::{CpuId, Kernel};
+use crate::kernel::{CpuId, Kernel, parallel};
 use render::{Renderer, Style};
 use serde_json::Value;
 use std::borrow::Cow;
@@ -121,7 +121,7 @@ impl<'a> Request<'a> {
     fn answers(&self, subjects: &[Subject<'_>]) -> Vec<Option<Output>> {
         let reader = self.kernel.task_reader().ok();
         let renderer = || Renderer::new(self.kernel, self.style);
-        self.tracer.map_with(subjects, renderer, |renderer, subject| {
+        parallel::map_with(subjects, renderer, |renderer, subject| {
             let trace = self.trace(subject);
             if self.only.is_some_and(|only| !renderer.mentions(&trace, only)) {
                 return None;
@@ -144,7 +144,10 @@ impl<'a> Request<'a> {
             Subject::Cpu(cpu) => (Some(cpu), None),
         };
         match (self.from, cpu, task) {
-            ((None, None), _, Some(task)) => self.tracer.task(task),
+            ((None, None), _, Some(task)) => match subject {
+                Subject::Known(info) => self.tracer.task_read(info),
+                Subject::Task(_) | Subject::Cpu(_) => self.tracer.task(task),
+            },
             ((None, None), Some(cpu), None) => self.tracer.cpu(cpu),
             ((pc, sp), cpu, task) => self.tracer.from(cpu, task, pc, sp),
         }

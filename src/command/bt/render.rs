@@ -13,7 +13,7 @@ use crate::kernel::{Kernel, Symbolized};
 use crate::unwind::{Frame, Regs};
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::rc::Rc;
 
 /// Words of one frame that are shown: more than a stack has.
@@ -260,26 +260,39 @@ impl<'a> Renderer<'a> {
 
 /// Registers in crash's order.
 pub fn registers(text: &mut String, regs: &Regs, orig_ax: Option<u64>) {
-    let show =
-        |reg: Reg| regs.get(reg).map_or("(not saved)     ".to_owned(), |value| format!("{value:016x}"));
     const ROWS: [[(&str, Reg); 3]; 5] = [
         [("RAX", Reg::Rax), ("RBX", Reg::Rbx), ("RCX", Reg::Rcx)],
         [("RDX", Reg::Rdx), ("RSI", Reg::Rsi), ("RDI", Reg::Rdi)],
-        [("RBP", Reg::Rbp), ("R8", Reg::R8), ("R9", Reg::R9)],
+        [("RBP", Reg::Rbp), (" R8", Reg::R8), (" R9", Reg::R9)],
         [("R10", Reg::R10), ("R11", Reg::R11), ("R12", Reg::R12)],
         [("R13", Reg::R13), ("R14", Reg::R14), ("R15", Reg::R15)],
     ];
-    let short = |reg: Reg, width: usize| {
-        regs.get(reg).map_or_else(|| "(not saved)".to_owned(), |value| format!("{value:0width$x}"))
-    };
-    let (rip, rsp) = (show(Reg::Rip), show(Reg::Rsp));
+    let (wide, short) = (|reg| Digits(regs.get(reg), 16), |reg, width| Digits(regs.get(reg), width));
+    let (rip, rsp) = (wide(Reg::Rip), wide(Reg::Rsp));
     let _ = writeln!(text, "    RIP: {rip}  RSP: {rsp}  RFLAGS: {}", short(Reg::Eflags, 8));
     for row in ROWS {
-        let cells = row.map(|(name, reg)| format!("{name:>3}: {}", show(reg)));
-        let _ = writeln!(text, "    {}", cells.join("  ").trim_end());
+        let [(a, one), (b, other), (c, third)] = row.map(|(name, reg)| (name, wide(reg)));
+        let _ = write!(text, "    {a}: {one}  {b}: {other}  {c}: {third}");
+        text.truncate(text.trim_end().len());
+        text.push('\n');
     }
-    let orig = orig_ax.map_or(String::new(), |value| format!("ORIG_RAX: {value:016x}  "));
-    let _ = writeln!(text, "    {orig}CS: {}  SS: {}", short(Reg::Cs, 4), short(Reg::Ss, 4));
+    text.push_str("    ");
+    if let Some(value) = orig_ax {
+        let _ = write!(text, "ORIG_RAX: {value:016x}  ");
+    }
+    let _ = writeln!(text, "CS: {}  SS: {}", short(Reg::Cs, 4), short(Reg::Ss, 4));
+}
+
+/// A register's value in so many digits.
+struct Digits(Option<u64>, usize);
+
+impl fmt::Display for Digits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self(Some(value), width) => write!(f, "{value:0width$x}"),
+            Self(None, width) => write!(f, "{:width$}", "(not saved)"),
+        }
+    }
 }
 
 /// A name as its source has it: Rust's are mangled. The hash that tells crates' versions apart is left out.

@@ -5,7 +5,7 @@ use super::{Subject, group, remains, subjects, user};
 use crate::addr::VirtAddr;
 use crate::command::args::Options;
 use crate::command::{CommandError, Context, Output, foreach};
-use crate::kernel::CpuId;
+use crate::kernel::{CpuId, parallel};
 use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::Tracer;
 
@@ -86,6 +86,10 @@ fn of_each(
 fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let (reader, tracer) = (kernel.task_reader()?, tracer(context)?);
-    let traced = tracer.map(tasks, |task| (reader.read(*task), tracer.task(*task)));
+    let traced = parallel::map(tasks, |task| {
+        let info = reader.read(*task);
+        let trace = tracer.task_read(&info);
+        (info, trace)
+    });
     Ok(group::output(&traced, &Renderer::new(kernel, Style::read(options)), context.form))
 }
