@@ -155,7 +155,8 @@ impl<'a> Renderer<'a> {
             return known.clone();
         }
         let found = self.symbol(frame);
-        let mut text = found.map_or_else(|| "(unknown)".to_owned(), |found| printable(&demangled(found.name)));
+        let mut text =
+            found.map_or_else(|| "(unknown)".to_owned(), |found| printable(&demangled(found.name)));
         if let Some(found) = found.filter(|_| self.style.offsets) {
             let offset = found.offset + u64::from(!frame.exact);
             let _ = if self.style.decimal { write!(text, "+{offset}") } else { write!(text, "+{offset:#x}") };
