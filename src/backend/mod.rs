@@ -4,6 +4,7 @@
 
 mod dump;
 pub mod live;
+pub mod qemu;
 mod registers;
 
 pub use dump::Dump;
