@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// What the stub answers at once; the main loop of a QEMU that loads a snapshot does not.
 const SOON: Duration = Duration::from_secs(10);
+/// How long an answer is waited for behind a stop before its question counts as dropped.
+const DROPPED: Duration = Duration::from_millis(500);
 /// The longest packet that is taken: QEMU's are 4 KiB.
 const LONGEST_PACKET: usize = 1 << 20;
 /// The largest part of a target description.
@@ -315,10 +317,14 @@ impl Stub {
         self.send(packet)?;
         let deadline = Instant::now() + patience;
         let mut reply = self.receive(deadline)?;
-        // Another monitor had let the guest run: QEMU took our first byte for an interrupt and dropped the rest.
+        // A stop that nobody asked about: that of our connecting, whose packet is answered next; or another monitor
+        // had let the guest run, and QEMU took our first byte for an interrupt and dropped the rest.
         if packet != b"?" && reply.as_ref().is_some_and(|reply| reply.starts_with(b"T")) {
-            self.send(packet)?;
-            reply = self.receive(deadline)?;
+            reply = self.receive(Instant::now() + DROPPED)?;
+            if reply.is_none() {
+                self.send(packet)?;
+                reply = self.receive(deadline)?;
+            }
         }
         match reply {
             Some(reply) => Ok(reply),
