@@ -357,11 +357,16 @@ fn choose_debug_info(
 ) -> Result<Option<DebugInfo>, OpenError> {
     let by_page_tables = found.by == discover::FoundBy::PageTables;
     let fits = |info: &DebugInfo| {
-        let mut there = found.clone();
-        if let (true, Some(linked)) = (by_page_tables, info.first_load()) {
-            there.kaslr_offset = there.text.0.wrapping_sub(linked);
-        }
-        belongs(backend, &there, info).map(|()| there.kaslr_offset)
+        let at = |text: VirtAddr| {
+            let mut there = Found { text, ..found.clone() };
+            if let (true, Some(linked)) = (by_page_tables, info.first_load()) {
+                there.kaslr_offset = there.text.0.wrapping_sub(linked);
+            }
+            belongs(backend, &there, info).map(|()| (there.text, there.kaslr_offset))
+        };
+        // While the kernel starts, more is mapped below the image: it is where its build-id is.
+        let above = || image_places(found.text).find_map(|text| at(text).ok());
+        at(found.text).or_else(|why| if by_page_tables { above().ok_or(why) } else { Err(why) })
     };
     let chosen = match &options.vmlinux {
         Some(path) => {
@@ -382,7 +387,12 @@ fn choose_debug_info(
     };
     if let Some(info) = &chosen {
         tracing::info!("'{}' is this kernel's vmlinux", info.path().display());
-        found.kaslr_offset = fits(info).unwrap_or(found.kaslr_offset);
+        if let Ok((text, kaslr_offset)) = fits(info) {
+            (found.text, found.kaslr_offset) = (text, kaslr_offset);
+        }
+        if by_page_tables {
+            prefer_own_tables(backend, found, info);
+        }
         if !info.has_symbols() {
             problems.push(format!(
                 "'{}' has no symbol table (stripped?): gdb finds no names in it; use the unstripped vmlinux",
@@ -391,6 +401,28 @@ fn choose_debug_info(
         }
     }
     Ok(chosen)
+}
+
+/// Where an image can be that is not at `text`: KASLR moves it in steps of 2 MiB up to where modules begin.
+fn image_places(text: VirtAddr) -> impl Iterator<Item = VirtAddr> {
+    const STEP: usize = 2 << 20;
+    const END: u64 = 0xffff_ffff_c000_0000;
+    (text.0..END).step_by(STEP).skip(1).map(VirtAddr)
+}
+
+/// Takes the kernel's own tables in place of those of a CPU, which may belong to a process, or only to the kernel's start.
+fn prefer_own_tables(backend: &dyn Backend, found: &mut Found, info: &DebugInfo) {
+    // init_top_pgt since about v4.13, before that init_level4_pgt.
+    let Some(top) = ["init_top_pgt", "init_level4_pgt"].iter().find_map(|name| info.symbol(name)) else {
+        return;
+    };
+    let at = VirtAddr(top.addr.wrapping_add(found.kaslr_offset));
+    let Ok(top) = found.space.walk(backend, at, &mut |_| ()) else { return };
+    let own = AddressSpace { root: top.phys, ..found.space };
+    let same = |space: &AddressSpace| space.walk(backend, found.text, &mut |_| ()).ok().map(|text| text.phys);
+    if same(&own).is_some() && same(&own) == same(&found.space) {
+        found.space = own;
+    }
 }
 
 /// Why there are no types, or none of those that were asked for.
@@ -538,6 +570,10 @@ fn kernel_cpus(
         }
         return by_order(backend);
     };
+    // Before the kernel has brought a CPU up it knows of none.
+    if attributed.is_empty() && !saved.is_empty() {
+        return by_order(backend);
+    }
     if attributed.len() < saved.len() {
         problems.push(format!(
             "{} of {} register sets are of no CPU this kernel can have, and are not shown",
