@@ -9,13 +9,16 @@ use super::stub::Stub;
 use super::{SocketAddress, StubAddress};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::RegisterFile;
-use crate::backend::live::{LiveError, Point, Stop};
+use crate::backend::live::{LiveError, Point, Stop, StopReason};
 use qapi::qmp::query_chardev;
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 const ATTACHING: &str = "attaching to QEMU's GDB stub";
+
+/// The protocol's number for a stop that was asked for.
+const SIGINT: u8 = 2;
 
 /// Run control that is taken.
 pub(super) struct Control {
@@ -103,6 +106,13 @@ impl Control {
         let stop = self.stub.wait(patience)?.map(stop_of);
         self.stop = stop.unwrap_or(self.stop);
         Ok(stop)
+    }
+
+    /// The guest stands still, and the stub did not say so.
+    pub(super) fn unreported_stop(&mut self) -> Stop {
+        self.stub.set_stopped();
+        self.stop.reason = StopReason::Signal(SIGINT);
+        self.stop
     }
 
     /// Takes all points away and lets the guest run, or stay. Goes as far as it can.

@@ -26,6 +26,8 @@ const MONITOR_PATIENCE: Duration = Duration::from_secs(300);
 const MAP_AGE: Duration = Duration::from_secs(1);
 /// How long the control lock is held at a time while the guest runs.
 const SLICE: Duration = Duration::from_millis(50);
+/// How often a guest that says nothing is looked at.
+const UNREPORTED: Duration = Duration::from_secs(1);
 /// How long a guest may take to stand still once a stop is reported, and to answer an interrupt.
 const STANDSTILL: Duration = Duration::from_secs(10);
 
@@ -196,6 +198,12 @@ impl Guest {
         // Events come before the answer.
         self.qmp.execute(command)?;
         Ok(())
+    }
+
+    /// Whether no vCPU runs, and not only for as long as a snapshot is saved.
+    fn is_at_rest(&self) -> Result<bool, LiveError> {
+        let passing = ["save-vm", "restore-vm", "finish-migrate", "inmigrate"];
+        Ok(matches!(self.run_state()?, RunState::Stopped(why) if !passing.contains(&why)))
     }
 
     /// QEMU's state once no vCPU runs.
@@ -405,15 +413,24 @@ impl LiveControl for Guest {
 
     fn wait_stop(&self, patience: Duration) -> Result<Option<Stop>, LiveError> {
         let deadline = Instant::now() + patience;
+        let mut looked = Instant::now();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            // A guest that stands still although the stub said nothing: QEMU has states that it does not report.
+            let silent = looked.elapsed() >= UNREPORTED && {
+                looked = Instant::now();
+                self.is_at_rest()?
+            };
             {
                 let mut held = lock(&self.control);
                 let Some(control) = &mut *held else {
                     let why = "kstub has no run control of it; attach to it first".to_owned();
                     return Err(LiveError::NotNow { what: "waiting for the guest".into(), why });
                 };
-                let waited = control.wait(left.min(SLICE));
+                let mut waited = control.wait(left.min(SLICE));
+                if silent && matches!(waited, Ok(None)) {
+                    waited = Ok(Some(control.unreported_stop()));
+                }
                 if !matches!(waited, Ok(None)) {
                     // A stop, or the connection's end.
                     let state = self.standstill();
