@@ -6,7 +6,8 @@
 use super::control::Control;
 use super::events::Events;
 use super::memory::Memory;
-use super::qmp::{Qmp, lock, nonsense};
+use super::patches::{INT3, Patches};
+use super::qmp::{Qmp, SOON, lock, nonsense};
 use super::snapshot::Snapshot;
 use super::{QmpAddress, StubAddress, registers};
 use crate::addr::{PhysAddr, PhysRange, VirtAddr};
@@ -43,6 +44,7 @@ pub struct Guest {
     control: Mutex<Option<Control>>,
     /// Whether the guest was let go under run control and no stop was seen since.
     let_go: AtomicBool,
+    patches: Patches,
 }
 
 /// The memory that a memory map told of.
@@ -76,6 +78,7 @@ impl Guest {
             map: Mutex::new(None),
             control: Mutex::new(None),
             let_go: AtomicBool::new(false),
+            patches: Patches::default(),
         });
         let memory = guest.memory()?;
         for (way, bytes) in memory.ways() {
@@ -184,6 +187,22 @@ impl Guest {
         }
     }
 
+    /// What is at a virtual address of a vCPU, and where that is.
+    fn byte_at(&self, at: VirtAddr, cpu: u32) -> Result<Option<(PhysAddr, u8)>, LiveError> {
+        let text = self.qmp.human_within(&format!("gva2gpa {at:#x}"), Some(cpu), SOON)?;
+        let phys =
+            text.trim().strip_prefix("gpa: 0x").and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        let Some(phys) = phys.map(PhysAddr) else { return Ok(None) };
+        let mut byte = [0];
+        let read = self.memory()?.read(phys, &mut byte).stopped.is_none();
+        Ok(read.then_some((phys, byte[0])))
+    }
+
+    /// Puts back into bytes that were read at `at` what breakpoints stand in the place of.
+    pub(super) fn without_breakpoints(&self, at: PhysAddr, bytes: &mut [u8]) {
+        self.patches.undo(at, bytes);
+    }
+
     fn is_attached(&self) -> bool {
         self.let_go.load(Ordering::SeqCst) || lock(&self.control).is_some()
     }
@@ -230,6 +249,7 @@ impl Guest {
         let _ours = self.events.ours();
         self.events.changed();
         let released = control.release(&self.qmp, running);
+        self.patches.clear();
         // What it caused is reported before this is answered.
         let state = self.run_state();
         released?;
@@ -328,7 +348,8 @@ impl LiveControl for Guest {
         }
         let _ours = self.events.ours();
         let ran = self.run_state()? == RunState::Running;
-        let attached = Control::attach(&self.qmp, self.stub.as_ref(), ran).and_then(|mut control| {
+        let attached = Control::attach(&self.qmp, &self.address, self.stub.as_ref(), ran);
+        let attached = attached.and_then(|mut control| {
             control.state = self.standstill()?;
             Ok(control)
         });
@@ -359,8 +380,15 @@ impl LiveControl for Guest {
 
     fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.with_control("putting a breakpoint or watchpoint", |control| {
+            let before =
+                if self.kvm && point == Point::Software { self.byte_at(at, control.stop.cpu)? } else { None };
             control.insert(point, at, len)?;
-            // KVM's are instructions in the guest's memory.
+            if let Some((phys, byte)) = before
+                && let Some((_, INT3)) = self.byte_at(at, control.stop.cpu)?
+                && byte != INT3
+            {
+                self.patches.add(at, phys, byte);
+            }
             self.events.changed();
             Ok(())
         })
@@ -369,6 +397,9 @@ impl LiveControl for Guest {
     fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.with_control("removing a breakpoint or watchpoint", |control| {
             control.remove(point, at, len)?;
+            if point == Point::Software {
+                self.patches.remove(at);
+            }
             self.events.changed();
             Ok(())
         })
