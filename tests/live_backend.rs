@@ -7,7 +7,7 @@ use kstub::addr::{PhysAddr, VirtAddr};
 use kstub::arch::x86_64::{Reg, Saved};
 use kstub::backend::Backend;
 use kstub::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, StopReason};
-use kstub::backend::qemu::{Guest, QmpAddress};
+use kstub::backend::qemu::{Guest, QmpAddress, guard};
 use kstub::memory::PhysicalMemory;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -57,12 +57,16 @@ fn wanted(needs_kernel: bool) -> bool {
 
 impl Vm {
     fn start(machine: &str, more: &[&str]) -> Self {
+        Self::start_with(machine, ["tcg,thread=multi", "max,la57=off"], more)
+    }
+
+    fn start_with(machine: &str, [accelerator, cpu]: [&str; 2], more: &[&str]) -> Self {
         let directory = tempfile::Builder::new().prefix("kstub-test-").tempdir().unwrap();
         let qmp = format!("unix:{},server=on,wait=off", directory.path().join("qmp").display());
         let log = std::fs::File::create(directory.path().join("qemu.log")).unwrap();
         let qemu = Command::new(QEMU)
             .args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"])
-            .args(["-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", "4"])
+            .args(["-machine", machine, "-accel", accelerator, "-cpu", cpu, "-smp", "4"])
             .args(["-qmp", &qmp])
             .args(more)
             .stdin(Stdio::null())
@@ -414,4 +418,142 @@ fn run_control(vm: &Vm, guest: &Guest) {
         "not ours to end"
     );
     assert_eq!(guest.run_state().unwrap(), RunState::Running);
+}
+
+const VICTIM: &str = "KSTUB_TEST_VICTIM";
+
+/// The program that a killed session had started; `the_guest_of_a_killed_session_runs_on` does.
+#[test]
+#[ignore = "a process of another test"]
+fn guardian() {
+    let _ = guard::run();
+}
+
+/// A session that takes run control and is killed.
+#[test]
+#[ignore = "a process of another test"]
+fn victim() {
+    let Ok(address) = std::env::var(VICTIM) else { return };
+    let arguments = ["--exact", "guardian", "--ignored"].map(Into::into).to_vec();
+    guard::enable(std::env::current_exe().unwrap(), arguments);
+    let guest = Guest::connect(&QmpAddress::parse(&address).unwrap()).unwrap();
+    // A word: its guardian goes without one.
+    guest.attach().unwrap();
+    guest.detach(true).unwrap();
+    assert_eq!(guest.run_state().unwrap(), RunState::Running);
+    guest.attach().unwrap();
+    guest.insert(Point::Hardware, VirtAddr(0xffff_ffff_8100_0000), 1).unwrap();
+    std::fs::write(format!("{address}.attached"), "").unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn the_guest_of_a_killed_session_runs_on() {
+    let _one = ONE_AT_A_TIME.lock();
+    if !wanted(false) {
+        return;
+    }
+    let vm = Vm::start("q35", &["-m", "64M"]);
+    let mut victim = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "victim", "--ignored"])
+        .env(VICTIM, vm.path("qmp"))
+        .spawn()
+        .unwrap();
+    vm.until("it has run control", || vm.path("qmp.attached").exists());
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    // The monitor is the guardian's first.
+    std::thread::sleep(Duration::from_secs(2));
+    let mut guest = None;
+    vm.until("the monitor is free", || {
+        guest = Guest::connect(&vm.address()).ok();
+        guest.as_ref().is_some_and(|guest| guest.run_state().is_ok_and(|state| state == RunState::Running))
+    });
+    let guest = guest.unwrap();
+    assert!(!guest.monitor("info chardev").unwrap().lines().any(|line| line.starts_with("gdb:")));
+}
+
+/// KVM's breakpoints are in the guest's memory, and nobody sees them.
+#[test]
+fn breakpoints_under_kvm_are_not_read() {
+    let _one = ONE_AT_A_TIME.lock();
+    if !wanted(false) {
+        return;
+    }
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: no /dev/kvm that may be used");
+        return;
+    }
+    let vm = Vm::start_with("q35", ["kvm", "kvm64"], &["-m", "64M", "-S"]);
+    let guest = Guest::connect(&vm.address()).unwrap();
+    assert_eq!(guest.accelerator(), "kvm");
+    guest.attach().unwrap();
+    // No page tables yet.
+    let (at, phys) = (VirtAddr(0x2_0345), PhysAddr(0x2_0345));
+    guest.write_phys(phys, &[0x90]).unwrap();
+    let byte = |guest: &Guest| {
+        let mut byte = [0];
+        guest.take_snapshot().unwrap().read_phys_exact(phys, &mut byte).unwrap();
+        byte[0]
+    };
+    let really = |guest: &Guest| {
+        let text = guest.monitor(&format!("xp /1bx {:#x}", phys.0)).unwrap();
+        u8::from_str_radix(text.trim().rsplit_once("0x").unwrap().1, 16).unwrap()
+    };
+    let before = byte(&guest);
+    assert_eq!((before, really(&guest)), (0x90, 0x90));
+    guest.insert(Point::Software, at, 1).unwrap();
+    assert_eq!((byte(&guest), really(&guest)), (before, 0xcc));
+    guest.remove(Point::Software, at, 1).unwrap();
+    assert_eq!((byte(&guest), really(&guest)), (before, before));
+    guest.detach(false).unwrap();
+}
+
+/// `cargo test --test live_backend -- --ignored --nocapture how_fast`
+#[test]
+#[ignore = "a measurement"]
+fn how_fast_reads_are() {
+    let _one = ONE_AT_A_TIME.lock();
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("ram");
+    let shared = format!("memory-backend-file,id=ram,size=512M,mem-path={},share=on", path.display());
+    for (machine, more) in [("q35", vec![]), ("q35,memory-backend=ram", vec!["-object", shared.as_str()])] {
+        let vm = Vm::boot(machine, &[&["-m", "512M"], &more[..]].concat());
+        let guest = Guest::connect(&vm.address()).unwrap();
+        for still in [false, true] {
+            if still {
+                guest.pause().unwrap();
+            }
+            let machine = guest.take_snapshot().unwrap();
+            eprintln!("{}; stands still: {still}", machine.facts().last().unwrap().value);
+            let rate = |what: &str, count: u32, mut read: Box<dyn FnMut(u64) + '_>| {
+                let start = Instant::now();
+                (0..count).for_each(|i| read(u64::from(i)));
+                eprintln!("  {what}: {:?}", start.elapsed() / count);
+            };
+            let word = |at: u64| drop(machine.read_phys_u64(PhysAddr(at & !7)).unwrap());
+            rate("8 bytes anywhere", 20_000, Box::new(|i| word(0x10_0000 + i * 0x9_4088 % (500 << 20))));
+            rate("8 bytes within 1 MiB", 200_000, Box::new(|i| word(0x100_0000 + i * 72 % (1 << 20))));
+            for (what, len) in [("4 KiB", 4 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)] {
+                let mut buf = vec![0; len];
+                let at = |i: u64| PhysAddr(0x10_0000 + i * len as u64 % (500 << 20));
+                let count = ((500 << 20) / len as u32).min(20_000);
+                rate(what, count, Box::new(|i| machine.read_phys_exact(at(i), &mut buf).unwrap()));
+            }
+            rate("a snapshot", 50, Box::new(|_| drop(guest.take_snapshot().unwrap())));
+        }
+        guest.attach().unwrap();
+        let start = Instant::now();
+        for _ in 0..100 {
+            guest.resume(&[(Some(1), Go::Step)]).unwrap();
+            guest.wait_stop(Duration::from_secs(5)).unwrap().unwrap();
+        }
+        eprintln!("  a step: {:?}", start.elapsed() / 100);
+        let start = Instant::now();
+        (0..100).for_each(|_| drop(guest.take_snapshot().unwrap()));
+        eprintln!("  a snapshot by the stub: {:?}", start.elapsed() / 100);
+        guest.detach(true).unwrap();
+    }
 }

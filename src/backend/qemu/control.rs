@@ -3,19 +3,23 @@
 //! A stub that was started here is ended here. Source: QEMU `hmp-commands.hx` (`gdbserver`), `gdbstub/system.c`.
 
 use super::events::Ours;
+use super::guard::{Errand, Guardian};
 use super::qmp::{Qmp, nonsense};
 use super::replies::StopReply;
 use super::stub::Stub;
-use super::{SocketAddress, StubAddress};
+use super::{QmpAddress, SocketAddress, StubAddress};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::RegisterFile;
-use crate::backend::live::{LiveError, Point, Stop};
+use crate::backend::live::{LiveError, Point, Stop, StopReason};
 use qapi::qmp::query_chardev;
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 const ATTACHING: &str = "attaching to QEMU's GDB stub";
+
+/// The protocol's number for a stop that was asked for.
+const SIGINT: u8 = 2;
 
 /// Run control that is taken.
 pub(super) struct Control {
@@ -30,6 +34,7 @@ pub(super) struct Control {
     pub(super) hold: Option<Ours>,
     points: Vec<(Point, VirtAddr, u64)>,
     started: Option<Started>,
+    guardian: Option<Guardian>,
 }
 
 /// A stub that was started for us; its socket's directory, unless it listens at a port.
@@ -39,7 +44,12 @@ struct Started {
 
 impl Control {
     /// Takes run control, which stops the guest. `ran` is whether it ran before.
-    pub(super) fn attach(qmp: &Qmp, given: Option<&StubAddress>, ran: bool) -> Result<Self, LiveError> {
+    pub(super) fn attach(
+        qmp: &Qmp,
+        qmp_address: &QmpAddress,
+        given: Option<&StubAddress>,
+        ran: bool,
+    ) -> Result<Self, LiveError> {
         let (address, started) = match given {
             Some(address) => (address.clone(), None),
             None => match running_stub(qmp)? {
@@ -50,14 +60,33 @@ impl Control {
                 }
             },
         };
+        // Before the guest is stopped.
+        let guardian = Guardian::start(&Errand {
+            stub: address.clone(),
+            qmp: qmp_address.clone(),
+            ran,
+            started: started.is_some(),
+            directory: started.as_ref().and_then(|one| Some(one.directory.as_ref()?.path().to_owned())),
+        });
         match Stub::connect(&address) {
             Ok((stub, stop)) => {
                 tracing::info!("attached to QEMU's GDB stub at {address}");
                 let stop = stop_of(stop);
-                Ok(Self { stub, ran, stop, state: "paused", hold: None, points: Vec::new(), started })
+                Ok(Self {
+                    stub,
+                    ran,
+                    stop,
+                    state: "paused",
+                    hold: None,
+                    points: Vec::new(),
+                    started,
+                    guardian,
+                })
             }
             Err(error) => {
                 end_stub(qmp, started);
+                // Who called lets the guest run again.
+                guardian.into_iter().for_each(Guardian::farewell);
                 Err(error)
             }
         }
@@ -105,6 +134,13 @@ impl Control {
         Ok(stop)
     }
 
+    /// The guest stands still, and the stub did not say so.
+    pub(super) fn unreported_stop(&mut self) -> Stop {
+        self.stub.set_stopped();
+        self.stop.reason = StopReason::Signal(SIGINT);
+        self.stop
+    }
+
     /// Takes all points away and lets the guest run, or stay. Goes as far as it can.
     pub(super) fn release(mut self, qmp: &Qmp, running: bool) -> Result<(), LiveError> {
         let mut outcome = Ok(());
@@ -119,6 +155,9 @@ impl Control {
         }
         drop(self.stub);
         end_stub(qmp, self.started);
+        if outcome.is_ok() {
+            self.guardian.into_iter().for_each(Guardian::farewell);
+        }
         outcome
     }
 }
@@ -143,6 +182,11 @@ fn running_stub(qmp: &Qmp) -> Result<Option<StubAddress>, LiveError> {
     let not_now = |why: String| LiveError::NotNow { what: ATTACHING.into(), why };
     match device.strip_prefix("disconnected:") {
         Some(address) => match SocketAddress::parse(address) {
+            // A killed session's, in a directory that is gone. QEMU has one stub at a time.
+            Ok(SocketAddress::Unix(path)) if !path.exists() && qmp.peer().is_some() => {
+                qmp.human("gdbserver none")?;
+                Ok(None)
+            }
             Ok(address) => Ok(Some(address)),
             Err(_) => Err(not_now(format!("it is at '{device}', where kstub cannot connect"))),
         },

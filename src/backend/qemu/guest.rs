@@ -6,7 +6,8 @@
 use super::control::Control;
 use super::events::Events;
 use super::memory::Memory;
-use super::qmp::{Qmp, lock, nonsense};
+use super::patches::{INT3, Patches};
+use super::qmp::{Qmp, SOON, lock, nonsense};
 use super::snapshot::Snapshot;
 use super::{QmpAddress, StubAddress, registers};
 use crate::addr::{PhysAddr, PhysRange, VirtAddr};
@@ -26,6 +27,8 @@ const MONITOR_PATIENCE: Duration = Duration::from_secs(300);
 const MAP_AGE: Duration = Duration::from_secs(1);
 /// How long the control lock is held at a time while the guest runs.
 const SLICE: Duration = Duration::from_millis(50);
+/// How often a guest that says nothing is looked at.
+const UNREPORTED: Duration = Duration::from_secs(1);
 /// How long a guest may take to stand still once a stop is reported, and to answer an interrupt.
 const STANDSTILL: Duration = Duration::from_secs(10);
 
@@ -41,8 +44,7 @@ pub struct Guest {
     control: Mutex<Option<Control>>,
     /// Whether the guest was let go under run control and no stop was seen since.
     let_go: AtomicBool,
-    /// Clients may change the guest.
-    may_write: AtomicBool,
+    patches: Patches,
 }
 
 /// The memory that a memory map told of.
@@ -82,6 +84,7 @@ impl Guest {
             control: Mutex::new(None),
             let_go: AtomicBool::new(false),
             may_write: AtomicBool::new(false),
+            patches: Patches::default(),
         });
         let memory = guest.memory()?;
         for (way, bytes) in memory.ways() {
@@ -190,6 +193,22 @@ impl Guest {
         }
     }
 
+    /// What is at a virtual address of a vCPU, and where that is.
+    fn byte_at(&self, at: VirtAddr, cpu: u32) -> Result<Option<(PhysAddr, u8)>, LiveError> {
+        let text = self.qmp.human_within(&format!("gva2gpa {at:#x}"), Some(cpu), SOON)?;
+        let phys =
+            text.trim().strip_prefix("gpa: 0x").and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        let Some(phys) = phys.map(PhysAddr) else { return Ok(None) };
+        let mut byte = [0];
+        let read = self.memory()?.read(phys, &mut byte).stopped.is_none();
+        Ok(read.then_some((phys, byte[0])))
+    }
+
+    /// Puts back into bytes that were read at `at` what breakpoints stand in the place of.
+    pub(super) fn without_breakpoints(&self, at: PhysAddr, bytes: &mut [u8]) {
+        self.patches.undo(at, bytes);
+    }
+
     fn is_attached(&self) -> bool {
         self.let_go.load(Ordering::SeqCst) || lock(&self.control).is_some()
     }
@@ -204,6 +223,12 @@ impl Guest {
         // Events come before the answer.
         self.qmp.execute(command)?;
         Ok(())
+    }
+
+    /// Whether no vCPU runs, and not only for as long as a snapshot is saved.
+    fn is_at_rest(&self) -> Result<bool, LiveError> {
+        let passing = ["save-vm", "restore-vm", "finish-migrate", "inmigrate"];
+        Ok(matches!(self.run_state()?, RunState::Stopped(why) if !passing.contains(&why)))
     }
 
     /// QEMU's state once no vCPU runs.
@@ -230,6 +255,7 @@ impl Guest {
         let _ours = self.events.ours();
         self.events.changed();
         let released = control.release(&self.qmp, running);
+        self.patches.clear();
         // What it caused is reported before this is answered.
         let state = self.run_state();
         released?;
@@ -332,7 +358,8 @@ impl LiveControl for Guest {
         }
         let _ours = self.events.ours();
         let ran = self.run_state()? == RunState::Running;
-        let attached = Control::attach(&self.qmp, self.stub.as_ref(), ran).and_then(|mut control| {
+        let attached = Control::attach(&self.qmp, &self.address, self.stub.as_ref(), ran);
+        let attached = attached.and_then(|mut control| {
             control.state = self.standstill()?;
             Ok(control)
         });
@@ -363,8 +390,15 @@ impl LiveControl for Guest {
 
     fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.with_control("putting a breakpoint or watchpoint", |control| {
+            let before =
+                if self.kvm && point == Point::Software { self.byte_at(at, control.stop.cpu)? } else { None };
             control.insert(point, at, len)?;
-            // KVM's are instructions in the guest's memory.
+            if let Some((phys, byte)) = before
+                && let Some((_, INT3)) = self.byte_at(at, control.stop.cpu)?
+                && byte != INT3
+            {
+                self.patches.add(at, phys, byte);
+            }
             self.events.changed();
             Ok(())
         })
@@ -373,6 +407,9 @@ impl LiveControl for Guest {
     fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.with_control("removing a breakpoint or watchpoint", |control| {
             control.remove(point, at, len)?;
+            if point == Point::Software {
+                self.patches.remove(at);
+            }
             self.events.changed();
             Ok(())
         })
@@ -417,15 +454,24 @@ impl LiveControl for Guest {
 
     fn wait_stop(&self, patience: Duration) -> Result<Option<Stop>, LiveError> {
         let deadline = Instant::now() + patience;
+        let mut looked = Instant::now();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            // A guest that stands still although the stub said nothing: QEMU has states that it does not report.
+            let silent = looked.elapsed() >= UNREPORTED && {
+                looked = Instant::now();
+                self.is_at_rest()?
+            };
             {
                 let mut held = lock(&self.control);
                 let Some(control) = &mut *held else {
                     let why = "kstub has no run control of it; attach to it first".to_owned();
                     return Err(LiveError::NotNow { what: "waiting for the guest".into(), why });
                 };
-                let waited = control.wait(left.min(SLICE));
+                let mut waited = control.wait(left.min(SLICE));
+                if silent && matches!(waited, Ok(None)) {
+                    waited = Ok(Some(control.unreported_stop()));
+                }
                 if !matches!(waited, Ok(None)) {
                     // A stop, or the connection's end.
                     let state = self.standstill();

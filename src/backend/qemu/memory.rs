@@ -454,7 +454,7 @@ mod tests {
         assert_eq!(bytes.len(), 24);
         assert_eq!(bytes[..3], [0xea, 0x5b, 0xe0]);
         assert_eq!(bytes[16..], [1, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(words_of("0000000090000000: Cannot access memory\n"), Vec::<u8>::new());
+        assert!(words_of("0000000090000000: Cannot access memory\n").is_empty());
         assert_eq!(words_of("0: 0x1 0xzz 0x2"), [1, 0, 0, 0, 0, 0, 0, 0]);
     }
 

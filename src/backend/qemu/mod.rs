@@ -8,9 +8,11 @@
 mod control;
 mod description;
 mod events;
+pub mod guard;
 mod guest;
 mod memory;
 mod mtree;
+mod patches;
 mod qmp;
 mod registers;
 mod replies;

@@ -255,3 +255,162 @@ fn end(waiting: &Mutex<Waiting>, why: &str) {
         *waiting = Waiting::Gone(why.to_owned());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+    use qapi::qmp::{query_status, stop};
+    use std::os::unix::net::UnixStream;
+    use std::time::Instant;
+
+    const HELLO: &[u8] = b"{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 22, \"minor\": 2, \"major\": 7}, \
+        \"package\": \"\"}, \"capabilities\": [\"oob\", 7]}}\r\n";
+
+    /// A QMP server that greets, answers `qmp_capabilities`, then does as the test says with each command.
+    fn fake(
+        mut rest: impl FnMut(&Value, &mut UnixStream) + Send + 'static,
+    ) -> (Qmp, Arc<Mutex<Vec<String>>>) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            theirs.write_all(HELLO).unwrap();
+            let lines = BufReader::new(theirs.try_clone().unwrap()).lines();
+            for (number, line) in lines.map_while(Result::ok).enumerate() {
+                let command: Value = serde_json::from_str(&line).unwrap();
+                if number == 0 {
+                    assert_eq!(command["execute"], "qmp_capabilities");
+                    reply(&command, "{}", &mut theirs);
+                } else {
+                    rest(&command, &mut theirs);
+                }
+            }
+        });
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&events);
+        let sink: Sink = Box::new(move |name, _| lock(&seen).push(name.to_owned()));
+        (Qmp::over(Socket::Unix(ours), "fake", sink).unwrap(), events)
+    }
+
+    fn reply(command: &Value, value: &str, to: &mut UnixStream) {
+        let _ = write!(to, "{{\"return\": {value}, \"id\": {}}}\r\n", command["id"]);
+    }
+
+    #[test]
+    fn answers_find_their_askers_and_events_come_first() {
+        let (qmp, events) = fake(|command, to| {
+            // An event of a later QEMU, an answer to nobody, then the real one in two pieces.
+            let _ = to.write_all(b"{\"event\": \"NEWER\", \"data\": {\"a\": [1]}, \"timestamp\": {}}\n");
+            let _ = to.write_all(
+                b"{\"return\": 7, \"id\": 99999}\n{\"return\": 7}\n{\"return\": 7, \"id\": \"x\"}\n",
+            );
+            match command["execute"].as_str().unwrap() {
+                "human-monitor-command" => {
+                    let line = command["arguments"]["command-line"].as_str().unwrap();
+                    let text =
+                        format!("{{\"return\": \"{line}\\r\\nit is\\r\\n\", \"id\": {}}}\n", command["id"]);
+                    let _ = to.write_all(&text.as_bytes()[..10]);
+                    std::thread::sleep(Duration::from_millis(20));
+                    let _ = to.write_all(&text.as_bytes()[10..]);
+                }
+                "stop" => {
+                    let id = &command["id"];
+                    let error = "{\"class\": \"NewClass\", \"desc\": \"not \\u001b[31m now\"}";
+                    let _ = writeln!(to, "{{\"error\": {error}, \"id\": {id}}}");
+                }
+                _ => reply(command, "{\"status\": \"a-state-of-later\", \"running\": false}", to),
+            }
+        });
+        assert_eq!(qmp.version(), "7.2.22");
+        assert_eq!(qmp.human("info").unwrap(), "info\nit is\n");
+        assert_eq!(lock(&events).len(), 1);
+        assert_eq!(qmp.execute(query_status {}).unwrap()["status"], "a-state-of-later");
+        let refused = qmp.execute(stop {}).unwrap_err().to_string();
+        assert_eq!(refused, "stop: QEMU refuses: not \\u{1b}[31m now");
+        let all = std::thread::scope(|scope| {
+            let ask = |n: u32| qmp.human(&n.to_string()).unwrap();
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || ask(n))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(all.iter().enumerate().all(|(n, text)| *text == format!("{n}\nit is\n")));
+    }
+
+    #[test]
+    fn silence_ends_and_what_comes_late_is_nobodys() {
+        let (qmp, _) = fake(|command, to| {
+            if command["execute"] == "stop" {
+                std::thread::sleep(Duration::from_millis(150));
+            }
+            reply(command, "{}", to);
+        });
+        let asked = Instant::now();
+        let error = qmp.ask(stop {}, "stop", Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, LiveError::Timeout { .. }), "{error}");
+        assert!(asked.elapsed() < Duration::from_secs(2));
+        assert!(qmp.execute(query_status {}).is_ok());
+    }
+
+    #[test]
+    fn whatever_else_comes_ends_the_connection_and_says_why() {
+        for (bytes, why) in [
+            (&b"\xff\xfe\0garbage\n"[..], "no QMP"),
+            (b"[1,2]\n", "no QMP"),
+            (b"{\"event\": 7}\n", "no QMP"),
+            (b"{\"return\": 1, \"return\": 2, \"id\": 2}\n", "no QMP"),
+            (b"", "closed"),
+            (b"{\"return\": {}, \"id\": 2", "closed"),
+        ] {
+            let (qmp, events) = fake(move |_, to| {
+                let _ = to.write_all(bytes);
+                let _ = to.shutdown(std::net::Shutdown::Both);
+            });
+            let error = qmp.execute(query_status {}).unwrap_err();
+            assert!(matches!(&error, LiveError::Gone(text) if text.contains(why)), "{error}");
+            assert!(matches!(qmp.human("again"), Err(LiveError::Gone(_))));
+            assert_eq!(*lock(&events), [""]);
+        }
+        let deep = [vec![b'['; 100_000], b"\n".to_vec()].concat();
+        let (qmp, _) = fake(move |_, to| drop(to.write_all(&deep)));
+        assert!(matches!(qmp.execute(query_status {}), Err(LiveError::Gone(_))));
+    }
+
+    #[test]
+    fn a_line_without_end_is_given_up() {
+        let (qmp, _) = fake(|_, to| {
+            let chunk = vec![b'x'; 1 << 20];
+            for _ in 0..=LONGEST_LINE >> 20 {
+                let _ = to.write_all(&chunk);
+            }
+        });
+        let error = qmp.execute(query_status {}).unwrap_err();
+        assert!(matches!(&error, LiveError::Gone(text) if text.contains("without end")), "{error}");
+    }
+
+    #[test]
+    fn greetings_that_are_none() {
+        for (greeting, expected) in [
+            (&b"SSH-2.0-OpenSSH_9.2\n"[..], "makes no sense"),
+            (b"{\"QMP\": {}}\n", "makes no sense"),
+            (b"{\"QMP\": {\"version\": {\"qemu\": {\"major\": \"7\"}}}}\n", "makes no sense"),
+            (b"", "closed the connection"),
+            (b"no line", "closed the connection"),
+            (&[b'x'; 5000], "makes no sense"),
+        ] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(greeting).unwrap();
+            theirs.shutdown(std::net::Shutdown::Write).unwrap();
+            let error = Qmp::over(Socket::Unix(ours), "fake", Box::new(|_, _| {})).err().unwrap();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    /// QEMU serves one client at a time: the next one's connection stands, and nothing is said on it.
+    #[test]
+    fn no_greeting_means_another_client() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let asked = Instant::now();
+        let error = Qmp::over(Socket::Unix(ours), "fake", Box::new(|_, _| {})).err().unwrap();
+        assert!(error.to_string().contains("another connected"), "{error}");
+        assert!(asked.elapsed() < GREETING + Duration::from_secs(2));
+        drop(theirs);
+    }
+}

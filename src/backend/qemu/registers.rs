@@ -123,3 +123,122 @@ fn general(name: &str) -> Option<Reg> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::panic)]
+    use super::*;
+
+    /// QEMU 7.2: a CPU in 64-bit user code with AVX; one before its first instruction; one in 32-bit code with SSE
+    /// only, x87 in use and GS set.
+    const TEXT: &str = "\r
+CPU#0\r
+RAX=1112131415161718 RBX=2122232425262728 RCX=3132333435363738 RDX=4142434445464748\r
+RSI=5152535455565758 RDI=6162636465666768 RBP=7172737475767778 RSP=00007ffc1ac1ca58\r
+R8 =8182838485868788 R9 =9192939495969798 R10=a1a2a3a4a5a6a7a8 R11=b1b2b3b4b5b6b7b8\r
+R12=c1c2c3c4c5c6c7c8 R13=d1d2d3d4d5d6d7d8 R14=e1e2e3e4e5e6e7e8 R15=f1f2f3f4f5f6f7f8\r
+RIP=0000000000401791 RFL=00000246 [---Z-P-] CPL=3 II=0 A20=1 SMM=0 HLT=0\r
+ES =0000 0000000000000000 00000000 00000000\r
+CS =0033 0000000000000000 ffffffff 00affb00 DPL=3 CS64 [-RA]\r
+SS =002b 0000000000000000 ffffffff 00cff300 DPL=3 DS   [-WA]\r
+DS =0000 0000000000000000 00000000 00000000\r
+FS =0000 00005f5e5d5c5000 00000000 00000000\r
+GS =0000 00006f6e6d6c6000 00000000 00000000\r
+LDT=0000 0000000000000000 00000000 00008200 DPL=0 LDT\r
+TR =0040 fffffe000003e000 00004087 00008900 DPL=0 TSS64-avl\r
+GDT=     fffffe000003c000 0000007f\r
+IDT=     fffffe0000000000 00000fff\r
+CR0=80050033 CR2=000000001a5a36d8 CR3=00000000102b6000 CR4=00750ea0\r
+DR0=0000000000000000 DR1=0000000000000000 DR2=0000000000000000 DR3=0000000000000000 \r
+DR6=00000000ffff0ff0 DR7=0000000000000400\r
+EFER=0000000000000d01\r
+FCW=037f FSW=0000 [ST=0] FTW=00 MXCSR=00001f80\r
+FPR0=0000000000000000 0000 FPR1=0000000000000000 0000\r
+YMM00=0000000000000000 0000000000000000 0f0e0d0c0b0a0908 0706050403020100\r
+YMM15=00000000000000aa 00000000000000bb fffefdfcfbfaf9f8 f7f6f5f4f3f2f1f0\r
+\r
+CPU#1\r
+EAX=00000000 EBX=00000000 ECX=00000000 EDX=00060fb1\r
+ESI=00000000 EDI=00000000 EBP=00000000 ESP=00000000\r
+EIP=0000fff0 EFL=00000002 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=1\r
+ES =0000 00000000 0000ffff 00009300\r
+CS =f000 ffff0000 0000ffff 00009b00\r
+CR0=60000010 CR2=00000000 CR3=00000000 CR4=00000000\r
+EFER=0000000000000000\r
+\r
+CPU#12\r
+EAX=00000001 EBX=00000002 ECX=00000003 EDX=00000004\r
+EIP=08048000 EFL=00000246 [---Z-P-] CPL=3 II=0 A20=1 SMM=0 HLT=0\r
+CS =0023 00000000 ffffffff 00cffb00 DPL=3 CS32 [-RA]\r
+GS =0063 f7c01500 ffffffff 00d0f300 DPL=3 DS   [-WA]\r
+FCW=037f FSW=3800 [ST=7] FTW=80 MXCSR=00001f80\r
+FPR6=0000000000000000 0000 FPR7=c90fdaa22168c235 4000\r
+XMM00=0011223344556677 8899aabbccddeeff XMM01=0000000000000000 0000000000000001\r
+";
+
+    #[test]
+    fn every_mode_of_a_cpu() {
+        let cpus = parse(TEXT);
+        assert_eq!(cpus.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [0, 1, 12]);
+        let [(_, user), (_, reset), (_, compat)] = cpus.as_slice() else { panic!("{cpus:?}") };
+        use Reg::*;
+        let planted = [Rax, Rbx, Rcx, Rdx, Rsi, Rdi, Rbp, R8, R9, R10, R11, R12, R13, R14, R15];
+        for (digit, reg) in (1u64..).zip(planted) {
+            // 1112131415161718, 2122…28, and so on.
+            let value = (1..9).fold(0, |value, low| value << 8 | digit << 4 | low);
+            assert_eq!(user.u64(reg), Some(value), "{reg:?}");
+        }
+        for (reg, value) in [
+            (Rsp, 0x7ffc_1ac1_ca58),
+            (Rip, 0x40_1791),
+            (Eflags, 0x246),
+            (Cs, 0x33),
+            (Ss, 0x2b),
+            (Ds, 0),
+            (Es, 0),
+            (Fs, 0),
+            (Gs, 0),
+            (FsBase, 0x5f5e_5d5c_5000),
+            (GsBase, 0x6f6e_6d6c_6000),
+            (Cr0, 0x8005_0033),
+            (Cr2, 0x1a5a_36d8),
+            (Cr3, 0x102b_6000),
+            (Cr4, 0x75_0ea0),
+            (Efer, 0xd01),
+            (Fctrl, 0x37f),
+            (Mxcsr, 0x1f80),
+        ] {
+            assert_eq!(user.u64(reg), Some(value), "{reg:?}");
+        }
+        let xmm = |reg| user.get(reg).value();
+        assert_eq!(xmm(Xmm0), Some(0x0f0e_0d0c_0b0a_0908_0706_0504_0302_0100));
+        assert_eq!(xmm(Xmm15), Some(0xfffe_fdfc_fbfa_f9f8_f7f6_f5f4_f3f2_f1f0));
+        for reg in [KGsBase, Cr8, Ftag, Fop, Fioff] {
+            assert_eq!(user.get(reg), Saved::NotSaved, "{reg:?}");
+        }
+        assert_eq!(
+            (reset.u64(Rip), reset.u64(Cs), reset.u64(Rdx)),
+            (Some(0xfff0), Some(0xf000), Some(0x6_0fb1))
+        );
+        assert_eq!((reset.get(R8), reset.get(Xmm0)), (Saved::NotSaved, Saved::NotSaved));
+        assert_eq!((compat.u64(GsBase), compat.u64(Gs)), (Some(0xf7c0_1500), Some(0x63)));
+        assert_eq!(compat.get(St7), Saved::Known(0x4000_c90f_daa2_2168_c235));
+        assert_eq!(compat.get(Xmm0), Saved::Known(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff));
+        assert_eq!(compat.get(Xmm1), Saved::Known(1));
+        assert_eq!(compat.u64(Fstat), Some(0x3800));
+    }
+
+    #[test]
+    fn any_damage_is_survived() {
+        for cut in 0..TEXT.len() {
+            parse(&TEXT[..cut]);
+            let (before, after) = TEXT.split_at(cut);
+            parse(&format!("{before}={}", after.get(1..).unwrap_or_default()));
+            parse(&format!("{before}\u{e9}\u{2003}{after}"));
+        }
+        parse(&"CPU#1\n".repeat(10_000));
+        assert_eq!(parse("CPU#1\n".repeat(10_000).as_str()).len(), MOST_CPUS);
+        assert_eq!(parse("RAX=0000000000000001"), []);
+        parse("CPU#0\nXMM99=1 2 XMM00= XMM01=1 =2 == RAX= FPR9=1 2\nES =\n");
+    }
+}

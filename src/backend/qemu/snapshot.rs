@@ -46,6 +46,24 @@ impl Snapshot {
         self.cache.as_ref().filter(|_| self.guest.generation() == self.generation)
     }
 
+    /// What memory holds, breakpoints included.
+    fn read(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let Some(cache) = self.cache().filter(|_| buf.len() <= LONGEST_CACHED) else {
+            return self.memory.read(at, buf);
+        };
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let here = at.wrapping_add(filled as u64);
+            let len = rest.len().min(here.left_in_page() as usize);
+            let outcome = self.read_in_page(cache, here, rest.get_mut(..len).unwrap_or_default());
+            filled += outcome.filled;
+            if outcome.stopped.is_some() {
+                return ReadOutcome { filled, stopped: outcome.stopped };
+            }
+        }
+        ReadOutcome::complete(filled)
+    }
+
     /// Fills the part of `buf` that lies in one page, or says why not all of it.
     fn read_in_page(&self, cache: &PageCache, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
         let number = at.0 / PAGE_SIZE;
@@ -73,20 +91,9 @@ impl Snapshot {
 
 impl PhysicalMemory for Snapshot {
     fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        let Some(cache) = self.cache().filter(|_| buf.len() <= LONGEST_CACHED) else {
-            return self.memory.read(at, buf);
-        };
-        let mut filled = 0;
-        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            let here = at.wrapping_add(filled as u64);
-            let len = rest.len().min(here.left_in_page() as usize);
-            let outcome = self.read_in_page(cache, here, rest.get_mut(..len).unwrap_or_default());
-            filled += outcome.filled;
-            if outcome.stopped.is_some() {
-                return ReadOutcome { filled, stopped: outcome.stopped };
-            }
-        }
-        ReadOutcome::complete(filled)
+        let outcome = self.read(at, buf);
+        self.guest.without_breakpoints(at, buf.get_mut(..outcome.filled).unwrap_or_default());
+        outcome
     }
 
     fn ranges(&self) -> Vec<PhysRange> {

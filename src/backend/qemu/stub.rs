@@ -107,6 +107,11 @@ impl Stub {
         self.socket.write_all(b"\x03").map_err(|error| gone(&error.to_string()))
     }
 
+    /// Takes note that the guest stands still, though the stub did not say so.
+    pub(super) fn set_stopped(&mut self) {
+        self.running = false;
+    }
+
     /// The registers of a vCPU.
     pub(super) fn registers(&mut self, thread: ThreadId) -> Result<RegisterFile, LiveError> {
         self.select(thread)?;
@@ -401,3 +406,6 @@ fn refused(what: &str, why: String) -> LiveError {
 fn garbled(packet: &str, reply: &[u8]) -> LiveError {
     nonsense(&format!("packet '{packet}' to its GDB stub"), &String::from_utf8_lossy(reply))
 }
+
+#[cfg(test)]
+mod tests;

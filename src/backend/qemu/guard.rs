@@ -1,0 +1,129 @@
+//! A guardian: a process that gives the guest back if kstub is killed while it has run control.
+//!
+//! QEMU leaves a guest stopped, and its breakpoints put, when the client of its stub goes away. While run control is
+//! taken a child process waits at the end of a pipe; if that ends without a word, it connects to the stub itself,
+//! which removes all breakpoints, and lets the guest run if it ran before. It is the program that [`enable`] was
+//! given, which calls [`run`]. Source: QEMU `gdbstub/gdbstub.c` (`handle_target_halt`, `handle_detach`), `pipe(7)`.
+
+use super::SocketAddress;
+use super::qmp::Qmp;
+use super::stub::Stub;
+use crate::backend::live::LiveError;
+use qapi::qmp::{cont, query_status};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::ffi::OsString;
+use std::io::{self, BufRead, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::OnceLock;
+
+/// What the guarded process says when the guest needs no help.
+const FAREWELL: &[u8] = b"farewell\n";
+/// The longest errand that is read.
+const LONGEST_ERRAND: u64 = 64 << 10;
+
+static PROGRAM: OnceLock<(PathBuf, Vec<OsString>)> = OnceLock::new();
+
+/// From now on run control has a guardian: `program` with `arguments`, which must do nothing but [`run`].
+pub fn enable(program: PathBuf, arguments: Vec<OsString>) {
+    // Only the first call counts.
+    let _ = PROGRAM.set((program, arguments));
+}
+
+/// What a guardian has to know.
+#[derive(Serialize, Deserialize, Debug)]
+pub(super) struct Errand {
+    pub(super) stub: SocketAddress,
+    pub(super) qmp: SocketAddress,
+    /// Whether the guest ran before run control was taken.
+    pub(super) ran: bool,
+    /// Whether the stub was started for us.
+    pub(super) started: bool,
+    /// The directory of its socket.
+    pub(super) directory: Option<PathBuf>,
+}
+
+/// A guardian that waits.
+pub(super) struct Guardian {
+    child: Child,
+    pipe: ChildStdin,
+}
+
+impl Guardian {
+    /// Starts one; none if that is not enabled, or fails, which is said.
+    pub(super) fn start(errand: &Errand) -> Option<Self> {
+        let (program, arguments) = PROGRAM.get()?;
+        let start = || -> io::Result<Self> {
+            let mut child = Command::new(program)
+                .args(arguments)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                // Ctrl-C on our terminal is not meant for it.
+                .process_group(0)
+                .spawn()?;
+            let mut pipe = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
+            let mut line = serde_json::to_vec(errand)?;
+            line.push(b'\n');
+            pipe.write_all(&line)?;
+            Ok(Self { child, pipe })
+        };
+        start()
+            .inspect_err(|error| {
+                tracing::warn!("no guardian ({error}): if kstub is killed, the guest stays stopped");
+            })
+            .ok()
+    }
+
+    /// The guest needs no help: the guardian ends.
+    pub(super) fn farewell(mut self) {
+        // It may have been killed itself.
+        let _ = self.pipe.write_all(FAREWELL);
+        drop(self.pipe);
+        let _ = self.child.wait();
+    }
+}
+
+/// The guardian's whole life: reads its errand from standard input, waits for the end, and helps if it must.
+pub fn run() -> Result<(), LiveError> {
+    let mut input = io::stdin().lock();
+    let mut line = Vec::new();
+    let failed = |error: io::Error| LiveError::Gone(format!("no errand: {error}"));
+    Read::take(&mut input, LONGEST_ERRAND).read_until(b'\n', &mut line).map_err(failed)?;
+    let errand: Errand = serde_json::from_slice(&line).map_err(|error| failed(error.into()))?;
+    let mut word = Vec::new();
+    let heard = Read::take(&mut input, LONGEST_ERRAND).read_to_end(&mut word);
+    if heard.is_ok() && word == FAREWELL {
+        return Ok(());
+    }
+    help(&errand)
+}
+
+/// Gives the guest back as far as that goes: by the stub, then by the monitor.
+fn help(errand: &Errand) -> Result<(), LiveError> {
+    // First of all, to be served before another session that is started now.
+    let monitor = Qmp::connect(&errand.qmp, Box::new(|_, _| {}));
+    let by_stub = Stub::connect(&errand.stub).and_then(|(mut stub, _)| {
+        // The connection has removed the breakpoints.
+        stub.raw(b"Qqemu.PhyMemMode:0")?;
+        if errand.ran { stub.detach() } else { Ok(()) }
+    });
+    let by_monitor = monitor.and_then(|qmp| {
+        let running = qmp.execute(query_status {})?.get("running").and_then(Value::as_bool);
+        if errand.ran && running == Some(false) {
+            qmp.execute(cont {})?;
+        }
+        if errand.started {
+            qmp.human("gdbserver none")?;
+            // Kept otherwise, for the next session to find. Only the socket is in it.
+            if let Some(directory) = &errand.directory {
+                let _ = std::fs::remove_file(directory.join("gdb"));
+                let _ = std::fs::remove_dir(directory);
+            }
+        }
+        Ok(())
+    });
+    by_stub.or(by_monitor)
+}

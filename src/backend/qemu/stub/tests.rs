@@ -1,0 +1,192 @@
+//! The client against a stub that is not QEMU's: what it asks, and what it survives.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use super::*;
+use crate::arch::x86_64::{Reg, Saved};
+use crate::backend::live::StopReason;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+/// Three registers in an order that is not QEMU's.
+const TARGET: &str = "<target><xi:include href=\"x.xml\"/></target>";
+const REGISTERS: &str = "<reg name=\"rip\" bitsize=\"64\"/><reg name=\"new\" bitsize=\"16\"/>\
+    <reg name=\"r15\" bitsize=\"64\"/><reg name=\"eflags\" bitsize=\"32\"/>}#";
+
+/// What the fake answers to a packet; `None`: as a stub of two CPUs would.
+type Script = dyn FnMut(&str) -> Option<Vec<u8>> + Send;
+
+fn usual(packet: &str) -> Vec<u8> {
+    let part = |text: &str| {
+        // In pieces of ten bytes, escaped.
+        let range = packet.rsplit(':').next().unwrap();
+        let from = usize::from_str_radix(range.split(',').next().unwrap(), 16).unwrap();
+        let rest = &text.as_bytes()[from.min(text.len())..];
+        let (kind, piece) = if rest.len() > 10 { (b'm', &rest[..10]) } else { (b'l', rest) };
+        let mut reply = vec![kind];
+        rsp::escape(piece, &mut reply);
+        reply
+    };
+    match packet {
+        "?" => b"T05thread:p01.01;".to_vec(),
+        "qfThreadInfo" => b"mp01.01".to_vec(),
+        "qsThreadInfo" => b"l".to_vec(),
+        "g" => b"08070605040302010a0b88776655443322xx46020000".to_vec(),
+        _ if packet.starts_with("qSupported") => b"PacketSize=1000;multiprocess+".to_vec(),
+        _ if packet.starts_with("qXfer:features:read:target.xml") => part(TARGET),
+        _ if packet.starts_with("qXfer:features:read:x.xml") => part(REGISTERS),
+        _ if packet.starts_with("vCont") => Vec::new(),
+        _ => b"OK".to_vec(),
+    }
+}
+
+/// A stub that does as `script` says; the second value is all the packets that it got.
+fn fake(mut script: Box<Script>) -> (Result<(Stub, StopReply), LiveError>, Arc<Mutex<Vec<String>>>) {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::clone(&seen);
+    std::thread::spawn(move || {
+        let mut framer = Framer::new(1 << 16);
+        let mut bytes = [0; 4096];
+        while let Ok(read @ 1..) = theirs.read(&mut bytes) {
+            for event in framer.events(&bytes[..read]) {
+                let (name, reply) = match event {
+                    Event::Packet(packet) => {
+                        let packet = String::from_utf8(packet).unwrap();
+                        let scripted = script(&packet);
+                        let go = packet.starts_with("vCont") || packet == "bc" || packet == "bs";
+                        let reply = scripted.unwrap_or_else(|| rsp::frame(&usual(&packet)));
+                        let ack = b"+".to_vec();
+                        (packet, if go && reply == rsp::frame(b"") { ack } else { [ack, reply].concat() })
+                    }
+                    Event::Interrupt => ("^C".to_owned(), rsp::frame(b"T02thread:p01.02;")),
+                    _ => continue,
+                };
+                log.lock().unwrap().push(name);
+                let _ = theirs.write_all(&reply);
+            }
+        }
+    });
+    (Stub::over(Socket::Unix(ours)), seen)
+}
+
+fn connected(script: Box<Script>) -> (Stub, Arc<Mutex<Vec<String>>>) {
+    let (stub, seen) = fake(script);
+    let (mut stub, _) = stub.unwrap();
+    stub.threads = vec![ThreadId::parse("p1.1").unwrap(), ThreadId::parse("p1.2").unwrap()];
+    seen.lock().unwrap().clear();
+    (stub, seen)
+}
+
+fn framed(packet: &str) -> Option<Vec<u8>> {
+    Some(rsp::frame(packet.as_bytes()))
+}
+
+#[test]
+fn registers_go_by_the_description() {
+    let (mut stub, seen) = connected(Box::new(|_| None));
+    let regs = stub.registers(ThreadId::parse("p1.2").unwrap()).unwrap();
+    assert_eq!(regs.u64(Reg::Rip), Some(0x0102_0304_0506_0708));
+    assert_eq!((regs.get(Reg::R15), regs.u64(Reg::Eflags)), (Saved::NotSaved, Some(0x246)));
+    assert_eq!(regs.get(Reg::Rax), Saved::NotSaved);
+    assert_eq!(*seen.lock().unwrap(), ["Hgp1.2", "g"]);
+    stub.write_register(1, "rip", &[8, 7, 6, 5, 4, 3, 2, 1]).unwrap();
+    assert_eq!(seen.lock().unwrap()[2], "P0=0807060504030201");
+    // The fake's register keeps its value.
+    let error = stub.write_register(1, "rip", &[1]).unwrap_err().to_string();
+    assert!(error.ends_with("it now holds 0x0102030405060708"), "{error}");
+    assert!(matches!(stub.write_register(7, "rip", &[1]), Err(LiveError::Refused { .. })));
+}
+
+#[test]
+fn what_is_sent_is_the_protocols() {
+    let (mut stub, seen) = connected(Box::new(|_| None));
+    let at = VirtAddr(0xffff_ffff_8100_0000);
+    stub.point(true, Point::Software, at, 0).unwrap();
+    stub.point(false, Point::Access, at, 8).unwrap();
+    stub.write_phys(PhysAddr(0x1000), &[0xab; 1500]).unwrap();
+    stub.resume(&[(Some(1), Go::Step), (None, Go::Continue)]).unwrap();
+    assert!(matches!(stub.registers(stub.threads[0]), Err(LiveError::NotNow { .. })));
+    assert_eq!(stub.wait(Duration::from_millis(30)).unwrap(), None);
+    stub.interrupt().unwrap();
+    let stop = stub.wait(SOON).unwrap().unwrap();
+    assert_eq!((stop.reason, stop.thread.unwrap().cpu()), (StopReason::Signal(2), Some(1)));
+    stub.detach().unwrap();
+    let seen = seen.lock().unwrap();
+    let long = format!("M1000,400:{}", "ab".repeat(1024));
+    let rest = format!("M1400,1dc:{}", "ab".repeat(476));
+    let expected = ["Z0,ffffffff81000000,1", "z4,ffffffff81000000,8", "Qqemu.PhyMemMode:1", &long, &rest];
+    assert_eq!(seen[..5], expected);
+    assert_eq!(seen[5..], ["Qqemu.PhyMemMode:0", "vCont;s:p1.2;c", "^C", "D;1"]);
+}
+
+/// QEMU stops the guest when a client connects, and versions before 8.1 say so before they answer.
+#[test]
+fn stops_that_nobody_asked_about() {
+    let (stub, _) = fake(Box::new(|packet| {
+        let answer = rsp::frame(&usual(packet));
+        packet.starts_with("qSupported").then(|| [rsp::frame(b"T02thread:01;"), answer].concat())
+    }));
+    assert_eq!(stub.unwrap().1.reason, StopReason::Signal(5));
+    // Another monitor let the guest run: the packet is lost.
+    let mut lost = false;
+    let (mut stub, seen) = connected(Box::new(move |packet| {
+        (packet == "g" && !std::mem::replace(&mut lost, true)).then(|| rsp::frame(b"T02thread:p01.01;"))
+    }));
+    assert!(stub.registers(stub.threads[0]).is_ok());
+    assert_eq!(*seen.lock().unwrap(), ["Hgp1.1", "g", "g"]);
+}
+
+#[test]
+fn the_begin_of_a_recording_and_refusals() {
+    let (mut stub, _) = connected(Box::new(|packet| match packet {
+        "bs" => framed("E14"),
+        "bc" => framed(""),
+        _ if packet.starts_with('Z') => framed("E22"),
+        _ if packet.starts_with('M') => framed("E01"),
+        _ => None,
+    }));
+    stub.reverse(Go::Step).unwrap();
+    assert_eq!(stub.wait(SOON).unwrap().unwrap().reason, StopReason::ReplayEnd);
+    assert!(matches!(stub.point(true, Point::Hardware, VirtAddr(0), 1), Err(LiveError::Refused { .. })));
+    assert!(matches!(stub.write_phys(PhysAddr(0), &[1]), Err(LiveError::Refused { .. })));
+}
+
+#[test]
+fn hostile_stubs_are_errors() {
+    for (to, reply) in [
+        ("?", &b"$OK#9a"[..]),
+        ("?", b"$T05#00"),
+        ("?", b""),
+        ("g", b"$zz#f4"),
+        ("g", b"$E01#a6"),
+        ("g", b"$123#96"),
+        ("qfThreadInfo", b"$l#6c"),
+        ("qfThreadInfo", b"$mp1.x#00"),
+        ("qfThreadInfo", b"$m#6d"),
+        ("qXfer:features:read:target.xml:0,800", b"$m#6d"),
+        ("qXfer:features:read:target.xml:0,800", b"$l<reg name=\"x\" bitsize=\"8\"/>#00"),
+        ("qXfer:features:read:x.xml:0,800", b"$E00#a5"),
+    ] {
+        let reply = reply.to_vec();
+        let (stub, _) = fake(Box::new(move |packet| {
+            // An empty reply stands for the end of the connection.
+            match (packet == to, reply.is_empty()) {
+                (true, true) => panic!("the fake ends here"),
+                (true, false) => Some(reply.clone()),
+                (false, _) => None,
+            }
+        }));
+        let outcome = stub.and_then(|(mut stub, _)| {
+            let thread = stub.threads[0];
+            stub.registers(thread)
+        });
+        assert!(outcome.is_err(), "{to}: {outcome:?}");
+    }
+    // Threads, and talk, without end.
+    let (stub, _) = fake(Box::new(|packet| packet.ends_with("ThreadInfo").then(|| rsp::frame(b"m1,2,3"))));
+    assert!(stub.is_err());
+    let talk = rsp::frame(b"O4141").repeat(100);
+    let (mut stub, _) = connected(Box::new(move |packet| packet.starts_with("vCont").then(|| talk.clone())));
+    stub.resume(&[(None, Go::Continue)]).unwrap();
+    assert_eq!(stub.wait(Duration::from_millis(50)).unwrap(), None);
+}
