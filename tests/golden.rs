@@ -182,7 +182,13 @@ fn program(arguments: &[&str]) -> String {
 fn monitor(machine: &Machine, line: &str) -> String {
     let mut text = format!("(gdb) monitor {line}\n");
     match command::run(
-        &Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default(), form: Form::Both },
+        &Context {
+            machine,
+            cpu: machine.first_cpu(),
+            task: None,
+            focus: &Focus::default(),
+            form: Form::Both,
+        },
         line,
     ) {
         Ok(output) => {

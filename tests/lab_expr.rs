@@ -318,7 +318,8 @@ fn expressions_are_gdbs() {
         let mut compared = 0;
         for (expression, printed) in expressions.iter().zip(&printed) {
             let focus = Focus::default();
-            let context = Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None, form: Form::Both };
+            let context =
+                Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None, form: Form::Both };
             let ours = command::run(&context, &format!("p -d {expression}"));
             // What gdb refuses (a member that moved, NULL followed) we refuse, too.
             let Some((_, theirs)) = printed.split_once(" = ") else {

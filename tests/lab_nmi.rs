@@ -45,7 +45,8 @@ fn has_spinners(set: &Set) -> bool {
 }
 
 fn run(machine: &Machine, line: &str) -> Output {
-    let context = Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default(), form: Form::Both };
+    let context =
+        Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default(), form: Form::Both };
     command::run(&context, line).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 

@@ -96,8 +96,13 @@ impl Case {
 
     fn try_ask(&self, line: &str) -> Result<Value, String> {
         let focus = Focus::default();
-        let context =
-            Context { machine: &self.machine, cpu: self.machine.first_cpu(), focus: &focus, task: None, form: Form::Both };
+        let context = Context {
+            machine: &self.machine,
+            cpu: self.machine.first_cpu(),
+            focus: &focus,
+            task: None,
+            form: Form::Both,
+        };
         command::run(&context, line).map(|output| output.json).map_err(|error| error.to_string())
     }
 

@@ -60,7 +60,8 @@ impl Kernel {
             let head = signal.member("thread_head")?.at;
             let threads = self.list_within(head, left.load(Ordering::Relaxed));
             let seen = threads.nodes.len();
-            let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(seen)));
+            let _ = left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(seen)));
             Ok(Some(threads))
         };
         let lists = parallel::map(&leaders, threads_of);

@@ -325,7 +325,9 @@ impl<'k> Walk<'k> {
             return next;
         }
         // A user's task begins with the registers that it will have when it gets there.
-        if let Some(task) = self.task_stack().copied().filter(|task| Some(task.start) == self.here().map(|here| here.start)) {
+        if let Some(task) =
+            self.task_stack().copied().filter(|task| Some(task.start) == self.here().map(|here| here.start))
+        {
             let at = task.end.wrapping_sub(PT_REGS_SIZE);
             let saved = PtRegs::read(&self.memory, at, false).filter(|saved| saved.of_user());
             if let Some(saved) =
