@@ -122,10 +122,8 @@ impl<'a> Renderer<'a> {
     /// The source lines of a frame, the innermost inlined function's first.
     pub fn lines(&self, frame: &Frame) -> Rc<[Location]> {
         let find = || {
-            let link = frame.lookup_pc().wrapping_sub(self.kernel.found().kaslr_offset);
-            let of_image = self.symbol(frame).is_some_and(|found| found.module.is_none());
-            let info = self.kernel.debug_info().filter(|_| of_image);
-            info.and_then(|info| info.locate(link)).unwrap_or_default().into()
+            let at = self.symbol(frame).map(|_| VirtAddr(frame.lookup_pc()));
+            at.and_then(|at| self.kernel.locate(at)).unwrap_or_default().into()
         };
         self.lines.borrow_mut().entry(frame.lookup_pc()).or_insert_with(find).clone()
     }
