@@ -170,6 +170,9 @@ pub enum Command {
         #[arg(value_enum)]
         shell: Shell,
     },
+    /// Give a guest back whose kstub was killed
+    #[command(hide = true, name = "__guard")]
+    Guard,
     /// Print the manual page
     #[command(
         after_help = "Examples:\n  kstub man | man -l -\n  kstub man > /usr/local/share/man/man1/kstub.1"

@@ -7,6 +7,7 @@ mod wait_kernel;
 use anyhow::Context;
 use clap::Parser;
 use kstub::backend::live::LiveError;
+use kstub::backend::qemu;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::{Focus, Form};
 use kstub::gdb::{Files, Settings, Show, index};
@@ -109,6 +110,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         }
         Command::Completions { shell } => {
             print(&cli::completions(shell))?;
+            Ok(0)
+        }
+        Command::Guard => {
+            qemu::guard::run()?;
             Ok(0)
         }
         Command::Man => {

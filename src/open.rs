@@ -2,7 +2,7 @@
 
 use crate::wait_kernel;
 use kstub::backend::live::{LiveControl, LiveError};
-use kstub::backend::qemu::{Guest, QmpAddress};
+use kstub::backend::qemu::{Guest, QmpAddress, guard};
 use kstub::backend::{Backend, Dump};
 use kstub::cli::{self, Control, Target};
 use kstub::debuginfo::debuginfod::Debuginfod;
@@ -41,6 +41,9 @@ pub fn source(target: &Target, control: Control) -> anyhow::Result<(Source, Libr
     };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
+    if let Ok(program) = std::env::current_exe() {
+        guard::enable(program, vec!["__guard".into()]);
+    }
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
         let spinner = terminal(indicatif::ProgressBar::new_spinner());
         spinner.set_message("waiting for the kernel to start");

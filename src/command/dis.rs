@@ -109,10 +109,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     Ok(Output { text, json: json!({ "instructions": rows, "problem": problem }) })
 }
 
-/// `FILE: LINE` of an instruction of the kernel image, as crash has it.
+/// `FILE: LINE` of an instruction of the kernel, as crash has it.
 pub fn source_line(kernel: &Kernel, at: VirtAddr) -> Option<String> {
-    let link = at.0.checked_sub(kernel.found().kaslr_offset)?;
-    let place = kernel.debug_info()?.locate(link)?.into_iter().next()?;
+    let place = kernel.locate(at)?.into_iter().next()?;
     Some(format!("{}: {}", place.file?, place.line?))
 }
 

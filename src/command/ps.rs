@@ -2,7 +2,7 @@
 
 use super::args::number_of_cpu;
 use super::table::Table;
-use super::{Command, CommandError, Context, Output, printable};
+use super::{Command, CommandError, Context, Form, Output, object, printable};
 use crate::addr::VirtAddr;
 use crate::kernel::cpus::POSSIBLE;
 use crate::kernel::mm::{MmReader, MmSize};
@@ -177,7 +177,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     };
     let chosen: Vec<&TaskInfo> = tasks.all.iter().filter(wanted).collect();
     let mut output = match what {
-        What::Table | What::Stacks => table(&tasks, &chosen, what == What::Stacks)?,
+        What::Table | What::Stacks => table(&tasks, &chosen, what == What::Stacks, context.form)?,
         What::LastRun | What::SinceLastRun => last_run(&tasks, &chosen, what == What::SinceLastRun),
         What::Times => times(&tasks, &chosen)?,
         What::Arguments => command_lines(&tasks, &chosen),
@@ -218,7 +218,7 @@ fn with(mut object: serde_json::Map<String, Value>, more: Value) -> Value {
     Value::Object(object)
 }
 
-fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], stacks: bool) -> Result<Output, CommandError> {
+fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], stacks: bool, form: Form) -> Result<Output, CommandError> {
     let reader = tasks.kernel.mm_reader()?;
     let mut sizes = HashMap::new();
     let total = tasks.kernel.total_ram().filter(|&total| total > 0);
@@ -248,6 +248,9 @@ fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], stacks: bool) -> Result<Output
             kib(size.resident),
             name(task),
         ]);
+        if !form.has_json() {
+            continue;
+        }
         let ended = task.state.is_some_and(State::has_ended);
         let more = json!({
             "vsz_kib": size.virtual_size.map(|bytes| bytes / 1024),
@@ -261,7 +264,7 @@ fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], stacks: bool) -> Result<Output
         });
         rows.push(with(task_json(tasks, task), more));
     }
-    Ok(Output { text: table.render(), json: json!({ "tasks": rows }) })
+    Ok(Output::of(form, || table.render(), || object([("tasks", Value::Array(rows))])))
 }
 
 /// The threads of a process share what they have; it is read once.

@@ -7,6 +7,7 @@ pub mod cpus;
 pub mod discover;
 mod fields;
 mod globals;
+mod lines;
 pub mod list;
 mod machine;
 pub mod maple;

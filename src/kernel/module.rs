@@ -6,7 +6,7 @@
 use super::Kernel;
 use crate::addr::VirtAddr;
 use crate::bytes::{cstr_at, u32_at};
-use crate::debuginfo::{SymbolTable, build_id_in_notes};
+use crate::debuginfo::{DebugInfo, SymbolTable, build_id_in_notes};
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -99,6 +99,8 @@ pub struct Module {
     /// Names of the modules that use it.
     pub used_by: Vec<String>,
     symbols: OnceLock<SymbolTable>,
+    /// Its own file, if there is one: see [`Kernel::locate`].
+    pub(super) debug_info: OnceLock<Option<DebugInfo>>,
 }
 
 impl Module {
@@ -214,6 +216,7 @@ impl Kernel {
             per_cpu: pointer("percpu").zip(word("percpu_size").map(u64::from)).filter(|&(_, size)| size != 0),
             used_by: self.users(at),
             symbols: OnceLock::new(),
+            debug_info: OnceLock::new(),
         };
         module.build_id = self.module_build_id(&module);
         module

@@ -31,6 +31,8 @@ pub(super) struct Types {
     pub from: TypesFrom,
     /// Where files of modules may be.
     pub places: Arc<Places>,
+    /// Those that there are.
+    pub module_files: OnceLock<ModuleFiles>,
     /// BTF in memory, and the table over it; `None` where there is none.
     own: OnceLock<Option<(Arc<Btf>, TypeTable)>>,
 }
@@ -40,14 +42,14 @@ impl Types {
     pub(super) fn again(&self) -> Self {
         let again = |(btf, _): &(Arc<Btf>, TypeTable)| (btf.clone(), TypeTable::new(btf.clone()));
         let own = self.own.get().map_or_else(OnceLock::new, |own| OnceLock::from(own.as_ref().map(again)));
-        Self { from: self.from, places: self.places.clone(), own }
+        Self { from: self.from, places: self.places.clone(), own, ..Self::default() }
     }
 }
 
 impl Kernel {
     /// The same kernel with its types `from` there, and files of modules looked for in `places`.
     pub fn with_types(mut self, from: TypesFrom, places: Places) -> Self {
-        self.types = Types { from, places: Arc::new(places), own: OnceLock::new() };
+        self.types = Types { from, places: Arc::new(places), ..Types::default() };
         self
     }
 
@@ -86,9 +88,6 @@ impl Kernel {
     pub(super) fn add_module_types(&self) {
         let Some(types) = self.types().filter(|types| !types.has_modules()) else { return };
         let image = self.own_types().map(|(image, _)| image);
-        let vmlinux = self.debug_info().map(DebugInfo::path);
-        let search = || ModuleFiles::search(&self.found().release, &self.types.places, vmlinux);
-        let files = OnceLock::new();
         let mut sources: Vec<Arc<dyn TypeSource>> = Vec::new();
         for module in &self.modules().list {
             // A source's number is its place in the list, counted from 1.
@@ -96,7 +95,7 @@ impl Kernel {
             let btf = image.and_then(|image| self.module_types(module, image, number));
             let dwarf = || match self.types.from {
                 TypesFrom::Btf => None,
-                _ => types_in_file(files.get_or_init(search), module, number),
+                _ => types_in_file(self.module_files(), module, number),
             };
             sources.extend(btf.or_else(dwarf));
         }

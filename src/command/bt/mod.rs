@@ -26,7 +26,7 @@ pub const COMMAND: Command = Command {
     help: "Without PID or TASK (the address of a task_struct): of the task chosen with 'set', else of the CPU selected in gdb.\n\n\
            -a: of every CPU, with -n idle of those that are not idle; -c CPUS: of some (0,2-3); -p: of the CPU that \
            panicked; -g: of all threads of the task's process.\n\
-           -l: source lines, and functions that were inlined (needs DWARF).\n\
+           -l: source lines, and functions that were inlined (needs DWARF; of modules, too, where their debug files are).\n\
            -f: the words of each frame; -F: with names for them: symbols, per-CPU variables; -r: all words of the stack.\n\
            -s: symbols with offsets, -d in decimal.\n\
            -R: only those that have a symbol, an address or a module in their backtrace.\n\

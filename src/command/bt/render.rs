@@ -53,12 +53,19 @@ pub struct Renderer<'a> {
     symbols: RefCell<HashMap<u64, Option<Symbolized<'a>>>>,
     /// What a line says of a pc, by the pc and whether it is exact.
     places: RefCell<HashMap<(u64, bool), Rc<str>>>,
+    lines: RefCell<HashMap<u64, Rc<[Location]>>>,
 }
 
 impl<'a> Renderer<'a> {
     /// One for `kernel`, which remembers what it has looked up.
     pub fn new(kernel: &'a Kernel, style: Style) -> Self {
-        Self { kernel, style, symbols: RefCell::default(), places: RefCell::default() }
+        Self {
+            kernel,
+            style,
+            symbols: RefCell::default(),
+            places: RefCell::default(),
+            lines: RefCell::default(),
+        }
     }
 
     /// The whole of `trace`, with its heading.
@@ -113,11 +120,12 @@ impl<'a> Renderer<'a> {
     }
 
     /// The source lines of a frame, the innermost inlined function's first.
-    pub fn lines(&self, frame: &Frame) -> Vec<Location> {
-        let link = frame.lookup_pc().wrapping_sub(self.kernel.found().kaslr_offset);
-        let of_image = self.symbol(frame).is_some_and(|found| found.module.is_none());
-        let info = self.kernel.debug_info().filter(|_| of_image);
-        info.and_then(|info| info.locate(link)).unwrap_or_default()
+    pub fn lines(&self, frame: &Frame) -> Rc<[Location]> {
+        let find = || {
+            let at = self.symbol(frame).map(|_| VirtAddr(frame.lookup_pc()));
+            at.and_then(|at| self.kernel.locate(at)).unwrap_or_default().into()
+        };
+        self.lines.borrow_mut().entry(frame.lookup_pc()).or_insert_with(find).clone()
     }
 
     /// Whether a frame is of the function, module or address that `what` names.

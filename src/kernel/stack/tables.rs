@@ -6,6 +6,7 @@
 use super::runtime_code::RuntimeKind;
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::disasm::{self, Call};
+use crate::debuginfo::DebugInfo;
 use crate::debuginfo::cfi::{CallFrames, CfiRow};
 use crate::debuginfo::orc::{
     self, ENTRY_SIZE, Flags, Format, IP_SIZE, LOOKUP_BLOCK_SIZE, Numbers, OrcEntry, OrcTable,
@@ -35,6 +36,8 @@ pub struct CodeTables {
     modules: OnceLock<Vec<OnceLock<Option<OrcTable>>>>,
     rows: RwLock<HashMap<u64, Option<OrcEntry>>>,
     frames: OnceLock<Option<CallFrames>>,
+    /// By index in the list of modules.
+    module_frames: OnceLock<Vec<OnceLock<Option<CallFrames>>>>,
 }
 
 /// Where the kernel image's ORC is.
@@ -62,7 +65,14 @@ impl CodeTables {
             Format::tell(header, &sample)
         });
         let format = format.unwrap_or(Format { flags: Flags::Typed, numbers: Numbers::Old });
-        Self { image, format, modules: OnceLock::new(), rows: RwLock::default(), frames: OnceLock::new() }
+        Self {
+            image,
+            format,
+            modules: OnceLock::new(),
+            rows: RwLock::default(),
+            frames: OnceLock::new(),
+            module_frames: OnceLock::new(),
+        }
     }
 
     fn find(&self, kernel: &Kernel, pc: u64) -> Option<OrcEntry> {
@@ -71,8 +81,7 @@ impl CodeTables {
         if kernel.is_image_text(at) {
             return image?.find(kernel, pc, self.format);
         }
-        let modules =
-            self.modules.get_or_init(|| kernel.modules().list.iter().map(|_| OnceLock::new()).collect());
+        let modules = self.modules.get_or_init(|| one_for_each_module(kernel));
         if let Some(index) = kernel.modules().list.iter().position(|module| module.contains(at)) {
             let table = modules.get(index)?.get_or_init(|| self.read_module(kernel, index));
             return table.as_ref()?.row(pc);
@@ -95,6 +104,10 @@ impl CodeTables {
         };
         Some(OrcTable::new(self.format, ips_at, some(ips_at, IP_SIZE)?, some(rows_at, ENTRY_SIZE)?))
     }
+}
+
+fn one_for_each_module<T>(kernel: &Kernel) -> Vec<OnceLock<T>> {
+    kernel.modules().list.iter().map(|_| OnceLock::new()).collect()
 }
 
 impl ImageOrc {
@@ -201,14 +214,21 @@ impl Tables for KernelTables<'_> {
     }
 
     fn cfi(&self, pc: u64) -> Option<CfiRow> {
-        let frames = self.tables.frames.get_or_init(|| {
-            let frames = self.kernel.debug_info().map(CallFrames::of)?;
-            frames.unwrap_or_else(|error| {
+        let read = |info: Option<&DebugInfo>| {
+            info.map(CallFrames::of)?.unwrap_or_else(|error| {
                 tracing::warn!("{error}");
                 None
             })
-        });
-        frames.as_ref()?.row(pc.wrapping_sub(self.kernel.found().kaslr_offset))
+        };
+        let kernel = self.kernel;
+        let modules = &kernel.modules().list;
+        if let Some(index) = modules.iter().position(|module| module.contains(VirtAddr(pc))) {
+            let all = self.tables.module_frames.get_or_init(|| one_for_each_module(kernel));
+            let info = || modules.get(index).and_then(|module| kernel.module_debug_info(module));
+            return all.get(index)?.get_or_init(|| read(info())).as_ref()?.row(pc);
+        }
+        let frames = self.tables.frames.get_or_init(|| read(kernel.debug_info()));
+        frames.as_ref()?.row(pc.wrapping_sub(kernel.found().kaslr_offset))
     }
 
     fn follows_call(&self, pc: u64) -> bool {
