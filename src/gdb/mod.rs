@@ -13,6 +13,7 @@ mod front;
 pub mod index;
 mod libraries;
 mod memory;
+mod module_index;
 mod osdata;
 mod registers;
 mod selection;
