@@ -211,9 +211,11 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn index(version: u32, entries: &[(u64, u64, u32)]) -> Vec<u8> {
-        let end = 28 + 20 * entries.len() as u32;
-        let header = [version, 28, 28, 28, end, end, end];
-        let mut bytes: Vec<u8> = header.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+        let words = if version < 9 { 6 } else { 7 };
+        let (start, end) = (4 * words, 4 * words + 20 * entries.len() as u32);
+        let header = [version, start, start, start, end, end, end];
+        let header = header.into_iter().take(words as usize);
+        let mut bytes: Vec<u8> = header.flat_map(u32::to_le_bytes).collect();
         for (from, to, unit) in entries {
             bytes.extend([from.to_le_bytes(), to.to_le_bytes()].concat());
             bytes.extend(unit.to_le_bytes());
