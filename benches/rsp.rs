@@ -104,25 +104,35 @@ impl Client {
     }
 }
 
-/// Appends the bytes of an answer to `x`, eight at a time as far as none is escaped; `false` if it is none.
+/// Appends the bytes of an answer to `x`, in blocks, and behind each escaped byte again, one further back; `false` if it
+/// is none.
 fn unescape(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
-    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    const BLOCK: usize = 64;
+    const GATHER: u64 = 0x0102_0408_1020_4080;
     let Some(body) = answer.strip_prefix(b"b") else { return false };
     let start = bytes.len();
     bytes.resize(start + body.len(), 0);
     let out = &mut bytes[start..];
     let (mut at, mut filled) = (0, 0);
-    while let Some(word) = body[at..].first_chunk::<8>() {
+    while let Some(from) = body[at..].first_chunk::<{ 2 * BLOCK + 1 }>() {
+        let block: &[u8; BLOCK] = from.first_chunk().expect("half of it");
         // There is room: the rest of the body is no shorter than what is made of it.
-        out[filled..filled + 8].copy_from_slice(word);
-        let marks = u64::from_le_bytes(*word) ^ (ONES * u64::from(b'}'));
-        let marks = marks.wrapping_sub(ONES) & !marks & (ONES << 7);
-        let plain = marks.trailing_zeros() as usize / 8;
-        (at, filled) = (at + plain, filled + plain);
-        if plain < 8 {
-            out[filled] = body[at + 1] ^ 0x20;
-            (at, filled) = (at + 2, filled + 1);
+        let to: &mut [u8; 2 * BLOCK] = out[filled..].first_chunk_mut().expect("room");
+        to[..BLOCK].copy_from_slice(block);
+        let flags = block.map(|byte| u8::from(byte == b'}'));
+        let gathered = flags.as_chunks().0.iter().map(|f| u64::from_le_bytes(*f).wrapping_mul(GATHER) >> 56);
+        let mut marks = gathered.enumerate().fold(0, |all, (n, bits)| all | bits << (8 * n));
+        let (mut shorter, mut over) = (0, 0);
+        while marks != 0 {
+            let mark = marks.trailing_zeros() as usize;
+            marks &= marks - 1;
+            // The last one's byte is the next block's first.
+            over = usize::from(mark == BLOCK - 1);
+            to[mark - shorter] = from[mark + 1] ^ 0x20;
+            shorter += 1;
+            to[mark + 2 - shorter..][..BLOCK].copy_from_slice(&from[mark + 2..][..BLOCK]);
         }
+        (at, filled) = (at + BLOCK + over, filled + BLOCK + over - shorter);
     }
     while at < body.len() {
         let escaped = body[at] == b'}';

@@ -17,6 +17,7 @@ use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -57,22 +58,17 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
         Command::Gdb { target, gdb, threads, control, args } => {
             only_dump_or_guest(&target)?;
-            // Asking gdb takes as long as opening a dump does.
-            let program = gdb.clone();
-            let asking = std::thread::spawn(move || index::CacheCommand::of(&program));
-            let (source, libraries) = open::source(&target, control)?;
+            let (source, libraries) = open::source(&target, control, Some(&gdb))?;
             let machine = source.machine();
             let vmlinux = machine.vmlinux().map(Path::to_owned).or_else(|| libraries.image());
             report_problems(&machine);
-            let index_cache = asking.join().unwrap_or_default();
-            fill_gdb_index(&machine, &gdb, index_cache);
+            fill_gdb_index(&machine, &gdb, &libraries);
             server::gdb(
                 source,
                 &server::Debugger {
                     program: gdb,
                     libraries: Some(libraries),
                     vmlinux,
-                    index_cache,
                     show: show(threads),
                     args,
                 },
@@ -81,7 +77,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Serve { target, listen, allow_remote, files, threads, control } => {
             only_dump_or_guest(&target)?;
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
-            let (source, libraries) = open::source(&target, control)?;
+            let (source, libraries) = open::source(&target, control, None)?;
             let machine = source.machine();
             report_problems(&machine);
             let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
@@ -230,20 +226,31 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     code.unwrap_or(exit::FAILURE)
 }
 
-/// Makes the index that lets gdb start fast, with something to show meanwhile. Without one only speed is lost.
-fn fill_gdb_index(machine: &Machine, gdb: &Path, index_cache: index::CacheCommand) {
+/// Makes the indexes that let gdb start fast, with something to show meanwhile. Without them only speed is lost.
+fn fill_gdb_index(machine: &Machine, gdb: &Path, libraries: &Libraries) {
     let info = machine.kernel().and_then(|kernel| kernel.debug_info()).filter(|info| info.has_dwarf());
-    let Some((info, build_id)) = info.and_then(|info| Some((info, info.build_id()?))) else { return };
+    if let Some((info, build_id)) = info.and_then(|info| Some((info, info.build_id()?))) {
+        let what = info.path().display().to_string();
+        match while_indexing(&what, |progress| index::prepare(gdb, info.path(), build_id, progress)) {
+            Ok(made) => tracing::info!("gdb's index of the vmlinux: {made}"),
+            Err(error) => eprintln!("kstub: no index, so gdb starts slowly: {error}"),
+        }
+    }
+    match libraries.unindexed() {
+        0 => {}
+        count => while_indexing(&format!("{count} modules"), |progress| libraries.prepare(progress)),
+    }
+}
+
+/// Shows what gdb indexes while it does.
+fn while_indexing<T>(what: &str, work: impl FnOnce(&mut dyn FnMut(Duration)) -> T) -> T {
     let spinner = open::terminal(indicatif::ProgressBar::new_spinner());
-    let made = index::prepare(gdb, index_cache, info.path(), build_id, &mut |_| {
-        spinner.set_message(format!("gdb indexes {} (once)", info.path().display()));
+    let done = work(&mut |_| {
+        spinner.set_message(format!("gdb indexes {what} (once)"));
         spinner.tick();
     });
     spinner.finish_and_clear();
-    match made {
-        Ok(made) => tracing::info!("gdb's index of the vmlinux: {made}"),
-        Err(error) => eprintln!("kstub: no index, so gdb starts slowly: {error}"),
-    }
+    done
 }
 
 fn report_problems(machine: &Machine) {

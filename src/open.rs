@@ -23,11 +23,19 @@ pub fn machine(target: &Target) -> anyhow::Result<Machine> {
     Ok(Opener::of(target).open(backend)?)
 }
 
-/// What `target` names, for clients, and the files of its modules.
-pub fn source(target: &Target, control: Control) -> anyhow::Result<(Source, Libraries)> {
+/// What `target` names, for clients, and the files of its modules, for `gdb` if one is to be started.
+pub fn source(
+    target: &Target,
+    control: Control,
+    gdb: Option<&Path>,
+) -> anyhow::Result<(Source, Libraries)> {
+    let libraries = |machine| match gdb {
+        Some(gdb) => Libraries::for_gdb(machine, places(target), gdb),
+        None => Libraries::new(machine, places(target)),
+    };
     let Some(address) = &target.qemu else {
         let machine = Arc::new(machine(target)?);
-        let libraries = Libraries::new(machine.clone(), places(target));
+        let libraries = libraries(machine.clone());
         return Ok((Source::Dump(machine), libraries));
     };
     let policy = Policy {
@@ -57,7 +65,7 @@ pub fn source(target: &Target, control: Control) -> anyhow::Result<(Source, Libr
         OpenLive::Kernel(error) => error.into(),
         OpenLive::Thread(error) => error.into(),
     })?;
-    let libraries = Libraries::new(live.machine(), places(target));
+    let libraries = libraries(live.machine());
     live.set_libraries(libraries.clone());
     Ok((Source::Guest(live), libraries))
 }
@@ -117,7 +125,7 @@ impl Opener {
 }
 
 /// Where files of the kernel's may be, as the user told.
-pub fn places(target: &Target) -> Places {
+fn places(target: &Target) -> Places {
     let beside = target.dump.first().and_then(|dump| Path::new(dump).parent());
     let beside = beside.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     let beside = beside.map(Path::to_owned);

@@ -256,6 +256,13 @@ fn gdb_says(
     String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
 }
 
+/// Where the guest says that a symbol is, of a module's too.
+fn at(set: &Set, name: &str) -> Option<u64> {
+    let told = facts(set, "proc/kallsyms");
+    let line = told.lines().find(|line| line.split_whitespace().nth(2) == Some(name))?;
+    u64::from_str_radix(line.split_whitespace().next()?, 16).ok()
+}
+
 /// The number in gdb's answer to `p/x`, whose value's number is `n`.
 fn value(said: &str, n: u32) -> Option<u64> {
     let line = said.lines().find_map(|line| line.strip_prefix(&format!("${n} = 0x")))?;
@@ -265,11 +272,6 @@ fn value(said: &str, n: u32) -> Option<u64> {
 #[test]
 fn gdb_has_the_symbols_of_modules_with_their_files_and_without() {
     let Some(sets) = lab::sets() else { return };
-    let at = |set: &Set, name: &str| {
-        let told = facts(set, "proc/kallsyms");
-        let line = told.lines().find(|line| line.split_whitespace().nth(2) == Some(name))?;
-        u64::from_str_radix(line.split_whitespace().next()?, 16).ok()
-    };
     let newer = lab::root().join("tools/bin/gdb-new");
     let gdbs = [PathBuf::from("gdb"), newer];
     let cache = tempfile::tempdir().unwrap();
@@ -311,8 +313,85 @@ fn gdb_has_the_symbols_of_modules_with_their_files_and_without() {
                 }
             }
         }
-        // Indexes of modules must not be kept: they hold the addresses of one dump.
+        // gdb itself must not keep indexes of modules: they hold the addresses of one dump.
         let kept = std::fs::read_dir(cache.path().join("gdb")).unwrap().count();
         assert!(kept <= sets.len(), "{}: {kept} indexes are kept", set.name());
+    }
+}
+
+/// Asked about modules, by name: in every kind of section, of code, data and types.
+const ABOUT_MODULES: &[&str] = &[
+    "info line xfs_fs_statfs",
+    "info scope xfs_fs_statfs",
+    "break xfs_file_write_iter",
+    "info line init_xfs_fs",
+    "info line exit_xfs_fs",
+    "info line xfs_super.c:1000",
+    "list xfs_fs_statfs",
+    "p &xfs_fs_type",
+    "p xfs_fs_type.name",
+    "p sizeof(struct xfs_inode)",
+    "ptype struct xfs_perag",
+    "info types ^xfs_perag$",
+    "info functions ^xfs_iget",
+    "break loop_init",
+    "p &dm_mod",
+];
+
+#[test]
+fn gdb_says_the_same_of_modules_by_an_index_made_on_another_dump() {
+    let Some(sets) = lab::sets() else { return };
+    let of = |name: &str| sets.iter().find(|set| set.name() == name);
+    let (Some(first), Some(second)) = (of("qemu-6.1-4l"), of("kdump-6.1")) else {
+        eprintln!("skipped: sets qemu-6.1-4l and kdump-6.1 are not in this lab");
+        return;
+    };
+    assert_eq!(first.json["modules"], second.json["modules"]);
+    let newer = lab::root().join("tools/bin/gdb-new");
+    for gdb in [PathBuf::from("gdb"), newer] {
+        if std::process::Command::new(&gdb).arg("-v").output().is_err() {
+            continue;
+        }
+        let ask = |set: &Set, cache: Option<&std::path::Path>| {
+            // First by an address, when gdb has read nothing of the module but the index.
+            let by_address = format!("info line *{:#x}", at(set, "xfs_fs_statfs").unwrap() + 20);
+            let commands = [&["echo ANSWERS\\n", &by_address], ABOUT_MODULES].concat();
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kstub"));
+            command.arg("gdb").arg("--gdb").arg(&gdb).arg(&set.dumps()[0].path);
+            command.args(["--", "-nx", "-batch", "-ex", "set width 0"]);
+            command.args(commands.iter().flat_map(|command| ["-ex", command]));
+            command.env_remove("DEBUGINFOD_URLS").env_remove("XDG_CACHE_HOME").env_remove("HOME");
+            command.envs(cache.map(|cache| ("XDG_CACHE_HOME", cache)));
+            let output = command.stderr(std::process::Stdio::inherit()).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            let answers = said.split_once("ANSWERS\n").unwrap_or_else(|| panic!("{said}")).1.to_owned();
+            assert!(answers.lines().count() > ABOUT_MODULES.len(), "{answers}");
+            answers
+        };
+        let cache = tempfile::tempdir().unwrap();
+        let kept = || {
+            let kept = std::fs::read_dir(cache.path().join("kstub/gdb")).unwrap();
+            kept.map(|entry| entry.unwrap().path()).collect::<BTreeSet<_>>()
+        };
+        ask(first, Some(cache.path()));
+        let made = kept();
+        assert!(made.iter().filter(|path| path.metadata().unwrap().len() > 1000).count() >= 5, "{made:?}");
+        // Without a place for a cache there is no index.
+        let alone = ask(second, None);
+        assert!(alone.starts_with("Line 799 of \"fs/xfs/xfs_super.c\""), "{alone}");
+        assert_eq!(ask(second, Some(cache.path())), alone, "{}", gdb.display());
+        assert_eq!(kept(), made, "{}: indexes were made again", gdb.display());
+        // All code in the first unit: this must be seen, or the indexes were not used.
+        for path in made {
+            let mut index = std::fs::read(&path).unwrap();
+            let word = |n: usize| u32::from_le_bytes(*index[n * 4..].first_chunk().unwrap()) as usize;
+            let addresses = word(3)..word(4);
+            for entry in index[addresses].chunks_exact_mut(20) {
+                entry[16..].fill(0);
+            }
+            std::fs::write(&path, index).unwrap();
+        }
+        let wrong = ask(second, Some(cache.path()));
+        assert!(wrong.starts_with("No line number information"), "{}: {wrong}", gdb.display());
     }
 }

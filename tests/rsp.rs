@@ -9,7 +9,6 @@ mod rsp_client;
 use fake_machine::{BULK, BULK_PAGES, DATA, DEFECT, OWN, fake_machine, pattern};
 use kstub::gdb::Files;
 use kstub::gdb::Show;
-use kstub::gdb::index::CacheCommand;
 use kstub::server::{Debugger, Listen, gdb, serve};
 use rsp_client::{RspClient, from_hex, packet};
 use std::path::Path;
@@ -248,7 +247,6 @@ fn the_debugger_is_started_with_our_socket() {
         program: script.clone(),
         libraries: None,
         vmlinux: None,
-        index_cache: CacheCommand::default(),
         show: Show::default(),
         args: vec!["-batch".into()],
     };
@@ -259,7 +257,6 @@ fn the_debugger_is_started_with_our_socket() {
         program: dir.path().join("none"),
         libraries: None,
         vmlinux: None,
-        index_cache: CacheCommand::default(),
         show: Show::default(),
         args: vec![],
     };

@@ -5,13 +5,14 @@
 //! Source: GDB manual, "Index Files Speed Up GDB" and "Automatic symbol index cache".
 
 use crate::debuginfo::find::user_caches;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Begins the names of directories that gdb works in.
-const WORK_PREFIX: &str = ".kstub-";
+pub(super) const WORK_PREFIX: &str = ".kstub-";
 /// gdb needs minutes at most.
 const STALE: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -71,35 +72,15 @@ impl fmt::Display for Index {
     }
 }
 
-/// How a gdb's index cache is turned on and off, if it has one.
+/// gdb's command that turns its index cache `on` or `off`.
 ///
-/// `set index-cache on` became `set index-cache enabled on`, and gdb complains about the wrong one of the two.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct CacheCommand(Option<&'static str>);
-
-impl CacheCommand {
-    /// Asks `gdb`; this starts it once.
-    pub fn of(gdb: &Path) -> Self {
-        let help = Command::new(gdb)
-            .args(["-nx", "-batch", "-ex", "help set index-cache"])
-            .stdin(Stdio::null())
-            .output()
-            .map(|output| output.stdout)
-            .unwrap_or_default();
-        let help = String::from_utf8_lossy(&help);
-        let newer = help.contains("set index-cache enabled").then_some("set index-cache enabled");
-        Self(newer.or_else(|| help.contains("set index-cache on").then_some("set index-cache")))
-    }
-
-    /// The command that turns it on.
-    pub fn on(self) -> Option<String> {
-        self.0.map(|set| format!("{set} on"))
-    }
-
-    /// The command that turns it off.
-    pub fn off(self) -> Option<String> {
-        self.0.map(|set| format!("{set} off"))
-    }
+/// `set index-cache on` became `set index-cache enabled on`, and gdb complains about the wrong one of the two. To ask it
+/// which it has would be to start it once more.
+pub(crate) fn set_cache(value: &str) -> String {
+    let attempts = format!(
+        "for form in 'enabled {value}', '{value}':\\n try: gdb.execute('set index-cache ' + form); break"
+    );
+    format!("python exec(\"{attempts}\\n except gdb.error: pass\")")
 }
 
 /// Makes sure that gdb's cache has an index of `vmlinux`, whose build-id is `build_id` in hex.
@@ -107,19 +88,17 @@ impl CacheCommand {
 /// While gdb works, `progress` is called several times a second with the time gone by.
 pub fn prepare(
     gdb: &Path,
-    cache: CacheCommand,
     vmlinux: &Path,
     build_id: &str,
     progress: &mut dyn FnMut(Duration),
 ) -> Result<Index, IndexError> {
     let directory = cache_directory().ok_or(IndexError::NoCacheDirectory)?;
-    prepare_in(&directory, gdb, cache, vmlinux, build_id, progress)
+    prepare_in(&directory, gdb, vmlinux, build_id, progress)
 }
 
 fn prepare_in(
     directory: &Path,
     gdb: &Path,
-    cache: CacheCommand,
     vmlinux: &Path,
     build_id: &str,
     progress: &mut dyn FnMut(Duration),
@@ -140,7 +119,10 @@ fn prepare_in(
     // Inside the cache, so that the finished file can be moved in at once.
     let work =
         tempfile::Builder::new().prefix(WORK_PREFIX).tempdir_in(directory).map_err(cache_error(directory))?;
-    let said = run_gdb(gdb, cache, vmlinux, work.path(), progress)?;
+    let save: [OsString; 2] = ["-ex".into(), "save gdb-index .".into()];
+    let vmlinux_at = std::path::absolute(vmlinux).unwrap_or_else(|_| vmlinux.to_owned());
+    let arguments: Vec<_> = save.into_iter().chain([vmlinux_at.into_os_string()]).collect();
+    let said = run_gdb(gdb, &arguments, work.path(), progress)?;
     let made = std::fs::read_dir(work.path())
         .map_err(cache_error(work.path()))?
         .flatten()
@@ -160,7 +142,7 @@ fn prepare_in(
 }
 
 /// Removes what a kstub left behind that was killed while gdb worked; a younger directory may be in use.
-fn remove_stale(directory: &Path) {
+pub(super) fn remove_stale(directory: &Path) {
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let is_ours = entry.file_name().to_string_lossy().starts_with(WORK_PREFIX);
         // Of the entry itself: a link is none of ours.
@@ -176,11 +158,10 @@ fn remove_stale(directory: &Path) {
     }
 }
 
-/// Lets gdb save its index into `work`; returns what it printed as errors.
-fn run_gdb(
+/// Runs gdb with these arguments in the directory `work`; returns what it printed as errors.
+pub(super) fn run_gdb(
     gdb: &Path,
-    cache: CacheCommand,
-    vmlinux: &Path,
+    arguments: &[OsString],
     work: &Path,
     progress: &mut dyn FnMut(Duration),
 ) -> Result<String, IndexError> {
@@ -189,14 +170,13 @@ fn run_gdb(
     let stderr = std::fs::File::create(&complaints)
         .map_err(|source| IndexError::Cache { path: complaints.clone(), source })?;
     let mut child = Command::new(gdb)
+        // Without the user's settings its cache is off.
         .args(["-nx", "-batch"])
-        .args(cache.off().into_iter().flat_map(|off| ["-iex".to_owned(), off]))
         // The file is at hand; nothing is to be asked of servers.
         .env_remove("DEBUGINFOD_URLS")
         // A relative name: gdb takes the rest of the line as it is, and the cache's path may hold anything.
         .current_dir(work)
-        .args(["-ex", "save gdb-index ."])
-        .arg(std::path::absolute(vmlinux).unwrap_or_else(|_| vmlinux.to_owned()))
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr)
@@ -234,9 +214,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("cache/gdb");
         let gdb = fake_gdb(dir.path(), "case \"$*\" in *save*) echo index > vmlinux.gdb-index;; esac");
-        let prepare = |id: &str| {
-            prepare_in(&cache, &gdb, CacheCommand::default(), Path::new("vmlinux"), id, &mut |_| {})
-        };
+        let prepare = |id: &str| prepare_in(&cache, &gdb, Path::new("vmlinux"), id, &mut |_| {});
         let file = cache.join("00aa.gdb-index");
         assert_eq!(prepare("00AA").unwrap(), Index::Made(file.clone()));
         assert_eq!(prepare("00aa").unwrap(), Index::Cached(file.clone()));
@@ -264,27 +242,10 @@ mod tests {
     }
 
     #[test]
-    fn the_command_for_the_cache_is_gdbs_own() {
-        let dir = tempfile::tempdir().unwrap();
-        let ask = |help: &str| CacheCommand::of(&fake_gdb(dir.path(), &format!("echo '{help}'"))).on();
-        assert_eq!(
-            ask("set index-cache directory --\nset index-cache enabled --").as_deref(),
-            Some("set index-cache enabled on")
-        );
-        assert_eq!(
-            ask("set index-cache off --\nset index-cache on --").as_deref(),
-            Some("set index-cache on")
-        );
-        assert_eq!(ask("Undefined set command"), None);
-        assert_eq!(CacheCommand::of(&dir.path().join("none")), CacheCommand::default());
-    }
-
-    #[test]
     fn failures_carry_gdbs_words() {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("c");
-        let prepare =
-            |gdb: &Path| prepare_in(&cache, gdb, CacheCommand::default(), Path::new("v"), "ab", &mut |_| {});
+        let prepare = |gdb: &Path| prepare_in(&cache, gdb, Path::new("v"), "ab", &mut |_| {});
         let gdb = fake_gdb(dir.path(), "echo 'v: No such file.' >&2");
         let error = prepare(&gdb).unwrap_err().to_string();
         assert_eq!(error, "gdb wrote no index for v: v: No such file.");

@@ -6,18 +6,20 @@
 //! Source: GDB manual, "Library List Format"; gdb `solib-target.c` (one address for each section that is loaded,
 //! empty ones too, in the order of the file); `Documentation/arch/x86/x86_64/mm.rst` (the hole at the top).
 
+use super::module_index::{Indexable, ModuleIndexes, Wanted};
 use super::threads::xml_escape;
 use crate::addr::VirtAddr;
 use crate::debuginfo::call_frames::{self, Rule};
-use crate::debuginfo::find::{ModuleFile, ModuleFiles, Places};
+use crate::debuginfo::find::{LoadedSection, ModuleFile, ModuleFiles, Places};
 use crate::debuginfo::{Contents, synth};
 use crate::kernel::module::{Module, Region};
 use crate::kernel::{Kernel, Machine};
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// Nothing is ever mapped in the last 2 MiB: where gdb is told that sections are which are nowhere any more.
 const HOLE: u64 = 0xffff_ffff_ffe0_0000;
@@ -35,6 +37,9 @@ const USER_MODE: u64 = FRAMES + 16;
 /// Bytes of files that are copied to put their sections at 0.
 const COPIES_MAX: u64 = 2 << 30;
 
+/// The directory of their indexes, beside the files that are made.
+const INDEXES: &str = "index";
+
 /// The kernel's modules as files. Cheap to clone: every session has one.
 #[derive(Clone)]
 pub struct Libraries(Arc<Inner>);
@@ -42,10 +47,29 @@ pub struct Libraries(Arc<Inner>);
 struct Inner {
     machine: Arc<Machine>,
     places: Arc<Places>,
+    indexes: Option<Arc<ModuleIndexes>>,
+    own: OnceLock<Vec<Option<Own>>>,
     list: OnceLock<List>,
     /// Where files are written that there were none of; removed in the end.
     directory: Arc<OnceLock<Option<tempfile::TempDir>>>,
     image: Arc<OnceLock<Option<PathBuf>>>,
+}
+
+/// A module's own file.
+struct Own {
+    file: ModuleFile,
+    /// Where its sections are.
+    addresses: Vec<u64>,
+    /// How gdb is to index it, if that is of use.
+    index: Option<Indexable>,
+}
+
+impl Own {
+    /// Where its code is.
+    fn code(&self) -> Vec<u64> {
+        let sections = std::iter::zip(&self.file.sections, &self.addresses);
+        sections.filter(|(section, _)| section.is_code()).map(|(_, &at)| at).collect()
+    }
 }
 
 #[derive(Default)]
@@ -72,16 +96,46 @@ impl Nowhere {
 impl Libraries {
     /// The modules of the kernel in `machine`; their files are looked for in `places` too.
     pub fn new(machine: Arc<Machine>, places: Places) -> Self {
-        let (list, directory, image) = (OnceLock::new(), Arc::default(), Arc::default());
-        Self(Arc::new(Inner { machine, places: Arc::new(places), list, directory, image }))
+        Self::with(machine, places, None)
+    }
+
+    /// The same, with indexes for the gdb of this name or path.
+    pub fn for_gdb(machine: Arc<Machine>, places: Places, gdb: &Path) -> Self {
+        Self::with(machine, places, ModuleIndexes::of(gdb))
+    }
+
+    fn with(machine: Arc<Machine>, places: Places, indexes: Option<ModuleIndexes>) -> Self {
+        let (own, list, directory, image) = Default::default();
+        let (places, indexes) = (Arc::new(places), indexes.map(Arc::new));
+        Self(Arc::new(Inner { machine, places, indexes, own, list, directory, image }))
     }
 
     /// The modules of the same kernel at another moment. Files that were made are made anew where they are asked for
     /// again, and gdb may still have the old ones open.
     pub(super) fn again(&self, machine: Arc<Machine>) -> Self {
-        let Inner { places, directory, image, .. } = &*self.0;
-        let (places, directory, image) = (places.clone(), directory.clone(), image.clone());
-        Self(Arc::new(Inner { machine, places, list: OnceLock::new(), directory, image }))
+        let Inner { places, indexes, directory, image, .. } = &*self.0;
+        let (places, indexes) = (places.clone(), indexes.clone());
+        let (directory, image) = (directory.clone(), image.clone());
+        let (own, list) = Default::default();
+        Self(Arc::new(Inner { machine, places, indexes, own, list, directory, image }))
+    }
+
+    /// How many modules gdb has yet to index.
+    pub fn unindexed(&self) -> usize {
+        let has = |module| self.0.indexes.as_ref().is_none_or(|indexes| indexes.has(module));
+        self.0.own().iter().flatten().filter_map(|own| own.index.as_ref()).filter(|index| !has(index)).count()
+    }
+
+    /// Writes all files; modules that gdb has yet to index are, and `progress` is called meanwhile.
+    pub fn prepare(&self, progress: &mut dyn FnMut(Duration)) {
+        self.0.list(progress);
+    }
+
+    /// The directory that is to be gdb's index cache while it reads the modules; `None` if it would be empty.
+    pub fn index_cache(&self) -> Option<PathBuf> {
+        self.0.indexes.as_ref()?;
+        self.0.own().iter().flatten().find(|own| own.index.is_some())?;
+        self.0.path(INDEXES)
     }
 
     /// A file with the names of the kernel image, made from its memory; `None` where it has none.
@@ -96,36 +150,56 @@ impl Libraries {
 
     /// `qXfer:libraries:read`: the document.
     pub(super) fn xml(&self) -> &str {
-        &self.0.list().xml
+        &self.0.list(&mut |_| {}).xml
     }
 
     /// The file that was named `name`.
     pub(super) fn open(&self, name: &[u8]) -> Option<Contents> {
         let image = self.0.image.get().cloned().flatten();
-        let path =
-            self.0.list().paths.iter().chain(&image).find(|path| path.as_os_str().as_bytes() == name)?;
+        let list = self.0.list(&mut |_| {});
+        let path = list.paths.iter().chain(&image).find(|path| path.as_os_str().as_bytes() == name)?;
         Contents::of_file(path).inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok()
     }
 }
 
 impl Inner {
-    fn list(&self) -> &List {
-        self.list
-            .get_or_init(|| self.machine.kernel().map(|kernel| self.make_list(kernel)).unwrap_or_default())
+    fn list(&self, progress: &mut dyn FnMut(Duration)) -> &List {
+        self.list.get_or_init(|| {
+            self.machine.kernel().map(|kernel| self.make_list(kernel, progress)).unwrap_or_default()
+        })
     }
 
-    fn make_list(&self, kernel: &Kernel) -> List {
-        let files = ModuleFiles::search(&kernel.found().release, &self.places, self.machine.vmlinux());
-        let (mut nowhere, mut room) = (Nowhere(0), COPIES_MAX);
-        let module = |module: &Module| {
-            let own = module.build_id.as_deref().and_then(|id| files.file(&module.name, id));
-            let own = own.and_then(|file| {
+    /// Of each module of the kernel its own file, if there is one.
+    fn own(&self) -> &[Option<Own>] {
+        let find = |kernel: &Kernel| {
+            let files = ModuleFiles::search(&kernel.found().release, &self.places, self.machine.vmlinux());
+            let mut nowhere = Nowhere(0);
+            let own = |module: &Module| {
+                let build_id = module.build_id.as_deref()?;
+                let file = files.file(&module.name, build_id)?;
                 let addresses = place(kernel, module, &file, &mut nowhere)?;
-                Some((self.relocatable(module, file, &mut room)?, addresses))
-            });
-            own.or_else(|| self.made(kernel, module))
+                let index = Indexable::new(build_id, &file);
+                Some(Own { file, addresses, index })
+            };
+            kernel.modules().list.iter().map(own).collect()
         };
-        let modules: Vec<_> = kernel.modules().list.iter().filter_map(module).collect();
+        self.own.get_or_init(|| self.machine.kernel().map(find).unwrap_or_default())
+    }
+
+    fn make_list(&self, kernel: &Kernel, progress: &mut dyn FnMut(Duration)) -> List {
+        let mut room = COPIES_MAX;
+        let all = std::iter::zip(&kernel.modules().list, self.own());
+        let own = all.map(|(module, own)| {
+            let own = own.as_ref()?;
+            Some((own, self.relocatable(module, &own.file, &mut room)?))
+        });
+        let own: Vec<_> = own.collect();
+        self.index(own.iter().flatten(), progress);
+        let modules = std::iter::zip(&kernel.modules().list, own).filter_map(|(module, own)| match own {
+            Some((own, path)) => Some((path, own.addresses.clone())),
+            None => self.made(kernel, module),
+        });
+        let modules: Vec<_> = modules.collect();
         let frames = self.write("kstub-frames", &frames(kernel)).map(|path| (path, vec![FRAMES]));
         let mut list = List { xml: "<library-list version=\"1.0\">\n".to_owned(), paths: Vec::new() };
         for (path, addresses) in modules.into_iter().chain(frames) {
@@ -140,10 +214,37 @@ impl Inner {
         list
     }
 
+    /// Puts what gdb has found in the modules' files where it looks for it. Without only speed is lost.
+    fn index<'a>(
+        &self,
+        own: impl Iterator<Item = &'a (&'a Own, PathBuf)> + Clone,
+        progress: &mut dyn FnMut(Duration),
+    ) {
+        let Some((indexes, directory)) = self.indexes.as_ref().zip(self.path(INDEXES)) else { return };
+        let own = own.filter_map(|(own, file)| Some((own, Wanted { module: own.index.as_ref()?, file })));
+        let missing: Vec<_> =
+            own.clone().map(|(_, one)| one).filter(|one| !indexes.has(one.module)).collect();
+        if !missing.is_empty() {
+            match indexes.make(&missing, progress) {
+                Ok(made) => tracing::info!("gdb's indexes of modules: {made} of {} were made", missing.len()),
+                Err(error) => tracing::warn!("no indexes of modules, so gdb starts slowly: {error}"),
+            }
+        }
+        let write = || -> std::io::Result<()> {
+            std::fs::create_dir(&directory)?;
+            own.clone().try_for_each(|(own, Wanted { module, .. })| {
+                indexes.write(module, &own.code(), &directory.join(module.cache_name())).map(|_| ())
+            })
+        };
+        if let Err(error) = write() {
+            tracing::warn!("indexes of modules in {}: {error}", directory.display());
+        }
+    }
+
     /// The file, or a copy that gdb takes for relocatable; takes from `room` what is copied.
-    fn relocatable(&self, module: &Module, file: ModuleFile, room: &mut u64) -> Option<PathBuf> {
+    fn relocatable(&self, module: &Module, file: &ModuleFile, room: &mut u64) -> Option<PathBuf> {
         if file.is_relocatable() {
-            return Some(file.path);
+            return Some(file.path.clone());
         }
         *room = room.checked_sub(file.len)?;
         let path = self.path(&format!("{}.ko.debug", module.name))?;
@@ -205,7 +306,7 @@ fn place(kernel: &Kernel, module: &Module, file: &ModuleFile, nowhere: &mut Nowh
     let sections = kernel.module_sections(module);
     let sections = sections.inspect_err(|error| tracing::info!("module {}: {error}", module.name)).ok()?;
     let at: HashMap<&str, VirtAddr> = sections.iter().map(|s| (s.name.as_str(), s.at)).collect();
-    let address = |(name, size): &(String, u64)| match at.get(name.as_str()) {
+    let address = |LoadedSection { name, size, .. }: &LoadedSection| match at.get(name.as_str()) {
         // Sections for init are listed after they were freed.
         Some(&at) if *size != 0 && module.contains(at) => at.0,
         _ if name == ".data..percpu" => module.per_cpu.map_or_else(|| nowhere.take(*size), |(at, _)| at),

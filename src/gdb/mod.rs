@@ -14,6 +14,7 @@ pub mod index;
 mod libraries;
 mod live;
 mod memory;
+mod module_index;
 mod osdata;
 mod registers;
 mod run_control;

@@ -4,7 +4,7 @@
 
 use super::Source;
 use super::listen::{Listen, Listener};
-use crate::gdb::index::CacheCommand;
+use crate::gdb::index::set_cache;
 use crate::gdb::{Files, Libraries, Settings, Show};
 use anyhow::Context;
 use std::ffi::OsString;
@@ -27,8 +27,6 @@ pub struct Debugger {
     pub libraries: Option<Libraries>,
     /// What gdb loads symbols from, if there is anything.
     pub vmlinux: Option<PathBuf>,
-    /// How its index cache is turned on.
-    pub index_cache: CacheCommand,
     /// What are threads.
     pub show: Show,
     /// What the user adds to gdb's command line: `-batch`, `-ex bt`, …
@@ -64,6 +62,10 @@ async fn run(source: &Source, debugger: &Debugger) -> anyhow::Result<ExitStatus>
         None => files,
     };
     let settings = Settings { files, show: debugger.show };
+    // Ready by the time that gdb asks for them; the runtime waits for it in the end.
+    if let Some(libraries) = debugger.libraries.clone() {
+        tokio::task::spawn_blocking(move || libraries.prepare(&mut |_| {}));
+    }
     let mut child =
         command(debugger, &socket, &script).spawn().map_err(|error| cannot_start(debugger, error))?;
     tracing::info!("{} was started", debugger.program.display());
@@ -87,16 +89,31 @@ fn command(debugger: &Debugger, socket: &Path, script: &Path) -> Command {
     // From a cold disk ten thousand tasks take longer than the 2 s after which gdb gives up. We cannot hang unnoticed:
     // gdb sees the socket close when we die.
     command.args(["-iex", "set remotetimeout 120"]);
-    command.args(debugger.index_cache.on().into_iter().flat_map(|on| ["-iex".to_owned(), on]));
+    command.args(["-iex", &set_cache("on")]);
     command.args(&debugger.vmlinux);
-    // Only the vmlinux's index may come from the cache: gdb keeps a module's by build-id too, but with the addresses
+    // Only the vmlinux's index may come from gdb's own cache: it keeps a module's by build-id too, but with the addresses
     // it was loaded at, which are others in the next dump.
-    command.args(debugger.index_cache.off().into_iter().flat_map(|off| ["-ex".to_owned(), off]));
+    match debugger.libraries.as_ref().and_then(Libraries::index_cache) {
+        Some(indexes) => {
+            let mut directory = OsString::from("set index-cache directory ");
+            directory.push(indexes);
+            command.arg("-ex").arg(directory);
+        }
+        None => {
+            command.args(["-ex", &set_cache("off")]);
+        }
+    }
     let mut connect = OsString::from("target remote ");
     connect.push(socket);
     let mut source = OsString::from("source ");
     source.push(script);
-    command.arg("-ex").arg(connect).arg("-ex").arg(source).args(&debugger.args);
+    command
+        .arg("-ex")
+        .arg(connect)
+        .args(["-ex", &set_cache("off")])
+        .arg("-ex")
+        .arg(source)
+        .args(&debugger.args);
     command
 }
 

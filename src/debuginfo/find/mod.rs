@@ -14,7 +14,7 @@ use crate::bytes::printable;
 use std::path::{Path, PathBuf};
 use walk::{Bounds, Walk};
 
-pub use module::{ModuleFile, ModuleFiles};
+pub use module::{LoadedSection, ModuleFile, ModuleFiles};
 
 /// Where distributions put debug info.
 const SYSTEM: &str = "/usr/lib/debug";
@@ -226,7 +226,8 @@ fn is_plain_name(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+~-".contains(&b))
 }
 
-fn is_hex(id: &str) -> bool {
+/// Whether this can be a build-id.
+pub(crate) fn is_hex(id: &str) -> bool {
     id.len() > 2 && id.bytes().all(|b| b.is_ascii_hexdigit())
 }
 

@@ -28,15 +28,35 @@ pub struct ModuleFiles {
     build_id_roots: Vec<PathBuf>,
 }
 
-/// A module's file.
+/// A section that is loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadedSection {
+    /// Its name: `.init.text`.
+    pub name: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Whether it is for code.
+    pub executable: bool,
+}
+
+impl LoadedSection {
+    /// Whether there is code in it.
+    pub fn is_code(&self) -> bool {
+        self.executable && self.size != 0
+    }
+}
+
+/// A module's file.
+#[derive(Clone, Default, Debug, PartialEq, Eq)]
 pub struct ModuleFile {
     /// Where it is.
     pub path: PathBuf,
-    /// Names and sizes of the sections that are loaded, in the order of the file.
-    pub sections: Vec<(String, u64)>,
+    /// The sections that are loaded, in the order of the file.
+    pub sections: Vec<LoadedSection>,
     /// Length of the file in bytes.
     pub len: u64,
+    /// Whether there is DWARF in it, with no index, and all of it: none shared with other modules in another file.
+    pub has_plain_dwarf: bool,
     /// Where in the file the addresses stand that are not 0 as a module's should be.
     addresses: Vec<u64>,
 }
@@ -133,10 +153,16 @@ fn read(path: PathBuf, build_id: &str) -> Option<ModuleFile> {
         if section.address() != 0 {
             addresses.push(headers.checked_add(section.index().0 as u64 * SECTION_HEADER + SH_ADDR)?);
         }
-        if section.elf_section_header().sh_flags(endian).contains(elf::SHF_ALLOC) {
-            sections.push((section.name().ok()?.to_owned(), section.size()));
+        let flags = section.elf_section_header().sh_flags(endian);
+        if flags.contains(elf::SHF_ALLOC) {
+            let name = section.name().ok()?.to_owned();
+            let executable = flags.contains(elf::SHF_EXECINSTR);
+            sections.push(LoadedSection { name, size: section.size(), executable });
         }
     }
+    let has = |name| elf.section_by_name_bytes(name).is_some();
+    let elsewhere = [&b".gdb_index"[..], b".debug_names", b".gnu_debugaltlink"].into_iter().any(has);
+    let has_plain_dwarf = has(b".debug_info") && !elsewhere;
     let len = path.metadata().ok()?.len();
-    Some(ModuleFile { path, sections, len, addresses })
+    Some(ModuleFile { path, sections, len, has_plain_dwarf, addresses })
 }
