@@ -8,11 +8,11 @@
 use super::Settings;
 use super::engine::Engine;
 use super::files::{Files, OpenFiles};
+use super::live::{Live, Session};
 use super::memory::{self, Space};
 use super::selection::Selection;
 use super::target::{Target, errno};
 use super::threads::{Choice, Thread, Threads};
-use super::live::{Live, Session};
 use super::{Show, bulk, osdata};
 use crate::addr::VirtAddr;
 use crate::command::Focus;

@@ -305,7 +305,9 @@ impl Live {
             runs
         };
         match self.control.detach(runs) {
-            Ok(()) => tracing::info!("run control was given up: the guest {}", if runs { "runs" } else { "stands" }),
+            Ok(()) => {
+                tracing::info!("run control was given up: the guest {}", if runs { "runs" } else { "stands" })
+            }
             Err(error) => tracing::warn!("giving up run control: {error}"),
         }
     }
@@ -413,9 +415,12 @@ impl Session {
         let mine = owner == Some(self.id);
         match what {
             "take" if mine => "This client controls the guest already.\n".to_owned(),
-            "take" if !self.live.policy.control => "kstub was started with --no-stop: nobody controls the guest.\n".to_owned(),
+            "take" if !self.live.policy.control => {
+                "kstub was started with --no-stop: nobody controls the guest.\n".to_owned()
+            }
             "take" if is_running => {
-                "The guest runs for another client: press Ctrl-C there first, or wait for it to stop.\n".to_owned()
+                "The guest runs for another client: press Ctrl-C there first, or wait for it to stop.\n"
+                    .to_owned()
             }
             "take" => match self.live.take_control(self.id) {
                 Ok(()) => "This client controls the guest.\n".to_owned(),
@@ -428,7 +433,9 @@ impl Session {
             "give" => "This client does not control the guest.\n".to_owned(),
             _ => match owner {
                 Some(_) if mine => "This client controls the guest.\n".to_owned(),
-                Some(_) => "Another client controls the guest; 'monitor control take' takes control.\n".to_owned(),
+                Some(_) => {
+                    "Another client controls the guest; 'monitor control take' takes control.\n".to_owned()
+                }
                 None => "Nobody controls the guest; 'monitor control take' does.\n".to_owned(),
             },
         }
@@ -498,7 +505,8 @@ impl Session {
             return Resumed::No(format!("{error}\n"));
         }
         let owner = self.live.state().owner;
-        if owner.is_none() && self.live.policy.control
+        if owner.is_none()
+            && self.live.policy.control
             && let Err(error) = self.live.take_control(self.id)
         {
             return Resumed::No(format!("{error}\n"));

@@ -328,7 +328,8 @@ impl Front {
         let Some(live) = &self.live else { return Vec::new() };
         let mut parts = request.splitn(2, |&byte| byte == b'=');
         let number = parts.next().and_then(rsp::parse_u64).and_then(|number| usize::try_from(number).ok());
-        let (Some(reg), Some(value)) = (number.and_then(Reg::from_number), parts.next().and_then(rsp::decode))
+        let (Some(reg), Some(value)) =
+            (number.and_then(Reg::from_number), parts.next().and_then(rsp::decode))
         else {
             return error(errno::EINVAL);
         };
