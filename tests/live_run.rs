@@ -129,12 +129,14 @@ fn kstub_tasks(answer: &Value) -> Tasks {
     .collect()
 }
 
-/// What is wrong with `seen`, which was looked at between `before` and `after`. Names of kernel workers say what they
-/// work on, in /proc only.
+/// What is wrong with `seen`, which was looked at between `before` and `after`. In /proc names of kernel threads may be
+/// longer than in the task, and those of workers say what they work on.
 fn wrong_tasks(before: &Tasks, seen: &Tasks, after: &Tasks) -> Vec<String> {
+    let short = |name: &str| match name.starts_with("kworker/") {
+        true => "kworker".to_owned(),
+        false => name.chars().take(15).collect(),
+    };
     let plain = |tasks: &Tasks| -> Tasks {
-        let short =
-            |name: &str| if name.starts_with("kworker/") { "kworker".to_owned() } else { name.to_owned() };
         tasks.iter().map(|(pid, parent, name)| (*pid, *parent, short(name))).collect()
     };
     let (before, seen, after) = (plain(before), plain(seen), plain(after));
@@ -234,7 +236,7 @@ fn planted_values(guest: &Guest) {
         &[
             &format!("rd {magic}"),
             &format!("rd {beyond}"),
-            "p kstub_live.magic",
+            "p *(u64 *)((char *)&kstub_live + 8)",
             "percpu kstub_live_percpu a",
             "sym kstub_live_constant",
             "rd kstub_live_constant",
@@ -321,7 +323,7 @@ fn busy_in_the_kernel(guest: &Guest) {
     };
     let reads = |trace: &Value| {
         let functions = functions(trace);
-        let wanted = ["seq_read_iter", "proc_reg_read_iter", "vfs_read", "ksys_read", "do_syscall_64"];
+        let wanted = ["seq_read_iter", "proc_reg_read", "vfs_read", "ksys_read", "do_syscall_64"];
         trace["comm"] == "kstub-kspin"
             && wanted.iter().all(|want| functions.iter().any(|has| has.starts_with(want)))
     };

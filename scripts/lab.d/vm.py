@@ -40,7 +40,7 @@ def _fill(kernel, own, tree):
     (tree / "bin").mkdir(parents=True)
     (tree / "modules").mkdir()
     # The kernel opens it for the first process before that has made its own /dev.
-    for name in ("dev", "proc", "sys", "tmp"):
+    for name in ("dev", "proc", "sys", "run"):
         (tree / name).mkdir()
     for source, target in _programs():
         programs = initramfs.QEMU_SOURCES / "programs"
