@@ -124,6 +124,9 @@ pub trait LiveControl: Send + Sync {
     /// What happened since this was last asked, oldest first.
     fn happenings(&self) -> Vec<Happening>;
 
+    /// Whether clients may change the guest (`--allow-write`).
+    fn may_write(&self) -> bool;
+
     /// Answers a line of QEMU's human monitor. The caller sees to it that the line is harmless or allowed.
     fn monitor(&self, line: &str) -> Result<String, LiveError>;
 

@@ -22,6 +22,7 @@ mod page;
 mod page_owner;
 mod percpu;
 mod ps;
+mod qemu;
 mod rd;
 mod regs;
 mod runq;
@@ -137,6 +138,7 @@ pub const COMMANDS: &[Command] = &[
     page::COMMAND,
     percpu::COMMAND,
     ps::COMMAND,
+    qemu::COMMAND,
     rd::COMMAND,
     regs::COMMAND,
     runq::COMMAND,

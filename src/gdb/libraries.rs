@@ -41,11 +41,11 @@ pub struct Libraries(Arc<Inner>);
 
 struct Inner {
     machine: Arc<Machine>,
-    places: Places,
+    places: Arc<Places>,
     list: OnceLock<List>,
     /// Where files are written that there were none of; removed in the end.
-    directory: OnceLock<Option<tempfile::TempDir>>,
-    image: OnceLock<Option<PathBuf>>,
+    directory: Arc<OnceLock<Option<tempfile::TempDir>>>,
+    image: Arc<OnceLock<Option<PathBuf>>>,
 }
 
 #[derive(Default)]
@@ -72,8 +72,16 @@ impl Nowhere {
 impl Libraries {
     /// The modules of the kernel in `machine`; their files are looked for in `places` too.
     pub fn new(machine: Arc<Machine>, places: Places) -> Self {
-        let (list, directory, image) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        Self(Arc::new(Inner { machine, places, list, directory, image }))
+        let (list, directory, image) = (OnceLock::new(), Arc::default(), Arc::default());
+        Self(Arc::new(Inner { machine, places: Arc::new(places), list, directory, image }))
+    }
+
+    /// The modules of the same kernel at another moment. Files that were made are made anew where they are asked for
+    /// again, and gdb may still have the old ones open.
+    pub(super) fn again(&self, machine: Arc<Machine>) -> Self {
+        let Inner { places, directory, image, .. } = &*self.0;
+        let (places, directory, image) = (places.clone(), directory.clone(), image.clone());
+        Self(Arc::new(Inner { machine, places, list: OnceLock::new(), directory, image }))
     }
 
     /// A file with the names of the kernel image, made from its memory; `None` where it has none.
@@ -171,6 +179,8 @@ impl Inner {
     /// Writes a file of this name into the private directory.
     fn write(&self, name: &str, bytes: &[u8]) -> Option<PathBuf> {
         let path = self.path(name)?;
+        // gdb may have mapped an earlier one.
+        let _ = std::fs::remove_file(&path);
         let written = std::fs::write(&path, bytes);
         written.inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok().map(|()| path)
     }

@@ -6,8 +6,9 @@
 
 use super::Libraries;
 use crate::addr::VirtAddr;
+use crate::arch::x86_64::Reg;
 use crate::backend::Backend;
-use crate::backend::live::{Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
+use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
 use crate::kernel::{Machine, OpenError};
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -18,6 +19,9 @@ use std::time::Duration;
 
 /// How long the thread that waits for stops goes without looking what else happened.
 const PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long one instruction may take.
+const STEP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Points that clients may have set at once; gdb itself sets some dozens.
 const POINTS_MAX: usize = 4096;
@@ -47,15 +51,12 @@ pub struct Policy {
 
 /// Looks for the kernel in a guest that was not known, or was started again.
 pub type Opener = dyn Fn(Arc<dyn Backend>) -> Result<Machine, OpenError> + Send + Sync;
-/// Finds the files of a machine's modules; the last ones are given, whose files are still in use.
-pub type Library = dyn Fn(&Arc<Machine>, Option<&Libraries>) -> Libraries + Send + Sync;
 
 /// A guest and those who look at it.
 pub struct Live {
     control: Arc<dyn LiveControl>,
     policy: Policy,
     open: Box<Opener>,
-    library: Option<Box<Library>>,
     /// Held by whoever changes who controls the guest, which takes its time.
     turn: Mutex<()>,
     state: Mutex<State>,
@@ -78,6 +79,8 @@ struct State {
     stop: Stop,
     backward: bool,
     points: Vec<Placed>,
+    /// Our own breakpoint where every module passes before its init (`do_init_module()` in kernel/module/main.c).
+    module_hook: Option<VirtAddr>,
     /// Who is to be woken by the next stop.
     waiting: HashMap<u64, UnixStream>,
     /// The kernel that is known is of an earlier boot.
@@ -103,6 +106,8 @@ pub(super) struct Stopped {
     pub(super) stop: Stop,
     /// It went backwards.
     pub(super) backward: bool,
+    /// A module has been loaded, and has not begun to run.
+    pub(super) new_module: bool,
     /// What else to tell the user.
     pub(super) news: Vec<String>,
 }
@@ -122,16 +127,15 @@ pub enum OpenLive {
 }
 
 impl Live {
-    /// A guest behind `control`, whose kernel `open` looks for, and `library` for its modules' files.
+    /// A guest behind `control`, whose kernel `open` looks for.
     pub fn new(
         control: Arc<dyn LiveControl>,
         policy: Policy,
         open: Box<Opener>,
-        library: Option<Box<Library>>,
     ) -> Result<Arc<Self>, OpenLive> {
         let machine = Arc::new(open(control.snapshot()?)?);
         let state = State {
-            libraries: library.as_ref().map(|library| library(&machine, None)),
+            libraries: None,
             is_stale: machine.kernel().is_none(),
             machine,
             generation: 0,
@@ -142,12 +146,13 @@ impl Live {
             stop: Stop { cpu: 0, reason: StopReason::Signal(SIGTRAP) },
             backward: false,
             points: Vec::new(),
+            module_hook: None,
             waiting: HashMap::new(),
             news: Vec::new(),
             gone: None,
         };
         let (turn, runs) = (Mutex::new(()), Condvar::new());
-        let live = Arc::new(Self { control, policy, open, library, turn, state: Mutex::new(state), runs });
+        let live = Arc::new(Self { control, policy, open, turn, state: Mutex::new(state), runs });
         let weak = Arc::downgrade(&live);
         std::thread::Builder::new().name("kstub-guest".to_owned()).spawn(move || watch(&weak))?;
         Ok(live)
@@ -158,7 +163,12 @@ impl Live {
         self.state().machine.clone()
     }
 
-    /// The files of its modules, where there are any.
+    /// Offers clients the files of its modules.
+    pub fn set_libraries(&self, libraries: Libraries) {
+        self.state().libraries = Some(libraries);
+    }
+
+    /// The files of its modules, where they are offered.
     pub fn libraries(&self) -> Option<Libraries> {
         self.state().libraries.clone()
     }
@@ -188,7 +198,7 @@ impl Live {
         };
         let machine = if is_stale { self.open_again(backend, &before) } else { before.again(backend) };
         let machine = Arc::new(machine);
-        let libraries = self.library.as_ref().map(|library| library(&machine, libraries.as_ref()));
+        let libraries = libraries.map(|libraries| libraries.again(machine.clone()));
         let mut state = self.state();
         if is_stale && let Some(kernel) = machine.kernel() {
             state.is_stale = false;
@@ -220,7 +230,9 @@ impl Live {
         }
         state.is_running = false;
         state.stop = stop;
-        state.wake();
+        drop(state);
+        self.hook_modules();
+        self.state().wake();
     }
 
     fn is_gone(&self, error: LiveError) {
@@ -279,11 +291,67 @@ impl Live {
             let mut state = self.state();
             (state.ran_before, state.is_running, state.stop) = (ran_before, false, stop);
             state.points.clear();
+            state.module_hook = None;
             drop(state);
             self.refresh()?;
         }
         self.state().owner = Some(session);
+        self.hook_modules();
         Ok(())
+    }
+
+    /// Sees to it that modules stop the guest before their init, where clients are told of modules.
+    fn hook_modules(&self) {
+        let (machine, hook) = {
+            let state = self.state();
+            if state.libraries.is_none() || state.owner.is_none() {
+                return;
+            }
+            (state.machine.clone(), state.module_hook)
+        };
+        let wanted = machine.kernel().and_then(|kernel| kernel.symbol("do_init_module"));
+        if wanted == hook {
+            return;
+        }
+        if let Some(Err(error)) = hook.map(|old| self.control.remove(Point::Software, old, 1)) {
+            tracing::warn!("{error}");
+        }
+        let set = |at: &VirtAddr| match self.control.insert(Point::Software, *at, 1) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("modules do not stop the guest before their init: {error}");
+                false
+            }
+        };
+        self.state().module_hook = wanted.filter(set);
+    }
+
+    /// Whether `stop` is at our own breakpoint and at no client's.
+    fn is_new_module(state: &State, stop: Stop) -> bool {
+        let pc = usize::try_from(stop.cpu).ok().and_then(|index| state.machine.cpu_of_saved(index));
+        let pc = pc.and_then(|cpu| state.machine.cpu(cpu)?.regs.u64(Reg::Rip)).map(VirtAddr);
+        let is_clients = |at| {
+            let is_code = |point| matches!(point, Point::Software | Point::Hardware);
+            state.points.iter().any(|placed| is_code(placed.point) && placed.at == at)
+        };
+        stop.reason == StopReason::Signal(SIGTRAP)
+            && pc.is_some_and(|pc| Some(pc) == state.module_hook && !is_clients(pc))
+    }
+
+    /// Takes the vCPU that stands at our own breakpoint over it: the client knows nothing of it.
+    fn pass_hook(&self) -> Result<(), LiveError> {
+        let (hook, stop) = {
+            let state = self.state();
+            match state.module_hook.filter(|_| Self::is_new_module(&state, state.stop)) {
+                Some(hook) => (hook, state.stop),
+                None => return Ok(()),
+            }
+        };
+        self.control.remove(Point::Software, hook, 1)?;
+        self.control.resume(&[(Some(stop.cpu), Go::Step)])?;
+        let stepped = self.control.wait_stop(STEP_PATIENCE);
+        self.control.insert(Point::Software, hook, 1)?;
+        stepped.map(|_| ())
     }
 
     /// `session` no longer controls the guest: all its points go, and the guest goes on as it is to.
@@ -296,6 +364,7 @@ impl Live {
             }
             state.owner = None;
             state.points.clear();
+            state.module_hook = None;
             let runs = match self.policy.on_disconnect {
                 OnDisconnect::Restore => state.ran_before,
                 OnDisconnect::Resume => true,
@@ -394,7 +463,13 @@ impl Session {
     /// How the guest stands.
     pub(super) fn last_stop(&self) -> Stopped {
         let mut state = self.live.state();
-        Stopped { stop: state.stop, backward: state.backward, news: std::mem::take(&mut state.news) }
+        let new_module = Live::is_new_module(&state, state.stop);
+        Stopped {
+            stop: state.stop,
+            backward: state.backward,
+            new_module,
+            news: std::mem::take(&mut state.news),
+        }
     }
 
     /// Why the guest cannot be asked any more.
@@ -518,7 +593,8 @@ impl Session {
             return Resumed::No(why);
         }
         self.live.state().backward = backward;
-        if let Err(error) = go(&*self.live.control) {
+        let passed = if backward { Ok(()) } else { self.live.pass_hook() };
+        if let Err(error) = passed.and_then(|()| go(&*self.live.control)) {
             self.live.state().waiting.remove(&self.id);
             return Resumed::No(format!("{error}\n"));
         }

@@ -149,6 +149,7 @@ impl Front {
         let thread = self.machine.cpu_of_saved(index).map(|cpu| threads.on(cpu));
         let thread = thread.filter(|&thread| threads.has(thread)).unwrap_or(self.first());
         let mut body = match stopped.stop.reason {
+            StopReason::Signal(_) if stopped.new_module => self.stopped(b"T05library:;", thread),
             StopReason::Signal(signal) => self.stopped(format!("T{signal:02x}").as_bytes(), thread),
             StopReason::Watch(point, at) => {
                 let name = match point {
