@@ -305,22 +305,7 @@ impl Guest {
     /// `kstub COMMAND --qemu … --vmlinux … --debug-dir …`, without what the user's environment would add.
     pub fn kstub(&self, command: &str) -> Command {
         let mut kstub = Command::new(KSTUB);
-        kstub.env_remove("DEBUGINFOD_URLS").arg(command);
-        if std::env::var_os("VIA_DUMP").is_some() {
-            let d = self.path("vdump");
-            let was = self.run_state();
-            self.qmp(
-                "dump-guest-memory",
-                json!({"paging": false, "protocol": format!("file:{}", d.display())}),
-            );
-            if was == "running" {
-                self.cont();
-            }
-            self.events();
-            kstub.arg(d);
-        } else {
-            kstub.arg("--qemu").arg(self.address());
-        }
+        kstub.env_remove("DEBUGINFOD_URLS").arg(command).arg("--qemu").arg(self.address());
         kstub.arg("--vmlinux").arg(self.vmlinux());
         kstub
             .arg("--debug-dir")
