@@ -242,6 +242,9 @@ pub struct Control {
     /// Never stop the guest: clients see it as it runs, and 'continue' only waits
     #[arg(long, requires = "qemu")]
     pub no_stop: bool,
+    /// Let a guest that has not booted (qemu -S) run up to start_kernel(); needs --vmlinux
+    #[arg(long, requires_all = ["qemu", "vmlinux"], conflicts_with = "no_stop")]
+    pub wait_kernel: bool,
     /// What becomes of the guest when the client that controls it leaves, or dies
     #[arg(long, value_name = "HOW", value_enum, default_value_t = OnDisconnect::Restore)]
     pub on_disconnect: OnDisconnect,

@@ -2,6 +2,7 @@
 
 mod moments;
 mod open;
+mod wait_kernel;
 
 use anyhow::Context;
 use clap::Parser;

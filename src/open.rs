@@ -1,5 +1,6 @@
 //! Opens what the command line names: a dump or a guest, with the places where its files may be.
 
+use crate::wait_kernel;
 use kstub::backend::live::{LiveControl, LiveError};
 use kstub::backend::qemu::{Guest, QmpAddress};
 use kstub::backend::{Backend, Dump};
@@ -40,6 +41,13 @@ pub fn source(target: &Target, control: Control) -> anyhow::Result<(Source, Libr
     };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
+    if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
+        let spinner = terminal(indicatif::ProgressBar::new_spinner());
+        spinner.set_message("waiting for the kernel to start");
+        let late = wait_kernel::wait(&*guest, vmlinux, &|| spinner.tick())?;
+        spinner.finish_and_clear();
+        late.iter().for_each(|late| eprintln!("kstub: {late}"));
+    }
     let live = Live::new(guest, policy, Box::new(move |backend| opener.open(backend)));
     let live = live.map_err(|error| match error {
         OpenLive::Guest(error) => anyhow::Error::new(error),

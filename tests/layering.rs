@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// Rows of the diagram in `src/lib.rs`. A module may import from lower rows and from its own folder.
 const LAYERS: &[(u32, &[&str])] = &[
-    (8, &["main", "moments", "open"]),
+    (8, &["main", "moments", "open", "wait_kernel"]),
     (7, &["cli", "server"]),
     (6, &["gdb"]),
     (5, &["command"]),
@@ -31,7 +31,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("object", &["debuginfo", "vmcore"]),
     ("ureq", &["debuginfo"]),
     ("iced_x86", &["arch"]),
-    ("anyhow", &["main", "moments", "open", "cli", "server"]),
+    ("anyhow", &["main", "moments", "open", "wait_kernel", "cli", "server"]),
 ];
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone)]
