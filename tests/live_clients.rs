@@ -19,7 +19,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use support::Rng;
 use support::gdb_session::KSTUB;
-use support::live::{Gdb, Guest, PATIENCE, Plan, checks, finish, finish_within, kill, number, wait_until};
+use support::live::{
+    self, Gdb, Guest, PATIENCE, Plan, checks, finish, finish_within, kill, number, wait_until,
+};
 
 #[test]
 fn clients_of_a_guest() {
@@ -481,7 +483,7 @@ fn read_only(guest: &Guest) {
         assert!(guest.qemu_runs() && guest.run_state() != "running", "monitor {command}");
     }
     let now = guest.ram();
-    let changed: Vec<usize> = (0..ram.len()).filter(|&at| ram[at] != now[at]).take(10).collect();
+    let changed = live::differences(&ram, &now);
     assert_eq!(changed, [0; 0], "addresses that changed");
     assert_eq!(guest.registers(), registers);
     // What would end QEMU if it were passed on.
@@ -504,7 +506,7 @@ fn read_only(guest: &Guest) {
     let before = guest.ram();
     assert_eq!(client.ask(format!("M{at},8:0101010101010101")), "OK");
     let after = guest.ram();
-    let changed: Vec<usize> = (0..before.len()).filter(|&at| before[at] != after[at]).collect();
+    let changed = live::differences(&before, &after);
     assert_eq!(changed.len(), 8, "{changed:x?}");
     assert_eq!(changed[0] % 4096, usize::try_from(guest.number("constant.at") % 4096).unwrap());
     let original: String =

@@ -371,7 +371,7 @@ fn paused(guest: &Guest) {
     guest.assert_stands("kstub run must leave a paused guest paused");
     assert_eq!(guest.registers(), registers);
     let after = guest.ram();
-    let changed: Vec<usize> = (0..before.len()).filter(|&at| before[at] != after[at]).collect();
+    let changed = live::differences(&before, &after);
     assert_eq!(changed, [0; 0], "addresses that changed");
     // The comparison sees a single byte, written by the guest itself.
     guest.cont();

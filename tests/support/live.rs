@@ -51,6 +51,8 @@ pub struct Plan {
     pub cpus: u32,
     pub ram: Ram,
     megabytes: u64,
+    /// MiB of it below 4 GiB.
+    below: u64,
     command_line: Vec<String>,
     machine: String,
     accelerator: String,
@@ -66,6 +68,7 @@ impl Plan {
             cpus: 1,
             ram: Ram::Private,
             megabytes: 256,
+            below: 256,
             command_line: ["console=ttyS0", "quiet", "panic=0", "tsc=reliable"].map(str::to_owned).to_vec(),
             machine: "q35".to_owned(),
             accelerator: "tcg,thread=multi".to_owned(),
@@ -91,7 +94,7 @@ impl Plan {
 
     /// RAM in MiB; what of it is beyond `below` lies above 4 GiB.
     pub fn split_ram(mut self, megabytes: u64, below: u64) -> Self {
-        self.megabytes = megabytes;
+        (self.megabytes, self.below) = (megabytes, below);
         self.machine += &format!(",max-ram-below-4g={below}M");
         self
     }
@@ -431,9 +434,13 @@ impl Guest {
         bytes
     }
 
-    /// All RAM below the hole under 4 GiB, which is all there is unless it was split.
+    /// All RAM, in the order of its addresses.
     pub fn ram(&self) -> Vec<u8> {
-        self.memory(0, self.plan.megabytes << 20)
+        let mut ram = self.memory(0, self.plan.below << 20);
+        if self.plan.megabytes > self.plan.below {
+            ram.extend(self.memory(4 << 30, (self.plan.megabytes - self.plan.below) << 20));
+        }
+        ram
     }
 
     /// Sends the guest a command (the head of `qemu/live/init.c` has them) and leaves the answer for [`Self::answer`].
@@ -489,6 +496,21 @@ impl Drop for Guest {
         drop(self.end.take());
         let _ = self.ended.recv_timeout(PATIENCE);
     }
+}
+
+/// Where two copies of RAM differ: offsets of the first bytes that do.
+pub fn differences(before: &[u8], after: &[u8]) -> Vec<usize> {
+    const PAGE: usize = 4096;
+    assert_eq!(before.len(), after.len());
+    let pages = before
+        .chunks(PAGE)
+        .zip(after.chunks(PAGE))
+        .enumerate()
+        .filter(|(_, (before, after))| before != after);
+    let bytes = pages.flat_map(|(page, (before, after))| {
+        (0..before.len()).filter(|&at| before[at] != after[at]).map(move |at| page * PAGE + at)
+    });
+    bytes.take(100).collect()
 }
 
 /// Decimal, or hexadecimal with 0x.
