@@ -6,7 +6,7 @@
  * every 100 ms. On ttyS1 it takes commands, a line each; it answers with any number of lines, and last a line
  * "ok" or "error ERRNO WHAT":
  *
- *   ping
+ *   ping [WORD...]                     answers the words
  *   insmod NAME [PARAMETER=VALUE...]   rmmod NAME
  *   plant PROGRAM [ARGUMENT...]        starts /bin/PROGRAM; answers what it printed up to planted=1
  *   quiet                              kills all that plant has started
@@ -285,7 +285,7 @@ static int obey(char **words, int count)
 	const char *command = words[0];
 
 	if (strcmp(command, "ping") == 0)
-		return 0;
+		return fprintf(answers, "%s\n", joined(words + 1)), 0;
 	if (strcmp(command, "insmod") == 0 && count > 1)
 		return insert_module(words[1], joined(words + 2));
 	if (strcmp(command, "rmmod") == 0 && count > 1)

@@ -20,6 +20,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -221,8 +222,15 @@ pub struct Guest {
     end: Option<Sender<()>>,
     ended: Receiver<()>,
     qmp: Mutex<Qmp>,
-    agent: Mutex<BufReader<UnixStream>>,
+    agent: Mutex<Agent>,
     _turn: MutexGuard<'static, ()>,
+}
+
+/// The serial line that takes commands, and what has arrived of an answer.
+struct Agent {
+    stream: BufReader<UnixStream>,
+    part: String,
+    lines: Vec<String>,
 }
 
 /// One beat of the guest's heart.
@@ -265,8 +273,8 @@ impl Guest {
         };
         let qmp = Mutex::new(Qmp::new(socket("qmp-tests")));
         let agent = socket("agent");
-        agent.set_read_timeout(Some(PATIENCE)).expect("timeout");
-        let agent = Mutex::new(BufReader::new(agent));
+        let agent =
+            Mutex::new(Agent { stream: BufReader::new(agent), part: String::new(), lines: Vec::new() });
         Self { plan, manifest, dir, pid, end: Some(end), ended, qmp, agent, _turn: turn }
     }
 
@@ -446,20 +454,32 @@ impl Guest {
     /// Sends the guest a command (the head of `qemu/live/init.c` has them) and leaves the answer for [`Self::answer`].
     pub fn send(&self, command: &str) {
         let agent = self.agent.lock().unwrap_or_else(|e| e.into_inner());
-        agent.get_ref().write_all(format!("{command}\n").as_bytes()).expect("agent");
+        agent.stream.get_ref().write_all(format!("{command}\n").as_bytes()).expect("agent");
     }
 
     /// The lines that answer the last command, or why it failed.
     pub fn answer(&self) -> Result<Vec<String>, String> {
+        self.answer_within(PATIENCE)
+            .unwrap_or_else(|| Err(format!("no answer; the guest is {}", self.run_state())))
+    }
+
+    /// The same, or nothing if no line comes for so long.
+    pub fn answer_within(&self, patience: Duration) -> Option<Result<Vec<String>, String>> {
         let mut agent = self.agent.lock().unwrap_or_else(|e| e.into_inner());
-        let mut lines = Vec::new();
+        let Agent { stream, part, lines } = &mut *agent;
+        stream.get_ref().set_read_timeout(Some(patience)).expect("timeout");
         loop {
-            let mut line = String::new();
-            agent.read_line(&mut line).map_err(|error| format!("no answer: {error}"))?;
+            if stream.read_line(part).is_err() {
+                return None;
+            }
+            let line = std::mem::take(part);
             match line.trim_end() {
-                "" => return Err("the serial line is closed".to_owned()),
-                "ok" => return Ok(lines),
-                line if line.starts_with("error ") => return Err(line.to_owned()),
+                "" if line.is_empty() => return Some(Err("the serial line is closed".to_owned())),
+                "ok" => return Some(Ok(std::mem::take(lines))),
+                error if error.starts_with("error ") => {
+                    let said = std::mem::take(lines).join("; ");
+                    return Some(Err(format!("{error}; {said}")));
+                }
                 line => lines.push(line.to_owned()),
             }
         }
@@ -476,10 +496,21 @@ impl Guest {
         lines.iter().filter_map(|line| line.split_once('=')).map(|(k, v)| (k.into(), v.into())).collect()
     }
 
-    /// The guest as it should be between two checks: running, and with nothing planted.
+    /// The guest as it should be between two checks: running, with nothing planted, and all answers read.
     pub fn settle(&self) {
-        if self.run_state() != "running" {
-            self.cont();
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let token = format!("settle-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        self.send(&format!("ping {token}"));
+        // A breakpoint that somebody has left stops it again and again.
+        let deadline = Instant::now() + PATIENCE;
+        while self
+            .answer_within(Duration::from_millis(500))
+            .is_none_or(|answer| answer != Ok(vec![token.clone()]))
+        {
+            assert!(Instant::now() < deadline, "the guest does not go on: {}", self.run_state());
+            if self.run_state() != "running" {
+                self.cont();
+            }
         }
         self.ask("quiet");
         self.events();

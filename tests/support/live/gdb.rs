@@ -145,7 +145,14 @@ impl Gdb {
 }
 
 impl Drop for Gdb {
+    /// A check that failed must not spoil the next: gdb is ended first, so that kstub lets go of the guest.
     fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        kill(self.gdb_pid(), "KILL");
+        let child = &mut self.child;
+        wait_until(PATIENCE / 3, || child.try_wait().is_ok_and(|status| status.is_some()));
         end(&mut self.child);
     }
 }
