@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::Parser;
 use kstub::backend::live::LiveError;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
-use kstub::command::Focus;
+use kstub::command::{Focus, Form};
 use kstub::gdb::{Files, Settings, Show, index};
 use kstub::kernel::{CpuId, Machine, OpenError};
 use kstub::{cli, command, debuginfo, server, vmcore};
@@ -143,16 +143,19 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
+    let form = if json { Form::Json } else { Form::Text };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
         // What 'set' has chosen counts from the next command on.
         let cpu = focus.cpu.get().unwrap_or(cpu);
         let result = moments::run(&machine, pause, |machine| {
-            command::run(&command::Context { machine, cpu, task: None, focus: &focus }, line)
+            // Whether a guest's answer holds together stands in the JSON.
+            let form = if machine.backend().live().is_some() { Form::Both } else { form };
+            command::run(&command::Context { machine, cpu, task: None, focus: &focus, form }, line)
         })?;
         failed |= result.is_err();
         if json {
-            return print(format!("{}\n", command::envelope(line, &result)).as_bytes());
+            return print(format!("{}\n", command::envelope(line, result)).as_bytes());
         }
         match result {
             Ok(output) => print(output.text.as_bytes()),

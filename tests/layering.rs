@@ -26,6 +26,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("gdbstub", &["gdb"]),
     ("gdbstub_arch", &["gdb"]),
     ("tokio", &["server"]),
+    ("qapi", &["backend"]),
     ("gimli", &["debuginfo"]),
     ("addr2line", &["debuginfo"]),
     ("object", &["debuginfo", "vmcore"]),

@@ -15,7 +15,7 @@ use super::target::{Target, errno};
 use super::threads::{Choice, Thread, Threads};
 use super::{Show, bulk, osdata};
 use crate::addr::VirtAddr;
-use crate::command::Focus;
+use crate::command::{Focus, Form};
 use crate::kernel::Machine;
 use crate::rsp::{self, Event};
 use std::sync::Arc;
@@ -480,7 +480,7 @@ impl Front {
         let end = annex.iter().rposition(|&byte| byte == b':').unwrap_or(annex.len());
         let (annex, window_wanted) = annex.split_at(end);
         if window_wanted.starts_with(b":0,") || self.table.0 != annex {
-            let context = self.engine.target.context(self.engine.target.selected);
+            let context = self.engine.target.context(self.engine.target.selected, Form::Json);
             let xml = osdata::document(&context, &String::from_utf8_lossy(annex));
             self.table = (annex.to_vec(), xml);
         }
