@@ -63,6 +63,7 @@ impl Gdb {
         let stdin = child.stdin.take().expect("stdin");
         let mut gdb = Self { child, stdin, output, seen: 0, marks: 0 };
         gdb.ask("set height 0");
+        assert!(!gdb.everything().contains("Remote connection closed"), "{}", gdb.everything());
         gdb
     }
 
