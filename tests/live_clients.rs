@@ -281,7 +281,7 @@ fn cycles() -> u64 {
 fn come_and_go(guest: &Guest) {
     guest.ask("plant load 2");
     let mut server = Server::start(guest, &[]);
-    let chardevs = guest.human("info chardev").lines().count();
+    let chardevs = guest.chardevs().len();
     let mut rng = Rng::new(1);
     let (beat, start) = (guest.beat(), Instant::now());
     let mut slowest = Duration::ZERO;
@@ -319,7 +319,7 @@ fn come_and_go(guest: &Guest) {
     // The guest's own clock saw no more than the time that passed.
     let passed = guest.beat().milliseconds - beat.milliseconds;
     assert!(passed <= start.elapsed().as_millis() as u64 + 2000, "{passed} ms");
-    assert!(guest.human("info chardev").lines().count() <= chardevs + 1, "{}", guest.human("info chardev"));
+    assert!(guest.chardevs().len() <= chardevs + 1, "{}", guest.chardevs().join("\n"));
     assert!(server.runs());
     server.end();
     assert_free(guest, "after many clients");
@@ -328,7 +328,7 @@ fn come_and_go(guest: &Guest) {
 /// Programs, each of which attaches anew.
 fn many_programs(guest: &Guest) {
     guest.ask("plant load 2");
-    let chardevs = guest.human("info chardev").lines().count();
+    let chardevs = guest.chardevs().len();
     for round in 0..cycles() / 10 {
         let mut serve = guest.kstub("serve");
         let mut child = serve
@@ -352,7 +352,7 @@ fn many_programs(guest: &Guest) {
             guest.run_state()
         );
     }
-    assert_eq!(guest.human("info chardev").lines().count(), chardevs, "{}", guest.human("info chardev"));
+    assert_eq!(guest.chardevs().len(), chardevs, "{}", guest.chardevs().join("\n"));
     assert_free(guest, "after many programs");
 }
 
@@ -591,7 +591,7 @@ fn sockets(guest: &Guest) {
     let server = Server::start(guest, &[]);
     let _owner = server.owner();
     assert_eq!(std::fs::metadata(&server.socket).unwrap().permissions().mode() & 0o777, 0o600);
-    let chardevs = guest.human("info chardev");
+    let chardevs = guest.chardevs().join("\n");
     eprintln!("{chardevs}");
     let mut found = 0;
     for line in chardevs.lines().filter(|line| !line.contains(&guest.path("").display().to_string())) {

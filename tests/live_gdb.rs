@@ -127,7 +127,7 @@ fn leave(guest: &Guest, gdb: Gdb) {
 }
 
 fn attach(guest: &Guest) {
-    let chardevs = guest.human("info chardev");
+    let chardevs = guest.chardevs();
     let session = Session::run(
         guest,
         &[],
@@ -150,10 +150,7 @@ fn attach(guest: &Guest) {
     guest.assert_alive("after a batch");
     let events = guest.events();
     assert_eq!(events.last().map(String::as_str), Some("RESUME"), "{events:?}");
-    let names = |list: &str| -> Vec<String> {
-        list.lines().map(|line| line.split(':').next().unwrap().to_owned()).collect()
-    };
-    assert_eq!(names(&guest.human("info chardev")), names(&chardevs), "something was left in QEMU");
+    assert_eq!(guest.chardevs(), chardevs, "something was left in QEMU");
 }
 
 fn system_call(guest: &Guest) {
@@ -373,7 +370,14 @@ fn interrupt_under_load(guest: &Guest) {
     leave(guest, gdb);
 }
 
+/// Takes the module out that a check before this one may have left.
+fn without_late(guest: &Guest) {
+    guest.send("rmmod kstub_late");
+    let _ = guest.answer();
+}
+
 fn module_load(guest: &Guest) {
+    without_late(guest);
     let mut gdb = Gdb::start(guest, &[]);
     gdb.ask("break do_init_module");
     gdb.send("continue");
@@ -411,6 +415,7 @@ fn module_load(guest: &Guest) {
 
 /// A breakpoint that is set before its module is there is hit by the module's init.
 fn module_pending(guest: &Guest) {
+    without_late(guest);
     let mut gdb = Gdb::start(guest, &[]);
     gdb.ask("set breakpoint pending on");
     assert!(gdb.ask("break kstub_late_product").contains("pending"), "{}", gdb.everything());

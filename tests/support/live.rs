@@ -422,6 +422,15 @@ impl Guest {
         answer.as_str().expect("text").replace('\r', "")
     }
 
+    /// QEMU's character devices, but the one through which its stub hears its monitor: once made that stays.
+    pub fn chardevs(&self) -> Vec<String> {
+        let text = self.human("info chardev");
+        let mut lines: Vec<String> =
+            text.lines().filter(|line| !line.contains("filename=gdb")).map(str::to_owned).collect();
+        lines.sort();
+        lines
+    }
+
     /// `info registers -a` of each CPU, by gdb's names; `cpl` is the privilege level.
     pub fn registers(&self) -> Vec<BTreeMap<String, u64>> {
         let text = self.human("info registers -a");

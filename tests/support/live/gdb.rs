@@ -55,11 +55,12 @@ impl Gdb {
 
     /// Starts a program that is, or ends up in, gdb.
     pub fn spawn(command: &mut Command) -> Self {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // One pipe: what gdb prints on both must come in order.
+        let (reader, writer) = std::io::pipe().expect("pipe");
+        command.stdin(Stdio::piped()).stdout(writer.try_clone().expect("pipe")).stderr(writer);
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let output = Arc::default();
-        pump(child.stdout.take().expect("stdout"), Arc::clone(&output));
-        pump(child.stderr.take().expect("stderr"), Arc::clone(&output));
+        pump(reader, Arc::clone(&output));
         let stdin = child.stdin.take().expect("stdin");
         let mut gdb = Self { child, stdin, output, seen: 0, marks: 0 };
         gdb.ask("set height 0");
