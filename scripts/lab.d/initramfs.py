@@ -22,7 +22,7 @@ def recipe():
     return recipe_hash(*_sources(), *CC_FLAGS, *kernels.MODULES, modules.recipe())
 
 
-def _pack(tree, archive):
+def pack(tree, archive):
     """cpio in the kernel's format. Not compressed: unpacking is slow where the CPU is emulated."""
     with open(archive, "wb") as out, subprocess.Popen(["find", "."], cwd=tree, stdout=subprocess.PIPE) as names:
         packed = subprocess.run(
@@ -69,7 +69,7 @@ def build_crowd(kernel):
             shutil.copy(QEMU_SOURCES / "crowd/init", own / "init")
             for source in (QEMU_SOURCES / "crowd").glob("*.c"):
                 run(["gcc", *CC_FLAGS, "-o", own / source.stem, source])
-            _pack(work / "tree", work / "part.cpio")
+            pack(work / "tree", work / "part.cpio")
             with open(work / "crowd.cpio", "wb") as out:
                 for part in (base, work / "part.cpio"):
                     with open(part, "rb") as source:
@@ -90,9 +90,9 @@ def build(kernel):
         return final
     with step(f"initramfs for {kernel.name}"), fresh_directory(final, stamp) as work:
         _build_tree(kernel, work / "base")
-        _pack(work / "base", work / "base.cpio")
+        pack(work / "base", work / "base.cpio")
         _build_kexec_part(kernel, work / "base.cpio", work / "kexec")
-        _pack(work / "kexec", work / "kexec-part.cpio")
+        pack(work / "kexec", work / "kexec-part.cpio")
         with open(work / "kexec.cpio", "wb") as out:
             for part in ("base.cpio", "kexec-part.cpio"):
                 with open(work / part, "rb") as source:

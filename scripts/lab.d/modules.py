@@ -22,13 +22,13 @@ STABLE_COMPILER = ("trixie", "gcc-14")
 NEWEST_SUITE = "sid"
 
 
-def names():
-    return [source.stem for source in sorted(SOURCES.glob("*.c"))]
+def names(sources=SOURCES):
+    return [source.stem for source in sorted(sources.glob("*.c"))]
 
 
-def recipe():
+def recipe(sources=SOURCES):
     """The hash of the sources."""
-    return recipe_hash(*sorted(SOURCES.glob("*.c")))
+    return recipe_hash(*sorted(sources.glob("*.c")))
 
 
 def _stanza(package, version=None):
@@ -98,12 +98,12 @@ def _headers(release, version, suite):
     return final / "usr/src" / f"linux-headers-{release}", toolchain
 
 
-def _compile(kernel, release, headers, toolchain, work):
+def _compile(kernel, release, sources, headers, toolchain, work):
     """Runs kbuild in `work`."""
     tree, compiler = _toolchain(*toolchain)
-    for source in SOURCES.glob("*.c"):
+    for source in sources.glob("*.c"):
         shutil.copy(source, work)
-    objects = " ".join(f"{name}.o" for name in names())
+    objects = " ".join(f"{name}.o" for name in names(sources))
     (work / "Makefile").write_text(f"obj-m := {objects}\n", encoding="utf-8")
     # What kbuild makes a module's BTF on top of; without it there is none (newer headers bring it).
     base = headers / "vmlinux"
@@ -126,12 +126,29 @@ def _compile(kernel, release, headers, toolchain, work):
             headers,
             f"M={work}",
             f"CC=x86_64-linux-gnu-{compiler}",
-            f"KCFLAGS=-g -Wno-error -ffile-prefix-map={work}/=qemu/modules/",
+            f"KCFLAGS=-g -Wno-error -ffile-prefix-map={work}/={sources.relative_to(CHECKOUT)}/",
             f"KERNELRELEASE={release}",
             "modules",
         ],
         env=environment,
     )
+
+
+def _build(kernel, sources, target):
+    """Leaves each module's .ko and .ko.debug in `target`."""
+    facts = kernels.info(kernel)
+    release, version = facts["release"], facts["package_version"]
+    debian.update()
+    headers, toolchain = _headers(release, version, facts["suite"])
+    scratch = HEADERS / f"{release}.build"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    _compile(kernel, release, sources, headers, toolchain, scratch)
+    for name in names(sources):
+        built = scratch / f"{name}.ko"
+        run(["objcopy", "--only-keep-debug", built, target / f"{name}.ko.debug"])
+        run(["objcopy", "--strip-debug", built, target / f"{name}.ko"])
+    shutil.rmtree(scratch)
 
 
 def build(kernel):
@@ -140,21 +157,16 @@ def build(kernel):
     Beside each .ko is its .ko.debug. A kernel whose configuration knows of modules' BTF (since 5.11) gets it.
     """
     facts = kernels.info(kernel)
-    release, version = facts["release"], facts["package_version"]
+    release = facts["release"]
     final = kernel / "lib/modules" / release / BUILD
-    stamp = recipe_hash(recipe(), version, 1)
-    if is_current(final, stamp):
-        return names()
-    debian.update()
-    headers, toolchain = _headers(release, version, facts["suite"])
-    scratch = HEADERS / f"{release}.build"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    with step(f"modules for {release}"), fresh_directory(final, stamp) as work:
-        _compile(kernel, release, headers, toolchain, scratch)
-        for name in names():
-            built = scratch / f"{name}.ko"
-            run(["objcopy", "--only-keep-debug", built, work / f"{name}.ko.debug"])
-            run(["objcopy", "--strip-debug", built, work / f"{name}.ko"])
-    shutil.rmtree(scratch)
+    stamp = recipe_hash(recipe(), facts["package_version"], 1)
+    if not is_current(final, stamp):
+        with step(f"modules for {release}"), fresh_directory(final, stamp) as work:
+            _build(kernel, SOURCES, work)
     return names()
+
+
+def build_others(kernel, sources, target):
+    """Builds the modules of another directory into `target`, and all of them every time."""
+    _build(kernel, sources, target)
+    return names(sources)

@@ -14,6 +14,7 @@ pub mod kallsyms;
 pub mod kdump;
 pub mod lab;
 pub mod lime;
+pub mod live;
 pub mod model;
 pub mod notes;
 pub mod page_tables;
