@@ -24,11 +24,7 @@ pub fn machine(target: &Target) -> anyhow::Result<Machine> {
 }
 
 /// What `target` names, for clients, and the files of its modules, for `gdb` if one is to be started.
-pub fn source(
-    target: &Target,
-    control: Control,
-    gdb: Option<&Path>,
-) -> anyhow::Result<(Source, Libraries)> {
+pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::Result<(Source, Libraries)> {
     let libraries = |machine| match gdb {
         Some(gdb) => Libraries::for_gdb(machine, places(target), gdb),
         None => Libraries::new(machine, places(target)),

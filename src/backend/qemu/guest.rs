@@ -45,6 +45,8 @@ pub struct Guest {
     /// Whether the guest was let go under run control and no stop was seen since.
     let_go: AtomicBool,
     patches: Patches,
+    /// Clients may change the guest.
+    may_write: AtomicBool,
 }
 
 /// The memory that a memory map told of.
