@@ -10,7 +10,7 @@ use kstub::backend::live::LiveError;
 use kstub::backend::qemu;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::{Focus, Form};
-use kstub::gdb::{Files, Settings, Show, index};
+use kstub::gdb::{Files, Libraries, Settings, Show, index};
 use kstub::kernel::{CpuId, Machine, OpenError};
 use kstub::{cli, command, debuginfo, server, vmcore};
 use std::ffi::OsStr;
