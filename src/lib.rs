@@ -1,11 +1,11 @@
-//! kstub speaks the GDB remote protocol over a Linux crash dump and knows the kernel in it.
+//! kstub speaks the GDB remote protocol over a Linux crash dump or a running QEMU guest, and knows the kernel in it.
 //!
 //! Bytes → address spaces → debug info → machines → the kernel's meaning → commands → the GDB protocol.
 //! Each row is a layer; a module imports only from lower rows, or from within its own folder.
 //! `tests/layering.rs` reads this crate's `use` paths and fails on any other edge.
 //!
 //! ```text
-//! 8  main
+//! 8  main  open  moments  wait_kernel  the program: what was typed, opened and run
 //! 7  cli   server                     arguments | sockets
 //! 6  gdb                              gdbstub glue, RSP front
 //! 5  command                          text (or JSON) in, text (or JSON) out
@@ -20,7 +20,7 @@
 //! - `debuginfo` parses bytes it is *given*, and finds files that hold them; it never reads a machine.
 //! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
 //! - `command` renders values; it knows neither gdbstub nor stdout.
-//! - Only `gdb` names gdbstub, only `server` names tokio, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
+//! - Only `gdb` names gdbstub, only `server` and `backend` name tokio, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
 //!   `main`, `cli` and `server`.
 
 pub mod addr;

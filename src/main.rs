@@ -1,20 +1,21 @@
 //! Parse, run, print the error chain, exit code.
 
+mod moments;
+mod open;
+mod wait_kernel;
+
 use anyhow::Context;
 use clap::Parser;
-use kstub::backend::Dump;
+use kstub::backend::live::LiveError;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
-use kstub::command::Focus;
-use kstub::debuginfo::debuginfod::Debuginfod;
-use kstub::debuginfo::find::{self, Places};
+use kstub::command::{Focus, Form};
 use kstub::gdb::{Files, Libraries, Settings, Show, index};
-use kstub::kernel::{CpuId, Machine, OpenError, Options, TypesFrom};
+use kstub::kernel::{CpuId, Machine, OpenError};
 use kstub::{cli, command, debuginfo, server, vmcore};
 use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 #[global_allocator]
@@ -54,14 +55,15 @@ fn start_log(verbose: u8) {
 /// Runs the command and returns the exit code.
 fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
-        Command::Gdb { target, gdb, threads, args } => {
-            let machine = Arc::new(open(&target)?);
-            let libraries = Libraries::for_gdb(machine.clone(), places(&target), &gdb);
+        Command::Gdb { target, gdb, threads, control, args } => {
+            only_dump_or_guest(&target)?;
+            let (source, libraries) = open::source(&target, control, Some(&gdb))?;
+            let machine = source.machine();
             let vmlinux = machine.vmlinux().map(Path::to_owned).or_else(|| libraries.image());
             report_problems(&machine);
             fill_gdb_index(&machine, &gdb, &libraries);
             server::gdb(
-                machine,
+                source,
                 &server::Debugger {
                     program: gdb,
                     libraries: Some(libraries),
@@ -71,12 +73,13 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 },
             )
         }
-        Command::Serve { target, listen, allow_remote, files, threads } => {
+        Command::Serve { target, listen, allow_remote, files, threads, control } => {
+            only_dump_or_guest(&target)?;
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
-            let machine = Arc::new(open(&target)?);
+            let (source, libraries) = open::source(&target, control, None)?;
+            let machine = source.machine();
             report_problems(&machine);
             let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
-            let libraries = Libraries::new(machine.clone(), places(&target));
             let made = || libraries.image().filter(|_| vmlinux.is_none());
             let files = match (files, made()) {
                 (ServeFiles::None, _) => Files::none(),
@@ -87,14 +90,15 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
                 (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
             };
-            server::serve(machine, Settings { files, show: show(threads) }, listen, |address| {
+            server::serve(source, Settings { files, show: show(threads) }, listen, |address| {
                 eprintln!("kstub: in gdb: target remote {address}")
             })?;
             Ok(0)
         }
-        Command::Run { target, json, cpu } => run_commands(target, json, cpu),
+        Command::Run { target, json, cpu, pause } => run_commands(target, json, cpu, pause),
         Command::Info { target, json } => {
-            let output = command::render_info(&open(&target)?);
+            only_dump_or_guest(&target)?;
+            let output = command::render_info(&open::machine(&target)?);
             let text = if json { format!("{:#}\n", output.json) } else { output.text };
             print(text.as_bytes())?;
             Ok(0)
@@ -110,31 +114,44 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
     }
 }
 
+/// A dump beside a guest would be one too many.
+fn only_dump_or_guest(target: &Target) -> anyhow::Result<()> {
+    if target.qemu.is_some() && !target.dump.is_empty() {
+        anyhow::bail!(Usage("--qemu names a guest: leave the dump out"));
+    }
+    Ok(())
+}
+
 /// `kstub run`: prints what each command answers; a command that fails does not keep the others from running.
-fn run_commands(mut target: Target, json: bool, cpu: Option<u32>) -> anyhow::Result<u8> {
-    let first = target.dump.iter().skip(1).position(|argument| is_command(argument));
+fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -> anyhow::Result<u8> {
+    let first = match target.qemu {
+        Some(_) => (!target.dump.is_empty()).then_some(0),
+        None => target.dump.iter().skip(1).position(|argument| is_command(argument)).map(|first| first + 1),
+    };
     let lines = match first {
-        Some(first) => target.dump.split_off(first + 1),
+        Some(first) => target.dump.split_off(first),
         None => anyhow::bail!(Usage("no command behind the dump; try: kstub run DUMP help")),
     };
-    let machine = open(&target)?;
+    let machine = open::machine(&target)?;
     report_problems(&machine);
     let cpu = cpu.map_or(machine.first_cpu(), CpuId);
     if machine.cpu(cpu).is_none() {
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
     let focus = Focus::default();
-    // What 'set' has chosen counts from the next command on.
-    let context = || {
-        let cpu = focus.cpu.get().unwrap_or(cpu);
-        command::Context { machine: &machine, cpu, task: None, focus: &focus }
-    };
+    let form = if json { Form::Json } else { Form::Text };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
-        let result = command::run(&context(), line);
+        // What 'set' has chosen counts from the next command on.
+        let cpu = focus.cpu.get().unwrap_or(cpu);
+        let result = moments::run(&machine, pause, |machine| {
+            // Whether a guest's answer holds together stands in the JSON.
+            let form = if machine.backend().live().is_some() { Form::Both } else { form };
+            command::run(&command::Context { machine, cpu, task: None, focus: &focus, form }, line)
+        })?;
         failed |= result.is_err();
         if json {
-            return print(format!("{}\n", command::envelope(line, &result)).as_bytes());
+            return print(format!("{}\n", command::envelope(line, result)).as_bytes());
         }
         match result {
             Ok(output) => print(output.text.as_bytes()),
@@ -184,6 +201,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         return exit::USAGE;
     }
     let code = error.chain().find_map(|cause| {
+        if cause.is::<LiveError>() {
+            return Some(exit::GUEST);
+        }
         if let Some(error) = cause.downcast_ref::<vmcore::Error>() {
             use vmcore::Error::{Denied, Io, Open};
             let unreadable = matches!(error, Open { .. } | Denied { .. } | Io { .. });
@@ -199,67 +219,6 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(if io { exit::UNREADABLE } else { exit::VMLINUX })
     });
     code.unwrap_or(exit::FAILURE)
-}
-
-fn open(target: &Target) -> anyhow::Result<Machine> {
-    let dump = Dump::open_arguments(&target.dump)?;
-    let caches = find::user_caches();
-    let download = download_bar();
-    let bar = download.clone();
-    let progress = move |got, size: Option<u64>| {
-        bar.set_length(size.unwrap_or(got));
-        bar.set_position(got);
-    };
-    let servers = || Debuginfod::from_environment(caches.as_deref(), Box::new(progress));
-    let places = Places {
-        debuginfod: if target.no_debuginfod { None } else { servers() },
-        memory: caches.as_ref().map(|caches| caches.join("kstub/vmlinux")),
-        ..places(target)
-    };
-    let types = match target.types {
-        cli::Types::Auto => TypesFrom::Any,
-        cli::Types::Btf => TypesFrom::Btf,
-        cli::Types::Dwarf => TypesFrom::Dwarf,
-    };
-    let options = Options { vmlinux: target.vmlinux.clone(), places, types };
-    let bar = scan_bar();
-    let machine = Machine::open(Arc::new(dump), &options, &|done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    download.finish_and_clear();
-    Ok(machine?)
-}
-
-/// Where files of the kernel's may be, as the user told.
-fn places(target: &Target) -> Places {
-    let beside = target.dump.first().and_then(|dump| Path::new(dump).parent());
-    let beside = beside.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
-    let beside = beside.map(Path::to_owned);
-    Places { beside, debug_dirs: target.debug_dir.clone(), ..Places::default() }
-}
-
-/// A bar for the scan of RAM.
-fn scan_bar() -> indicatif::ProgressBar {
-    let bar = terminal(indicatif::ProgressBar::new(0));
-    if let Ok(style) = indicatif::ProgressStyle::with_template(
-        "looking for the kernel in RAM {bar:40} {bytes}/{total_bytes}",
-    ) {
-        bar.set_style(style);
-    }
-    bar
-}
-
-/// A bar for what comes from debuginfod.
-fn download_bar() -> indicatif::ProgressBar {
-    let bar = terminal(indicatif::ProgressBar::new(0));
-    if let Ok(style) = indicatif::ProgressStyle::with_template(
-        "fetching the vmlinux {bar:40} {bytes}/{total_bytes} {bytes_per_sec}",
-    ) {
-        bar.set_style(style);
-    }
-    bar
 }
 
 /// Makes the indexes that let gdb start fast, with something to show meanwhile. Without them only speed is lost.
@@ -280,21 +239,13 @@ fn fill_gdb_index(machine: &Machine, gdb: &Path, libraries: &Libraries) {
 
 /// Shows what gdb indexes while it does.
 fn while_indexing<T>(what: &str, work: impl FnOnce(&mut dyn FnMut(Duration)) -> T) -> T {
-    let spinner = terminal(indicatif::ProgressBar::new_spinner());
+    let spinner = open::terminal(indicatif::ProgressBar::new_spinner());
     let done = work(&mut |_| {
         spinner.set_message(format!("gdb indexes {what} (once)"));
         spinner.tick();
     });
     spinner.finish_and_clear();
     done
-}
-
-/// Hides `bar` where standard error is no terminal.
-fn terminal(bar: indicatif::ProgressBar) -> indicatif::ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
-    }
-    bar
 }
 
 fn report_problems(machine: &Machine) {

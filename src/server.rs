@@ -11,7 +11,7 @@ mod session;
 pub use debugger::{Debugger, gdb};
 pub use listen::Listen;
 
-use crate::gdb::{Front, Settings};
+use crate::gdb::{Front, Live, Settings};
 use crate::kernel::Machine;
 use anyhow::Context;
 use listen::Listener;
@@ -26,37 +26,79 @@ use tokio::signal::unix::{SignalKind, signal};
 #[error("cannot listen")]
 pub struct CannotListen;
 
-/// Serves `machine` until SIGINT or SIGTERM, or for `-` until the one client leaves.
+/// What is served.
+#[derive(Clone)]
+pub enum Source {
+    /// A dump.
+    Dump(Arc<Machine>),
+    /// A guest that lives.
+    Guest(Arc<Live>),
+}
+
+impl From<Arc<Machine>> for Source {
+    fn from(machine: Arc<Machine>) -> Self {
+        Self::Dump(machine)
+    }
+}
+
+impl Source {
+    /// A client's session with it.
+    fn front(&self, settings: Settings) -> std::io::Result<Front> {
+        match self {
+            Self::Dump(machine) => Ok(Front::with(Arc::clone(machine), settings)),
+            Self::Guest(live) => Front::on_guest(live, settings),
+        }
+    }
+
+    /// The machine as it was last seen.
+    pub fn machine(&self) -> Arc<Machine> {
+        match self {
+            Self::Dump(machine) => Arc::clone(machine),
+            Self::Guest(live) => live.machine(),
+        }
+    }
+
+    /// Leaves a guest as it is to be left; sessions may still be at work.
+    fn leave(&self) {
+        if let Self::Guest(live) = self {
+            live.release();
+        }
+    }
+}
+
+/// Serves `source` until SIGINT or SIGTERM, or for `-` until the one client leaves.
 ///
 /// Once clients can connect, `on_ready` gets what gdb's `target remote` wants to hear; it is not called for
 /// `-`, where nobody connects.
 pub fn serve(
-    machine: Arc<Machine>,
+    source: impl Into<Source>,
     settings: impl Into<Settings>,
     listen: Listen,
     on_ready: impl FnOnce(&str),
 ) -> anyhow::Result<()> {
-    let settings = settings.into();
+    let (source, settings) = (&source.into(), settings.into());
     if listen == Listen::Stdio {
-        return session::over_stdio(machine, settings);
+        return session::over_stdio(source, settings);
     }
     // A list of ten thousand tasks is read before anyone waits for it: gdb gives up after 2 s.
-    drop(Front::with(machine.clone(), settings.clone()));
+    drop(source.front(settings.clone()).context("no session")?);
     let runtime = runtime()?;
     // Sessions that are still at work when this returns end with the process.
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         // Before anyone is told that we are ready, so that a signal from then on ends us cleanly.
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let listener = Listener::bind(&listen).await.context(CannotListen)?;
         on_ready(&listener.address());
         tokio::select! {
-            never = accept(&listener, &machine, &settings) => match never {},
+            never = accept(&listener, source, &settings) => match never {},
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
         Ok(())
-    })
+    });
+    source.leave();
+    served
 }
 
 fn runtime() -> anyhow::Result<Runtime> {
@@ -65,10 +107,10 @@ fn runtime() -> anyhow::Result<Runtime> {
 }
 
 /// Gives every client a session, for ever.
-async fn accept(listener: &Listener, machine: &Arc<Machine>, settings: &Settings) -> Infallible {
+async fn accept(listener: &Listener, source: &Source, settings: &Settings) -> Infallible {
     loop {
         match listener.accept().await {
-            Ok(client) => session::start(Arc::clone(machine), settings.clone(), client),
+            Ok(client) => session::start(source.clone(), settings.clone(), client),
             Err(error) => {
                 // Such as too many open files: passes when a client leaves.
                 tracing::warn!("cannot accept a client: {error}");

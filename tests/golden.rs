@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use kstub::backend::Dump;
-use kstub::command::{self, COMMANDS, Context, Focus};
+use kstub::command::{self, COMMANDS, Context, Focus, Form};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{Machine, Options};
 use std::collections::BTreeMap;
@@ -182,7 +182,13 @@ fn program(arguments: &[&str]) -> String {
 fn monitor(machine: &Machine, line: &str) -> String {
     let mut text = format!("(gdb) monitor {line}\n");
     match command::run(
-        &Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() },
+        &Context {
+            machine,
+            cpu: machine.first_cpu(),
+            task: None,
+            focus: &Focus::default(),
+            form: Form::Both,
+        },
         line,
     ) {
         Ok(output) => {

@@ -9,7 +9,7 @@ mod support;
 
 use kstub::addr::{PhysAddr, PhysRange, VirtAddr};
 use kstub::backend::{Backend, Dump, Fact, SavedCpu};
-use kstub::command::{self, Context, Focus};
+use kstub::command::{self, Context, Focus, Form};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::stack::{Ended, Start, Trace, Tracer};
 use kstub::kernel::{Kernel, Machine, Options};
@@ -344,8 +344,13 @@ fn the_command_says_what_the_walk_found() {
     for set in sets().iter().take(6) {
         let machine = open(&set.dumps()[0], false);
         let run = |line: &str| {
-            let context =
-                Context { machine: &machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() };
+            let context = Context {
+                machine: &machine,
+                cpu: machine.first_cpu(),
+                task: None,
+                focus: &Focus::default(),
+                form: Form::Both,
+            };
             command::run(&context, line).unwrap_or_else(|error| panic!("{line}: {error}"))
         };
         let all = run("bt -a");

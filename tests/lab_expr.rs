@@ -5,7 +5,7 @@
 mod support;
 
 use kstub::backend::Dump;
-use kstub::command::{self, Context, Focus};
+use kstub::command::{self, Context, Focus, Form};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{CpuId, Machine, Options, TypesFrom};
 use serde_json::Value;
@@ -47,7 +47,7 @@ fn for_each_set(check: &mut dyn FnMut(&Set, &Path, &Machine)) {
 /// The JSON that a command answers for `cpu`.
 fn ask_on(machine: &Machine, cpu: CpuId, line: &str) -> Value {
     let focus = Focus::default();
-    match command::run(&Context { machine, cpu, focus: &focus, task: None }, line) {
+    match command::run(&Context { machine, cpu, focus: &focus, task: None, form: Form::Both }, line) {
         Ok(output) => output.json,
         Err(error) => panic!("{line}: {error}"),
     }
@@ -318,7 +318,8 @@ fn expressions_are_gdbs() {
         let mut compared = 0;
         for (expression, printed) in expressions.iter().zip(&printed) {
             let focus = Focus::default();
-            let context = Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None };
+            let context =
+                Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None, form: Form::Both };
             let ours = command::run(&context, &format!("p -d {expression}"));
             // What gdb refuses (a member that moved, NULL followed) we refuse, too.
             let Some((_, theirs)) = printed.split_once(" = ") else {

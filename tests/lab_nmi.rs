@@ -8,7 +8,7 @@ mod support;
 use kstub::addr::VirtAddr;
 use kstub::arch::x86_64::Reg;
 use kstub::backend::Dump;
-use kstub::command::{self, Context, Focus, Output};
+use kstub::command::{self, Context, Focus, Form, Output};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::spin::{Kind, Owner, Spin};
 use kstub::kernel::{CpuId, Machine, Options};
@@ -45,7 +45,8 @@ fn has_spinners(set: &Set) -> bool {
 }
 
 fn run(machine: &Machine, line: &str) -> Output {
-    let context = Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() };
+    let context =
+        Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default(), form: Form::Both };
     command::run(&context, line).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 

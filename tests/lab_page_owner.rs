@@ -8,7 +8,7 @@ mod support;
 
 use kstub::addr::{Pfn, VirtAddr};
 use kstub::backend::{Backend, Dump};
-use kstub::command::{self, Context, Focus, Output};
+use kstub::command::{self, Context, Focus, Form, Output};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{Kernel, Machine, Options};
 use serde_json::Value;
@@ -157,7 +157,8 @@ fn machines(dir: &Path) -> [(String, Machine); 2] {
 }
 
 fn run(machine: &Machine, line: &str) -> Output {
-    let context = Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() };
+    let context =
+        Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default(), form: Form::Both };
     command::run(&context, line).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 

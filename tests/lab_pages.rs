@@ -8,7 +8,7 @@ mod support;
 
 use kstub::addr::{Pfn, PhysAddr, VirtAddr};
 use kstub::backend::{Backend, Dump};
-use kstub::command::{self, Context, Focus};
+use kstub::command::{self, Context, Focus, Form};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::page::about::About;
 use kstub::kernel::page::census::{each_page, for_each_section};
@@ -79,7 +79,7 @@ fn lines(set: &Set, file: &str, word: &str) -> Vec<BTreeMap<String, String>> {
 
 fn json(machine: &Machine, line: &str) -> Value {
     let focus = Focus::default();
-    let context = Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None };
+    let context = Context { machine, cpu: machine.first_cpu(), focus: &focus, task: None, form: Form::Both };
     command::run(&context, line).unwrap_or_else(|e| panic!("{line}: {e}")).json
 }
 

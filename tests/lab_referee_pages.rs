@@ -8,7 +8,7 @@
 mod support;
 
 use kstub::backend::Dump;
-use kstub::command::{self, Context, Focus};
+use kstub::command::{self, Context, Focus, Form};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{Machine, Options};
 use serde_json::{Value, json};
@@ -96,8 +96,13 @@ impl Case {
 
     fn try_ask(&self, line: &str) -> Result<Value, String> {
         let focus = Focus::default();
-        let context =
-            Context { machine: &self.machine, cpu: self.machine.first_cpu(), focus: &focus, task: None };
+        let context = Context {
+            machine: &self.machine,
+            cpu: self.machine.first_cpu(),
+            focus: &focus,
+            task: None,
+            form: Form::Both,
+        };
         command::run(&context, line).map(|output| output.json).map_err(|error| error.to_string())
     }
 

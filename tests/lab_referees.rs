@@ -9,7 +9,7 @@ mod support;
 
 use kstub::addr::VirtAddr;
 use kstub::backend::Dump;
-use kstub::command::{self, Context, Focus};
+use kstub::command::{self, Context, Focus, Form};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{CpuId, Machine, Options};
 use serde_json::{Value, json};
@@ -97,7 +97,7 @@ fn cases() -> &'static [Case] {
 impl Case {
     fn try_ask(&self, cpu: CpuId, line: &str) -> Result<Value, String> {
         let focus = Focus::default();
-        let context = Context { machine: &self.machine, cpu, focus: &focus, task: None };
+        let context = Context { machine: &self.machine, cpu, focus: &focus, task: None, form: Form::Both };
         command::run(&context, line).map(|output| output.json).map_err(|error| error.to_string())
     }
 

@@ -9,7 +9,7 @@ mod support;
 
 use kstub::addr::VirtAddr;
 use kstub::backend::Dump;
-use kstub::command::{self, Context, Focus, Output};
+use kstub::command::{self, Context, Focus, Form, Output};
 use kstub::debuginfo::find::Places;
 use kstub::kernel::{Kernel, Machine, Options};
 use serde_json::Value;
@@ -44,7 +44,8 @@ fn for_each_set(check: &mut dyn FnMut(&Set, &str, &Machine)) {
 }
 
 fn run(machine: &Machine, line: &str) -> Result<Output, String> {
-    let context = Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default() };
+    let context =
+        Context { machine, cpu: machine.first_cpu(), task: None, focus: &Focus::default(), form: Form::Both };
     command::run(&context, line).map_err(|error| error.to_string())
 }
 
@@ -575,7 +576,8 @@ fn a_command_for_each_task() {
         assert!(run(machine, "foreach").is_err(), "{what}");
         // What is chosen holds for the commands behind it.
         let focus = Focus::default();
-        let context = Context { machine, cpu: machine.first_cpu(), task: None, focus: &focus };
+        let context =
+            Context { machine, cpu: machine.first_cpu(), task: None, focus: &focus, form: Form::Both };
         let pid = told.first().unwrap().pid;
         command::run(&context, &format!("set {pid}")).unwrap();
         assert_eq!(command::run(&context, "task").unwrap().json["tasks"][0]["pid"], pid, "{what}");

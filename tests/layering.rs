@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// Rows of the diagram in `src/lib.rs`. A module may import from lower rows and from its own folder.
 const LAYERS: &[(u32, &[&str])] = &[
-    (8, &["main"]),
+    (8, &["main", "moments", "open", "wait_kernel"]),
     (7, &["cli", "server"]),
     (6, &["gdb"]),
     (5, &["command"]),
@@ -26,12 +26,13 @@ const CRATES: &[(&str, &[&str])] = &[
     ("gdbstub", &["gdb"]),
     ("gdbstub_arch", &["gdb"]),
     ("tokio", &["server"]),
+    ("qapi", &["backend"]),
     ("gimli", &["debuginfo"]),
     ("addr2line", &["debuginfo"]),
     ("object", &["debuginfo", "vmcore"]),
     ("ureq", &["debuginfo"]),
     ("iced_x86", &["arch"]),
-    ("anyhow", &["main", "cli", "server"]),
+    ("anyhow", &["main", "moments", "open", "wait_kernel", "cli", "server"]),
 ];
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone)]

@@ -106,6 +106,17 @@ pub enum LiveError {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// It cannot be asked now: there is no run control, the guest runs, another debugger is there.
+    #[error("{what}: {why}")]
+    NotNow {
+        /// What was asked.
+        what: String,
+        /// Why not, and the cure.
+        why: String,
+    },
+    /// What was given as the address of QEMU is none.
+    #[error("'{0}' is no address of QEMU: give unix:PATH, PATH or HOST:PORT")]
+    Address(String),
     /// The session was opened without `--allow-write`.
     #[error("{0} would change the guest; start kstub with --allow-write to let it")]
     ReadOnly(String),
@@ -123,6 +134,9 @@ pub trait LiveControl: Send + Sync {
 
     /// What happened since this was last asked, oldest first.
     fn happenings(&self) -> Vec<Happening>;
+
+    /// Whether clients may change the guest (`--allow-write`).
+    fn may_write(&self) -> bool;
 
     /// Answers a line of QEMU's human monitor. The caller sees to it that the line is harmless or allowed.
     fn monitor(&self, line: &str) -> Result<String, LiveError>;

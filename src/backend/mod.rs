@@ -4,9 +4,12 @@
 
 mod dump;
 pub mod live;
+mod overlay;
+pub mod qemu;
 mod registers;
 
 pub use dump::Dump;
+pub use overlay::Overlay;
 
 use crate::arch::x86_64::RegisterFile;
 use crate::memory::PhysicalMemory;

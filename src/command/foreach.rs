@@ -1,10 +1,10 @@
 //! `foreach`: a command for each of several tasks.
 
 use super::ps::Tasks;
-use super::{Command, CommandError, Context, Focus, Output, find, printable};
+use super::{Command, CommandError, Context, Focus, Output, find, object, printable};
 use crate::addr::VirtAddr;
 use crate::kernel::sched::TaskInfo;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
@@ -47,16 +47,17 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let (mut text, mut rows) = (String::new(), Vec::new());
     if *command == "bt" {
         // Many at once.
-        let tasks: Vec<_> = chosen.iter().map(|task| task.at).collect();
-        for (task, answer) in chosen.iter().zip(super::bt::for_tasks(context, &tasks, rest)?) {
+        let answers = super::bt::for_tasks(context, &chosen, rest)?;
+        text.reserve_exact(answers.iter().flatten().map(|answer| answer.text.len() + 1).sum());
+        for (task, answer) in chosen.iter().zip(answers) {
             let Some(answer) = answer else { continue };
             text += &answer.text;
             text.push('\n');
-            let mut row = super::task::identity(task);
-            row.insert("result".into(), answer.json);
-            rows.push(row);
+            if context.form.has_json() {
+                rows.push(of_one(task, "result", answer.json));
+            }
         }
-        return Ok(Output { text, json: json!({ "command": command, "tasks": rows }) });
+        return Ok(Output { text, json: of_all(command, rows) });
     }
     for task in chosen {
         let focus = Focus::default();
@@ -76,11 +77,19 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         if !text.ends_with("\n\n") {
             text.push('\n');
         }
-        let mut row = super::task::identity(task);
-        row.insert(key.into(), value);
-        rows.push(row);
+        rows.push(of_one(task, key, value));
     }
-    Ok(Output { text, json: json!({ "command": command, "tasks": rows }) })
+    Ok(Output { text, json: of_all(command, rows) })
+}
+
+fn of_one(task: &TaskInfo, key: &str, value: Value) -> Value {
+    let mut row = super::task::identity(task);
+    row.insert(key.into(), value);
+    Value::Object(row)
+}
+
+fn of_all(command: &str, rows: Vec<Value>) -> Value {
+    object([("command", command.into()), ("tasks", Value::Array(rows))])
 }
 
 /// The `struct task_struct` of each task that `selectors` choose.

@@ -22,6 +22,7 @@ mod page;
 mod page_owner;
 mod percpu;
 mod ps;
+mod qemu;
 mod rd;
 mod regs;
 mod runq;
@@ -56,6 +57,30 @@ pub struct Context<'a> {
     pub task: Option<VirtAddr>,
     /// What else the user has chosen.
     pub focus: &'a Focus,
+    /// Which rendering of the answer is wanted.
+    pub form: Form,
+}
+
+/// Which rendering of an answer is wanted. Of ten thousand backtraces the one that nobody reads takes as long as the other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Form {
+    /// For people.
+    Text,
+    /// For scripts.
+    Json,
+    /// The two.
+    #[default]
+    Both,
+}
+
+impl Form {
+    fn has_text(self) -> bool {
+        self != Self::Json
+    }
+
+    fn has_json(self) -> bool {
+        self != Self::Text
+    }
 }
 
 /// What a user has chosen with commands, for as long as the session lasts.
@@ -86,13 +111,28 @@ impl<'a> Context<'a> {
     }
 }
 
-/// What a command answers: one value with two renderings.
+/// What a command answers: one value with two renderings, of which [`Context::form`] tells those that are wanted.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Output {
     /// For people; ends with a newline unless empty.
     pub text: String,
     /// For scripts.
     pub json: serde_json::Value,
+}
+
+impl Output {
+    /// Those of both renderings that `form` asks for; the other is empty, and null.
+    fn of(form: Form, text: impl FnOnce() -> String, json: impl FnOnce() -> serde_json::Value) -> Self {
+        Self {
+            text: if form.has_text() { text() } else { String::new() },
+            json: if form.has_json() { json() } else { serde_json::Value::Null },
+        }
+    }
+}
+
+/// An object of these members. Unlike `json!` it takes the values as they are and makes no copies.
+fn object<const N: usize>(members: [(&str, serde_json::Value); N]) -> serde_json::Value {
+    members.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
 /// A failed command: the text for the user, lower case, with the cure where there is one.
@@ -137,6 +177,7 @@ pub const COMMANDS: &[Command] = &[
     page::COMMAND,
     percpu::COMMAND,
     ps::COMMAND,
+    qemu::COMMAND,
     rd::COMMAND,
     regs::COMMAND,
     runq::COMMAND,
@@ -153,7 +194,7 @@ pub const COMMANDS: &[Command] = &[
     why::COMMAND,
 ];
 
-/// Runs one command line such as `why 0xffff888000000000`.
+/// Runs one command line such as `why 0xffff888000000000`. What `context` does not ask for is empty in the answer.
 pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
     // crash's short form: `*page ADDR`.
     let (star, line) = match line.trim_start().strip_prefix('*') {
@@ -163,18 +204,21 @@ pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
     let mut words = star.into_iter().chain(line.split_whitespace());
     let name = words.next().unwrap_or("help");
     let arguments: Vec<&str> = words.collect();
-    (find(name)?.run)(context, &arguments)
+    let Output { text, json } = (find(name)?.run)(context, &arguments)?;
+    // Most commands make both.
+    Ok(Output::of(context.form, || text, || json))
 }
 
 /// Number of the form of JSON answers; goes up when a key goes or changes its meaning.
 pub const SCHEMA: u32 = 1;
 
 /// The answer to `line` as one JSON value that says what it answers.
-pub fn envelope(line: &str, result: &Result<Output, CommandError>) -> serde_json::Value {
-    match result {
-        Ok(output) => serde_json::json!({ "schema": SCHEMA, "command": line, "result": output.json }),
-        Err(error) => serde_json::json!({ "schema": SCHEMA, "command": line, "error": error.to_string() }),
-    }
+pub fn envelope(line: &str, result: Result<Output, CommandError>) -> serde_json::Value {
+    let (key, value) = match result {
+        Ok(output) => ("result", output.json),
+        Err(error) => ("error", error.to_string().into()),
+    };
+    object([("schema", SCHEMA.into()), ("command", line.into()), (key, value)])
 }
 
 /// Whether there is a command called `name`.

@@ -4,11 +4,11 @@ use super::args::number_of_cpu;
 use super::table::Table;
 use super::{Command, CommandError, Context, Output, printable};
 use crate::addr::VirtAddr;
-use crate::kernel::Kernel;
 use crate::kernel::cpus::POSSIBLE;
 use crate::kernel::mm::{MmReader, MmSize};
 use crate::kernel::sched::{State, TaskInfo, policy_name};
 use crate::kernel::time::{Date, Span};
+use crate::kernel::{Kernel, parallel};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
@@ -61,7 +61,7 @@ impl<'a> Tasks<'a> {
     pub fn read(kernel: &'a Kernel) -> Result<Self, CommandError> {
         let found = kernel.tasks()?;
         let reader = kernel.task_reader()?;
-        let mut all: Vec<TaskInfo> = found.tasks.iter().map(|task| reader.read(task.at)).collect();
+        let mut all: Vec<TaskInfo> = parallel::map(&found.tasks, |task| reader.read(task.at));
         all.sort_by_key(|task| (task.pid, if task.pid == Some(0) { task.cpu } else { None }));
         let by_address = (0..).zip(&all).map(|(i, task)| (task.at, i)).collect();
         let cpus = kernel.cpu_mask(&POSSIBLE).unwrap_or_default();

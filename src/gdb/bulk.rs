@@ -9,7 +9,7 @@ use super::frames;
 use super::memory::{self, Space};
 use super::target::{Target, errno};
 use super::threads::{Choice, Thread};
-use crate::command::{self, CommandError, Output};
+use crate::command::{self, CommandError, Form, Output};
 use crate::kernel::Machine;
 use crate::rsp;
 
@@ -22,13 +22,13 @@ pub(super) fn answer(target: &Target, space: Space, body: &[u8]) -> Option<Resul
         return Some(Ok(b"run;text;read;unwind".to_vec()));
     }
     if let Some(request) = body.strip_prefix(b"qkstub.run:") {
-        let json = |line: &str, result| command::envelope(line, &result).to_string();
-        return Some(run(target, request, json).ok_or(errno::EINVAL));
+        let json = |line: &str, result| command::envelope(line, result).to_string();
+        return Some(run(target, request, Form::Json, json).ok_or(errno::EINVAL));
     }
     if let Some(request) = body.strip_prefix(b"qkstub.text:") {
         let text =
             |_: &str, result: Answer| result.map_or_else(|error| format!("{error}\n"), |output| output.text);
-        return Some(run(target, request, text).ok_or(errno::EINVAL));
+        return Some(run(target, request, Form::Text, text).ok_or(errno::EINVAL));
     }
     if let Some(id) = body.strip_prefix(b"qkstub.unwind:") {
         let frames =
@@ -41,12 +41,17 @@ pub(super) fn answer(target: &Target, space: Space, body: &[u8]) -> Option<Resul
 
 type Answer = Result<Output, CommandError>;
 
-fn run(target: &Target, request: &[u8], render: impl Fn(&str, Answer) -> String) -> Option<Vec<u8>> {
+fn run(
+    target: &Target,
+    request: &[u8],
+    form: Form,
+    render: impl Fn(&str, Answer) -> String,
+) -> Option<Vec<u8>> {
     let colon = request.iter().position(|&byte| byte == b':')?;
     let (id, line) = (request.get(..colon)?, request.get(colon + 1..)?);
     let thread = thread(target, id)?;
     let line = String::from_utf8_lossy(&rsp::decode(line)?).into_owned();
-    let result = command::run(&target.context(thread), line.trim());
+    let result = command::run(&target.context(thread, form), line.trim());
     Some(hex(&render(line.trim(), result)))
 }
 

@@ -8,12 +8,14 @@
 use super::Settings;
 use super::engine::Engine;
 use super::files::{Files, OpenFiles};
+use super::live::{Live, Session};
 use super::memory::{self, Space};
 use super::selection::Selection;
 use super::target::{Target, errno};
 use super::threads::{Choice, Thread, Threads};
-use super::{bulk, osdata};
-use crate::command::Focus;
+use super::{Show, bulk, osdata};
+use crate::addr::VirtAddr;
+use crate::command::{Focus, Form};
 use crate::kernel::Machine;
 use crate::rsp::{self, Event};
 use std::sync::Arc;
@@ -42,37 +44,44 @@ pub enum Flow {
 
 /// What the client said of itself in `qSupported`.
 #[derive(Clone, Copy, Default)]
-struct Client {
+pub(super) struct Client {
     /// Thread ids carry a process: `p1.2`.
     multiprocess: bool,
     /// It is gdb. lldb takes some replies otherwise, and only gdb announces thread events.
-    gdb: bool,
+    pub(super) gdb: bool,
     /// It selects a thread before each command: gdb since 16, which is also the first to announce long errors.
-    selects_for_commands: bool,
+    pub(super) selects_for_commands: bool,
 }
 
 /// One client's session.
 pub struct Front {
-    machine: Arc<Machine>,
-    engine: Engine,
-    client: Client,
-    selection: Selection,
+    pub(super) machine: Arc<Machine>,
+    pub(super) engine: Engine,
+    pub(super) client: Client,
+    pub(super) selection: Selection,
     /// Our answer to the first `qSupported` that named features; repeated to later ones.
     supported: Option<Vec<u8>>,
     acknowledge: bool,
     /// The last packet sent, for a client that asks for it again.
     last_packet: Vec<u8>,
     physical: bool,
-    files: OpenFiles,
+    pub(super) files: OpenFiles,
     /// What `info os` was last asked for, and the document.
     table: (Vec<u8>, String),
     /// The list of threads, and whether the ids in it name the process.
     thread_list: Option<(bool, String)>,
+    show: Show,
+    /// The way to the guest, where it is none but a dump.
+    pub(super) live: Option<Session>,
+    /// The guest runs, and the client is answered when it stops.
+    pub(super) owes_stop: bool,
 }
 
 /// The packets to send for one request: rarely more than one.
-enum Reply {
+pub(super) enum Reply {
     One(Vec<u8>),
+    /// Once the guest stops.
+    Later,
     /// What was asked for by `m` or `x`: much, so it is written to where it is sent from.
     Memory,
     /// Console text for the user, then the answer.
@@ -92,7 +101,7 @@ impl From<Vec<u8>> for Reply {
 }
 
 /// `Enn`: failed for the reason that the errno gives.
-fn error(errno: u8) -> Vec<u8> {
+pub(super) fn error(errno: u8) -> Vec<u8> {
     let mut body = b"E".to_vec();
     rsp::encode(&[errno], &mut body);
     body
@@ -128,6 +137,38 @@ impl Front {
             files: OpenFiles::new(settings.files),
             table: Default::default(),
             thread_list: None,
+            show: settings.show,
+            live: None,
+            owes_stop: false,
+        }
+    }
+
+    /// A session on a guest, which this client controls if it is the first to ask how it stands.
+    pub fn on_guest(live: &Arc<Live>, settings: Settings) -> std::io::Result<Self> {
+        let session = live.session()?;
+        let files = match live.libraries() {
+            Some(libraries) => settings.files.with_libraries(libraries),
+            None => settings.files,
+        };
+        let front = Self::with(live.machine(), Settings { files, ..settings });
+        Ok(Self { live: Some(session), ..front })
+    }
+
+    /// Goes on with another moment of the machine.
+    pub(super) fn see(&mut self, machine: Arc<Machine>) {
+        let target = &mut self.engine.target;
+        target.threads = Threads::new(&machine, self.show);
+        target.machine = Arc::clone(&machine);
+        self.machine = machine;
+        self.thread_list = None;
+        self.table = Default::default();
+        let first = self.first();
+        let selected = self.engine.target.selected;
+        if !self.engine.target.threads.has(selected) {
+            self.selection.stopped_on(first);
+            if self.engine.select(first).is_err() {
+                tracing::error!("{first:?} cannot be selected");
+            }
         }
     }
 
@@ -143,8 +184,9 @@ impl Front {
             // Without acknowledgement the client does not send it again: it must not wait for an answer.
             Event::BadChecksum => self.send(error(errno::EINVAL), out),
             Event::Nak if self.acknowledge => out.extend_from_slice(&self.last_packet),
-            // Nothing ever runs that Ctrl-C could stop.
-            Event::Nak | Event::Ack | Event::Interrupt => {}
+            // Of a dump nothing ever runs that Ctrl-C could stop.
+            Event::Interrupt => self.interrupt(out),
+            Event::Nak | Event::Ack => {}
         }
         Flow::Continue
     }
@@ -155,9 +197,18 @@ impl Front {
         if body == b"QStartNoAckMode" {
             self.acknowledge = false;
         }
+        self.catch_up();
         self.follow_selection(body);
-        match self.answer(body) {
+        let reply = self.answer(body);
+        self.reply(reply, body, out);
+        if is_goodbye(body) { Flow::End } else { Flow::Continue }
+    }
+
+    /// Sends what answers `body`.
+    pub(super) fn reply(&mut self, reply: Reply, body: &[u8], out: &mut Vec<u8>) {
+        match reply {
             Reply::One(body) => self.send(body, out),
+            Reply::Later => {}
             Reply::Memory => self.send_with(out, |front, packet| front.read_memory(body, packet)),
             Reply::Console(text, body) => {
                 let mut console = b"O".to_vec();
@@ -166,7 +217,6 @@ impl Front {
                 self.send(body, out);
             }
         }
-        if is_goodbye(body) { Flow::End } else { Flow::Continue }
     }
 
     fn ack(&self, out: &mut Vec<u8>) {
@@ -211,6 +261,9 @@ impl Front {
     }
 
     fn answer(&mut self, body: &[u8]) -> Reply {
+        if let Some(reply) = self.live_answer(body) {
+            return reply;
+        }
         match body {
             b"QStartNoAckMode" => b"OK"[..].into(),
             b"qSupported" => self.supported(b""),
@@ -245,7 +298,7 @@ impl Front {
     }
 
     /// The thread a client starts on.
-    fn first(&self) -> Thread {
+    pub(super) fn first(&self) -> Thread {
         self.engine.target.threads.on(self.machine.first_cpu())
     }
 
@@ -274,6 +327,9 @@ impl Front {
         let mut reply =
             format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+;qXfer:osdata:read+").into_bytes();
         reply.extend_from_slice(self.files.files.features().as_bytes());
+        if self.live.as_ref().is_some_and(|live| live.control().can_reverse()) {
+            reply.extend_from_slice(b";ReverseContinue+;ReverseStep+");
+        }
         if client.gdb {
             reply.extend_from_slice(b";binary-upload+");
         }
@@ -305,6 +361,10 @@ impl Front {
         }
     }
 
+    pub(super) fn is_physical(&self) -> bool {
+        self.physical
+    }
+
     fn space(&self) -> Space {
         let Target { machine, threads, selected, .. } = &self.engine.target;
         match threads.task(machine, *selected) {
@@ -315,7 +375,12 @@ impl Front {
     }
 
     fn read(&self, request: &[u8], max: usize) -> Result<Vec<u8>, u8> {
-        memory::read(&self.machine, self.space(), request, max)
+        let mut bytes = memory::read(&self.machine, self.space(), request, max)?;
+        if let Some(live) = &self.live {
+            let at = request.split(|&byte| byte == b',').next().and_then(rsp::parse_u64);
+            at.into_iter().for_each(|at| live.unhide(VirtAddr(at), &mut bytes));
+        }
+        Ok(bytes)
     }
 
     /// Appends the answer to `m` or `x` to `body`. Only gdb knows our form of `x`; an old lldb probes for another form
@@ -336,7 +401,7 @@ impl Front {
     }
 
     /// A stop reply. It must name a thread, or gdb warns and selects the first one.
-    fn stopped(&self, signal: &[u8], thread: Thread) -> Vec<u8> {
+    pub(super) fn stopped(&self, signal: &[u8], thread: Thread) -> Vec<u8> {
         [signal, b"thread:", self.id(thread).as_bytes(), b";"].concat()
     }
 
@@ -379,15 +444,22 @@ impl Front {
         self.engine.target.command_thread = if exact { self.engine.target.selected } else { followed };
         let answer = self.ask(request);
         match self.engine.target.console.take() {
-            Some(text) if text.is_empty() => answer.into(),
-            Some(text) if self.client.gdb => {
-                let mut body = Vec::new();
-                rsp::encode(text.as_bytes(), &mut body);
-                body.into()
-            }
-            Some(text) => Reply::Console(text, answer),
+            Some(text) => self.console_answer(text, answer),
             None => answer.into(),
         }
+    }
+
+    /// What a command has printed, and the answer behind it.
+    pub(super) fn console_answer(&self, text: String, answer: Vec<u8>) -> Reply {
+        if text.is_empty() {
+            return answer.into();
+        }
+        if self.client.gdb {
+            let mut body = Vec::new();
+            rsp::encode(text.as_bytes(), &mut body);
+            return body.into();
+        }
+        Reply::Console(text, answer)
     }
 
     /// `qXfer:threads:read::OFFSET,LENGTH`
@@ -408,7 +480,7 @@ impl Front {
         let end = annex.iter().rposition(|&byte| byte == b':').unwrap_or(annex.len());
         let (annex, window_wanted) = annex.split_at(end);
         if window_wanted.starts_with(b":0,") || self.table.0 != annex {
-            let context = self.engine.target.context(self.engine.target.selected);
+            let context = self.engine.target.context(self.engine.target.selected, Form::Json);
             let xml = osdata::document(&context, &String::from_utf8_lossy(annex));
             self.table = (annex.to_vec(), xml);
         }

@@ -12,10 +12,12 @@ mod frames;
 mod front;
 pub mod index;
 mod libraries;
+mod live;
 mod memory;
 mod module_index;
 mod osdata;
 mod registers;
+mod run_control;
 mod selection;
 mod target;
 mod threads;
@@ -23,6 +25,7 @@ mod threads;
 pub use files::Files;
 pub use front::{Flow, Front, MAX_REQUEST};
 pub use libraries::Libraries;
+pub use live::{Live, OnDisconnect, OpenLive, Policy};
 pub use threads::Show;
 
 /// What a server offers its clients.

@@ -8,7 +8,7 @@ use super::description::TARGET_XML;
 use super::registers::{GdbRegister, GdbRegisters, X86_64, bytes_of};
 use super::threads::{Thread, Threads};
 use crate::arch::x86_64::RegisterFile;
-use crate::command::{self, Context, Focus};
+use crate::command::{self, Context, Focus, Form};
 use crate::kernel::Machine;
 use gdbstub::common::Tid;
 use gdbstub::target::ext::base::BaseOps;
@@ -54,11 +54,11 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// What a command for `thread` is run with.
-    pub(super) fn context(&self, thread: Thread) -> Context<'_> {
+    /// What a command for `thread` is run with, to answer as `form` says.
+    pub(super) fn context(&self, thread: Thread, form: Form) -> Context<'_> {
         let cpu = self.threads.cpu(&self.machine, thread);
         let task = self.threads.task(&self.machine, thread).map(|task| task.at);
-        Context { machine: &self.machine, cpu, task, focus: &self.focus }
+        Context { machine: &self.machine, cpu, task, focus: &self.focus, form }
     }
 
     fn registers(&self, tid: Tid) -> TargetResult<RegisterFile, Self> {
@@ -206,7 +206,7 @@ impl SectionOffsets for Target {
 
 impl MonitorCmd for Target {
     fn handle_monitor_cmd(&mut self, line: &[u8], _out: ConsoleOutput<'_>) -> Result<(), Infallible> {
-        let context = self.context(self.command_thread);
+        let context = self.context(self.command_thread, Form::Text);
         let line = String::from_utf8_lossy(line);
         // A command that fails has still answered; its answer says why.
         let text =

@@ -119,7 +119,8 @@ impl Threads {
         }
     }
 
-    fn runs_on(&self, thread: Thread) -> Option<CpuId> {
+    /// The CPU that runs a thread.
+    pub(super) fn runs_on(&self, thread: Thread) -> Option<CpuId> {
         match thread {
             Thread::Cpu(cpu) => Some(cpu),
             Thread::Task(pid) => self.tasks.get(&pid)?.runs_on,

@@ -75,6 +75,8 @@ pub struct Machine {
     first: CpuId,
     text_base: Option<VirtAddr>,
     user_spaces: Vec<UserSpace>,
+    /// Which of the backend's saved registers are whose.
+    saved: Vec<(CpuId, usize)>,
     problems: Vec<String>,
 }
 
@@ -134,16 +136,35 @@ impl Machine {
                 Err(Some(error))
             }
         };
+        Ok(Self::with_kernel(backend, kernel, problems))
+    }
+
+    /// The same machine at another moment, which `backend` has memory and registers of: the kernel is known, and not
+    /// looked for again, but nothing that changes while it runs is kept. The caller knows that it is the same boot.
+    pub fn again(&self, backend: Arc<dyn Backend>) -> Self {
+        let kernel = match &self.kernel {
+            Ok(kernel) => Ok(kernel.again(backend.clone())),
+            Err(error) => Err(error.clone()),
+        };
+        Self::with_kernel(backend, kernel, Vec::new())
+    }
+
+    fn with_kernel(
+        backend: Arc<dyn Backend>,
+        kernel: Result<Kernel, Option<DiscoverError>>,
+        mut problems: Vec<String>,
+    ) -> Self {
         let mut machine = match &kernel {
             Ok(kernel) => {
-                let cpus = kernel_cpus(kernel, &*backend, &mut problems);
+                let (cpus, saved) = kernel_cpus(kernel, &*backend, &mut problems);
                 let first = first_cpu(kernel, &cpus);
-                Self::from_parts(backend, cpus, first, Some(text_base(kernel)))
+                let machine = Self::from_parts(backend, cpus, first, Some(text_base(kernel)));
+                Self { saved, ..machine }
             }
             Err(_) => {
-                let cpus = numbered_cpus(&*backend);
+                let (cpus, saved) = by_order(&*backend);
                 let first = cpus.first().map_or(CpuId(0), |cpu| cpu.id);
-                Self::from_parts(backend, cpus, first, None)
+                Self { saved, ..Self::from_parts(backend, cpus, first, None) }
             }
         };
         if let Ok(kernel) = &kernel {
@@ -151,7 +172,7 @@ impl Machine {
         }
         machine.kernel = kernel;
         machine.problems = problems;
-        Ok(machine)
+        machine
     }
 
     /// A machine of given CPUs without a known kernel: addresses lead through each CPU's CR3.
@@ -178,7 +199,8 @@ impl Machine {
             place_pc(cpu, text_base);
         }
         let user_spaces = cpus.iter().map(|cpu| cr3_space(&cpu.regs)).collect();
-        Self { backend, kernel: Err(None), cpus, first, text_base, user_spaces, problems: Vec::new() }
+        let (saved, problems) = (Vec::new(), Vec::new());
+        Self { backend, kernel: Err(None), cpus, first, text_base, user_spaces, saved, problems }
     }
 
     /// The memory and saved registers underneath.
@@ -208,6 +230,16 @@ impl Machine {
 
     fn index_of(&self, id: CpuId) -> Option<usize> {
         self.cpus.binary_search_by_key(&id, |cpu| cpu.id).ok()
+    }
+
+    /// The CPU that the backend's saved registers with this index are of: which CPU a guest's vCPU is.
+    pub fn cpu_of_saved(&self, index: usize) -> Option<CpuId> {
+        self.saved.iter().find_map(|&(cpu, saved)| (saved == index).then_some(cpu))
+    }
+
+    /// Index of the backend's saved registers of a CPU: which vCPU a guest's CPU is.
+    pub fn saved_of_cpu(&self, cpu: CpuId) -> Option<usize> {
+        self.saved.iter().find_map(|&(id, saved)| (id == cpu).then_some(saved))
     }
 
     /// The CPU a debugger should start on: the one that panicked, else the first.
@@ -263,6 +295,24 @@ impl Machine {
         let translation = space.walk(&*self.backend, at, &mut |step| steps.push(step));
         let unreadable = translation.as_ref().ok().and_then(|t| self.why_phys(t.phys));
         Why { tables, levels: space.levels, steps, translation, unreadable }
+    }
+
+    /// Where in physical memory the byte is that `cpu`, or the task at `task`, has at `at`.
+    pub fn phys_of(
+        &self,
+        cpu: CpuId,
+        task: Option<VirtAddr>,
+        at: VirtAddr,
+    ) -> Result<PhysAddr, TranslateError> {
+        let space = match (task, &self.kernel) {
+            (Some(task), Ok(kernel)) if at.0 >> 63 == 0 => match kernel.task(task).mm.flatten() {
+                Some(mm) => kernel.user_space(mm),
+                None => Err("the task is a kernel thread or exiting: it has no user memory".to_owned()),
+            },
+            _ => self.space_for(cpu, at).map(|(space, _)| space),
+        };
+        let space = space.map_err(|why| TranslateError::NoTables { at, why })?;
+        space.walk(&*self.backend, at, &mut |_| ()).map(|translation| translation.phys)
     }
 
     /// Why the byte at a physical address cannot be read; `None` if it can.
@@ -443,6 +493,13 @@ fn place_pc(cpu: &mut Cpu, text_base: Option<VirtAddr>) {
     cpu.notes.push("pc is a placeholder".to_owned());
 }
 
+/// CPUs numbered by the order of their saved registers.
+fn by_order(backend: &dyn Backend) -> (Vec<Cpu>, Vec<(CpuId, usize)>) {
+    let cpus = numbered_cpus(backend);
+    let saved = cpus.iter().map(|cpu| cpu.id).zip(0..).collect();
+    (cpus, saved)
+}
+
 /// Register sets numbered in the order of the source: all that can be said without a kernel.
 fn numbered_cpus(backend: &dyn Backend) -> Vec<Cpu> {
     let numbered = (0..).zip(backend.saved_cpus());
@@ -466,8 +523,12 @@ fn note_mode(cpu: &mut Cpu) {
     }
 }
 
-/// The CPUs that are present or left registers, with their tasks.
-fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String>) -> Vec<Cpu> {
+/// The CPUs that are present or left registers, with their tasks, and which saved registers are whose.
+fn kernel_cpus(
+    kernel: &Kernel,
+    backend: &dyn Backend,
+    problems: &mut Vec<String>,
+) -> (Vec<Cpu>, Vec<(CpuId, usize)>) {
     let saved = backend.saved_cpus();
     let Some(attributed) = kernel.attribute(saved) else {
         if kernel.symbols().is_ok() {
@@ -475,7 +536,7 @@ fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String
                 "which CPUs the kernel has cannot be read: registers are numbered by order only".to_owned(),
             );
         }
-        return numbered_cpus(backend);
+        return by_order(backend);
     };
     if attributed.len() < saved.len() {
         problems.push(format!(
@@ -537,7 +598,7 @@ fn kernel_cpus(kernel: &Kernel, backend: &dyn Backend, problems: &mut Vec<String
             "CPU {ids} walks page tables of something else than this kernel (firmware, or a kernel started after it)"
         ));
     }
-    cpus
+    (cpus, attributed.iter().map(|one| (one.cpu, one.index)).collect())
 }
 
 /// Note on a CPU whose registers were given to it without evidence.

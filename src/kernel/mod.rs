@@ -17,6 +17,7 @@ pub mod module;
 pub mod nmi;
 pub mod object;
 pub mod page;
+pub mod parallel;
 pub mod percpu;
 pub mod printk;
 pub mod rbtree;
@@ -59,9 +60,9 @@ use std::sync::{Arc, OnceLock};
 pub struct Kernel {
     backend: Arc<dyn Backend>,
     found: Found,
-    debug_info: Option<DebugInfo>,
+    debug_info: Option<Arc<DebugInfo>>,
     types: types::Types,
-    kallsyms: OnceLock<Result<SymbolTable, NoKallsyms>>,
+    kallsyms: Arc<OnceLock<Result<SymbolTable, NoKallsyms>>>,
     /// Where per-CPU memory lies; `None` without SMP or symbols.
     per_cpu: OnceLock<Option<percpu::Areas>>,
     modules: OnceLock<module::Modules>,
@@ -96,13 +97,23 @@ impl Kernel {
         Self {
             backend,
             found,
-            debug_info,
+            debug_info: debug_info.map(Arc::new),
             types: types::Types::default(),
-            kallsyms: OnceLock::new(),
+            kallsyms: Arc::default(),
             per_cpu: OnceLock::new(),
             modules: OnceLock::new(),
             page_map: OnceLock::new(),
             stacks: OnceLock::new(),
+        }
+    }
+
+    /// The same boot at another moment: what never changes is shared, the rest is read again from `backend`.
+    pub(crate) fn again(&self, backend: Arc<dyn Backend>) -> Self {
+        Self {
+            debug_info: self.debug_info.clone(),
+            types: self.types.again(),
+            kallsyms: self.kallsyms.clone(),
+            ..Self::new(backend, self.found.clone(), None)
         }
     }
 
@@ -118,7 +129,7 @@ impl Kernel {
 
     /// Its vmlinux, where there is one.
     pub fn debug_info(&self) -> Option<&DebugInfo> {
-        self.debug_info.as_ref()
+        self.debug_info.as_deref()
     }
 
     /// Reads kernel virtual memory through the kernel's own tables, whatever any CPU was doing.
@@ -145,7 +156,7 @@ impl Kernel {
     /// Symbols of the kernel image at link-time addresses: its vmlinux's or else those that the kernel carries in
     /// memory. `Err` says why there are none.
     pub fn symbols(&self) -> Result<&SymbolTable, &NoKallsyms> {
-        if let Some(info) = self.debug_info.as_ref().filter(|info| info.has_symbols()) {
+        if let Some(info) = self.debug_info().filter(|info| info.has_symbols()) {
             return Ok(info.symbols());
         }
         self.kallsyms.get_or_init(|| discover::find_kallsyms(&*self.backend, &self.found)).as_ref()

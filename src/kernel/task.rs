@@ -2,9 +2,10 @@
 
 use super::cpus::POSSIBLE;
 use super::list::ENTRIES_MAX;
-use super::{Kernel, Object, ObjectError};
+use super::{Kernel, Object, ObjectError, parallel};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::AddressSpace;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// `TASK_COMM_LEN`, the size of `comm` on all kernels; used only where the types do not tell.
 const TASK_COMM_LEN: usize = 16;
@@ -51,26 +52,30 @@ impl Kernel {
         };
         let processes = self.list(init_task.at.wrapping_add(in_tasks));
         all.problems.extend(processes.problem);
-        for node in processes.nodes {
-            let leader = task_around(node, in_tasks);
+        let leaders: Vec<_> = processes.nodes.iter().map(|node| task_around(*node, in_tasks)).collect();
+        // A list is read node by node; the lists of many processes are read at the same time.
+        let left = AtomicUsize::new(ENTRIES_MAX);
+        let threads_of = |leader: &Object<'_>| {
+            let Some(signal) = leader.at("signal")? else { return Ok::<_, ObjectError>(None) };
+            let head = signal.member("thread_head")?.at;
+            let threads = self.list_within(head, left.load(Ordering::Relaxed));
+            let seen = threads.nodes.len();
+            let _ = left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(seen)));
+            Ok(Some(threads))
+        };
+        let lists = parallel::map(&leaders, threads_of);
+        for (leader, threads) in leaders.into_iter().zip(lists) {
             all.tasks.push(leader);
             let Some(left) = ENTRIES_MAX.checked_sub(all.tasks.len()).filter(|&left| left > 0) else {
                 all.problems.push(format!("more than {ENTRIES_MAX} tasks"));
                 break;
             };
-            let threads = leader.at("signal").and_then(|signal| match signal {
-                Some(signal) => Ok(Some(self.list_within(signal.member("thread_head")?.at, left))),
-                None => Ok(None),
-            });
             match threads {
                 Ok(Some(threads)) => {
                     all.problems.extend(threads.problem);
-                    for node in threads.nodes {
-                        let thread = task_around(node, in_threads);
-                        if thread.at != leader.at {
-                            all.tasks.push(thread);
-                        }
-                    }
+                    let threads = threads.nodes.into_iter().map(|node| task_around(node, in_threads));
+                    all.tasks.extend(threads.filter(|thread| thread.at != leader.at).take(left));
                 }
                 Ok(None) => {}
                 Err(error) => all.problems.push(format!("threads of the task at {}: {error}", leader.at)),

@@ -30,15 +30,24 @@ pub enum TypesFrom {
 pub(super) struct Types {
     pub from: TypesFrom,
     /// Where files of modules may be.
-    pub places: Places,
+    pub places: Arc<Places>,
     /// BTF in memory, and the table over it; `None` where there is none.
     own: OnceLock<Option<(Arc<Btf>, TypeTable)>>,
+}
+
+impl Types {
+    /// The same at another moment of the kernel: modules may have come and gone.
+    pub(super) fn again(&self) -> Self {
+        let again = |(btf, _): &(Arc<Btf>, TypeTable)| (btf.clone(), TypeTable::new(btf.clone()));
+        let own = self.own.get().map_or_else(OnceLock::new, |own| OnceLock::from(own.as_ref().map(again)));
+        Self { from: self.from, places: self.places.clone(), own }
+    }
 }
 
 impl Kernel {
     /// The same kernel with its types `from` there, and files of modules looked for in `places`.
     pub fn with_types(mut self, from: TypesFrom, places: Places) -> Self {
-        self.types = Types { from, places, own: OnceLock::new() };
+        self.types = Types { from, places: Arc::new(places), own: OnceLock::new() };
         self
     }
 

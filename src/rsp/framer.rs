@@ -99,6 +99,16 @@ impl Framer {
     }
 }
 
+/// The bytes of binary data in a packet, whose escapes are taken out; `None` if it ends in the middle of one.
+pub fn unescape(body: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(body.len());
+    let mut rest = body.iter();
+    while let Some(&byte) = rest.next() {
+        bytes.push(if byte == b'}' { rest.next()? ^ 0x20 } else { byte });
+    }
+    Some(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,7 +8,7 @@ mod framer;
 mod hex;
 
 pub use encode::{escape, escape_up_to, frame, frame_into};
-pub use framer::{Event, Framer};
+pub use framer::{Event, Framer, unescape};
 pub use hex::{decode, encode, parse_u64};
 
 /// The sum of the body's bytes modulo 256, as sent after `#`.

@@ -2,17 +2,16 @@
 //!
 //! Source: GDB manual, "Choosing Files" (`-iex`), "Types of Remote Connections".
 
+use super::Source;
 use super::listen::{Listen, Listener};
 use crate::gdb::index::set_cache;
 use crate::gdb::{Files, Libraries, Settings, Show};
-use crate::kernel::Machine;
 use anyhow::Context;
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::Arc;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -34,12 +33,15 @@ pub struct Debugger {
     pub args: Vec<OsString>,
 }
 
-/// Runs `debugger` on `machine` and returns its exit code once it has ended (128 + the signal, if killed).
-pub fn gdb(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<u8> {
-    super::runtime()?.block_on(run(machine, debugger)).map(exit_code)
+/// Runs `debugger` on `source` and returns its exit code once it has ended (128 + the signal, if killed).
+pub fn gdb(source: impl Into<Source>, debugger: &Debugger) -> anyhow::Result<u8> {
+    let source = &source.into();
+    let ended = super::runtime()?.block_on(run(source, debugger));
+    source.leave();
+    ended.map(exit_code)
 }
 
-async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitStatus> {
+async fn run(source: &Source, debugger: &Debugger) -> anyhow::Result<ExitStatus> {
     // Ctrl-C and Ctrl-\ go from the terminal to gdb and to us; they are meant for gdb. Handled rather than
     // ignored, because an ignored signal would stay ignored in gdb.
     let _interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
@@ -76,7 +78,7 @@ async fn run(machine: Arc<Machine>, debugger: &Debugger) -> anyhow::Result<ExitS
         // gdb then finds the connection closed; the directory is removed.
         _ = terminate.recv() => Ok(ExitStatus::from_raw(SignalKind::terminate().as_raw_value())),
         _ = hangup.recv() => Ok(ExitStatus::from_raw(SignalKind::hangup().as_raw_value())),
-        never = super::accept(&listener, &machine, &settings) => match never {},
+        never = super::accept(&listener, source, &settings) => match never {},
     }
 }
 

@@ -5,17 +5,17 @@
 //! doubles or triples the time of a small request, of which gdb makes thousands. Being woken for each takes as long
 //! as all the rest, so the loop looks for the next request for a moment before it sleeps.)
 
+use super::Source;
 use crate::gdb::{Flow, Front, MAX_REQUEST, Settings};
-use crate::kernel::Machine;
 use crate::rsp::Framer;
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long the loop looks for the next request: what a client takes that asks at once.
@@ -23,6 +23,12 @@ const ATTENTIVE: Duration = Duration::from_micros(50);
 
 /// A socket that is asked for a moment before it is slept on.
 struct Attentive<'a, S>(&'a S);
+
+impl<S: AsFd> AsFd for Attentive<'_, S> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl<S: AsFd> Read for Attentive<'_, S>
 where
@@ -60,15 +66,15 @@ impl Client {
 }
 
 /// Serves one client in the background until either side ends it.
-pub(super) fn start(machine: Arc<Machine>, settings: Settings, client: Client) {
+pub(super) fn start(source: Source, settings: Settings, client: Client) {
     let work = move || {
         // A defect met by one client must not take the others' sessions along.
         let name = client.name();
         let _span = tracing::info_span!("session", client = name).entered();
         tracing::info!("a client came");
         let session = AssertUnwindSafe(|| match client {
-            Client::Tcp(stream) => converse(machine, settings, Attentive(&stream), &stream),
-            Client::Unix(stream) => converse(machine, settings, Attentive(&stream), &stream),
+            Client::Tcp(stream) => converse(source.front(settings)?, Attentive(&stream), &stream),
+            Client::Unix(stream) => converse(source.front(settings)?, Attentive(&stream), &stream),
         });
         match std::panic::catch_unwind(session) {
             Ok(Ok(end)) => tracing::info!("{end}"),
@@ -82,8 +88,8 @@ pub(super) fn start(machine: Arc<Machine>, settings: Settings, client: Client) {
 }
 
 /// The only session, on standard input and output, until it ends or the input does.
-pub(super) fn over_stdio(machine: Arc<Machine>, settings: Settings) -> anyhow::Result<()> {
-    match converse(machine, settings, std::io::stdin().lock(), std::io::stdout().lock()) {
+pub(super) fn over_stdio(source: &Source, settings: Settings) -> anyhow::Result<()> {
+    match converse(source.front(settings)?, std::io::stdin().lock(), std::io::stdout().lock()) {
         // The client ended the session by going away, which is no failure of ours.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         outcome => {
@@ -95,16 +101,21 @@ pub(super) fn over_stdio(machine: Arc<Machine>, settings: Settings) -> anyhow::R
 
 /// Answers everything that comes, until the client says goodbye or its input ends; says which of the two it was.
 fn converse(
-    machine: Arc<Machine>,
-    settings: Settings,
-    mut input: impl Read,
+    mut front: Front,
+    mut input: impl Read + AsFd,
     mut output: impl Write,
 ) -> io::Result<&'static str> {
-    let mut front = Front::with(machine, settings);
     let mut framer = Framer::new(MAX_REQUEST);
     let mut chunk = vec![0; MAX_REQUEST];
     let mut reply = Vec::new();
     loop {
+        if front.is_running() && stops_first(&input, &front)? {
+            reply.clear();
+            front.woken(&mut reply);
+            output.write_all(&reply)?;
+            output.flush()?;
+            continue;
+        }
         let n = match input.read(&mut chunk) {
             Ok(0) => return Ok("the client closed the connection"),
             Ok(n) => n,
@@ -122,5 +133,16 @@ fn converse(
                 return Ok("the client detached");
             }
         }
+    }
+}
+
+/// Waits for the client or for the guest to stop; whether it was the guest.
+fn stops_first(input: &impl AsFd, front: &Front) -> io::Result<bool> {
+    let Some(guest) = front.wake() else { return Ok(false) };
+    let mut both = [PollFd::new(&guest, PollFlags::IN), PollFd::new(input, PollFlags::IN)];
+    match rustix::event::poll(&mut both, None) {
+        Ok(_) => Ok(!both[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }

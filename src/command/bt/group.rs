@@ -3,7 +3,7 @@
 use super::render::Renderer;
 use crate::addr::VirtAddr;
 use crate::command::task::identity;
-use crate::command::{Output, printable};
+use crate::command::{Form, Output, object, printable};
 use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{Event, Trace};
 use serde_json::{Value, json};
@@ -44,7 +44,7 @@ pub fn groups(traces: &[&Trace]) -> Vec<Vec<usize>> {
 }
 
 /// The answer: the largest groups first, each with its backtrace once.
-pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>) -> Output {
+pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>, form: Form) -> Output {
     let (mut text, mut rows) = (String::new(), Vec::new());
     let all = groups(&traced.iter().map(|(_, trace)| trace).collect::<Vec<_>>());
     for group in &all {
@@ -88,16 +88,18 @@ pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>) -> Output {
         );
         text.push_str(&renderer.text(trace, None));
         text.push('\n');
-        rows.push(json!({
-            "count": members.len(),
-            "tasks": members.iter().map(|(info, _)| Value::Object(identity(info))).collect::<Vec<_>>(),
-            "names": names,
-            "states": states,
-            "trace": renderer.json(trace, None),
-        }));
+        if form.has_json() {
+            rows.push(object([
+                ("count", members.len().into()),
+                ("tasks", members.iter().map(|(info, _)| Value::Object(identity(info))).collect()),
+                ("names", json!(names)),
+                ("states", json!(states)),
+                ("trace", renderer.json(trace, None)),
+            ]));
+        }
     }
     let _ = writeln!(text, "{} tasks have {} different backtraces", traced.len(), all.len());
-    Output { text, json: json!({ "groups": rows, "tasks": traced.len() }) }
+    Output { text, json: object([("groups", Value::Array(rows)), ("tasks", traced.len().into())]) }
 }
 
 /// The innermost function that is not the scheduler's own: where the task waits.

@@ -10,12 +10,14 @@ mod user;
 mod views;
 
 use super::args::{self, Options, number_of_cpu};
-use super::{Command, CommandError, Context, Output, printable};
+use super::{Command, CommandError, Context, Form, Output, object, printable};
 use crate::addr::VirtAddr;
+use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{Trace, Tracer};
-use crate::kernel::{CpuId, Kernel};
+use crate::kernel::{CpuId, Kernel, parallel};
 use render::{Renderer, Style};
-use serde_json::{Value, json};
+use serde_json::Value;
+use std::borrow::Cow;
 
 pub const COMMAND: Command = Command {
     name: "bt",
@@ -51,31 +53,34 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         return Ok(output);
     }
     let request = Request::read(context, arguments)?;
-    let subjects = request.subjects.clone();
-    let answers = request.answers(&subjects);
+    let answers = request.answers(&request.subjects);
     let (text, json): (Vec<String>, Vec<Value>) =
         answers.into_iter().flatten().map(|answer| (answer.text, answer.json)).unzip();
-    Ok(Output { text: text.join("\n"), json: json!({ "traces": json }) })
+    Ok(Output { text: text.join("\n"), json: object([("traces", Value::Array(json))]) })
 }
 
 /// `foreach ... bt`: the answers for many tasks, in their order; `None` for those that -R leaves out.
 pub fn for_tasks(
     context: &Context<'_>,
-    tasks: &[VirtAddr],
+    tasks: &[&TaskInfo],
     arguments: &[&str],
 ) -> Result<Vec<Option<Output>>, CommandError> {
-    if let Some(outputs) = views::of_tasks(context, &Options::read("bt", OPTIONS, true, arguments)?, tasks)? {
+    let options = Options::read("bt", OPTIONS, true, arguments)?;
+    let addresses: Vec<VirtAddr> = tasks.iter().map(|task| task.at).collect();
+    if let Some(outputs) = views::of_tasks(context, &options, &addresses)? {
         return Ok(outputs.into_iter().map(Some).collect());
     }
     let request = Request::read(context, arguments)?;
-    let subjects: Vec<Subject> = tasks.iter().copied().map(Subject::Task).collect();
+    let subjects: Vec<Subject<'_>> = tasks.iter().copied().map(Subject::Known).collect();
     Ok(request.answers(&subjects))
 }
 
 /// Of what a backtrace is wanted.
 #[derive(Clone, Copy)]
-enum Subject {
+enum Subject<'t> {
     Task(VirtAddr),
+    /// A task that has been read.
+    Known(&'t TaskInfo),
     Cpu(CpuId),
 }
 
@@ -84,7 +89,8 @@ struct Request<'a> {
     kernel: &'a Kernel,
     tracer: Tracer<'a>,
     style: Style,
-    subjects: Vec<Subject>,
+    form: Form,
+    subjects: Vec<Subject<'static>>,
     /// `-R`
     only: Option<&'a str>,
     /// `-I`, `-S`
@@ -104,6 +110,7 @@ impl<'a> Request<'a> {
         Ok(Self {
             kernel,
             style: Style::read(&options),
+            form: context.form,
             subjects: subjects(context, &options)?,
             only: options.value("R"),
             from: (number("I")?, number("S")?),
@@ -111,34 +118,43 @@ impl<'a> Request<'a> {
         })
     }
 
-    fn answers(&self, subjects: &[Subject]) -> Vec<Option<Output>> {
+    fn answers(&self, subjects: &[Subject<'_>]) -> Vec<Option<Output>> {
         let reader = self.kernel.task_reader().ok();
-        let renderer = Renderer { kernel: self.kernel, style: self.style };
-        self.tracer.map(subjects, |subject| {
+        let renderer = || Renderer::new(self.kernel, self.style);
+        parallel::map_with(subjects, renderer, |renderer, subject| {
             let trace = self.trace(subject);
             if self.only.is_some_and(|only| !renderer.mentions(&trace, only)) {
                 return None;
             }
-            let info = trace.task.and_then(|task| Some(reader.as_ref()?.read(task)));
-            let info = info.as_ref();
-            Some(Output { text: renderer.text(&trace, info), json: renderer.json(&trace, info) })
+            let read = || trace.task.and_then(|task| Some(Cow::Owned(reader.as_ref()?.read(task))));
+            let info: Option<Cow<'_, TaskInfo>> = match *subject {
+                Subject::Known(info) => Some(Cow::Borrowed(info)),
+                Subject::Task(_) | Subject::Cpu(_) => read(),
+            };
+            let info = info.as_deref();
+            Some(Output::of(self.form, || renderer.text(&trace, info), || renderer.json(&trace, info)))
         })
     }
 
-    fn trace(&self, subject: &Subject) -> Trace {
+    fn trace(&self, subject: &Subject<'_>) -> Trace {
         let (cpu, task) = match *subject {
-            Subject::Task(task) => (self.tracer.running_on(task), Some(task)),
+            Subject::Task(task) | Subject::Known(&TaskInfo { at: task, .. }) => {
+                (self.tracer.running_on(task), Some(task))
+            }
             Subject::Cpu(cpu) => (Some(cpu), None),
         };
         match (self.from, cpu, task) {
-            ((None, None), _, Some(task)) => self.tracer.task(task),
+            ((None, None), _, Some(task)) => match subject {
+                Subject::Known(info) => self.tracer.task_read(info),
+                Subject::Task(_) | Subject::Cpu(_) => self.tracer.task(task),
+            },
             ((None, None), Some(cpu), None) => self.tracer.cpu(cpu),
             ((pc, sp), cpu, task) => self.tracer.from(cpu, task, pc, sp),
         }
     }
 }
 
-fn subjects(context: &Context<'_>, options: &Options<'_>) -> Result<Vec<Subject>, CommandError> {
+fn subjects(context: &Context<'_>, options: &Options<'_>) -> Result<Vec<Subject<'static>>, CommandError> {
     let kernel = context.kernel()?;
     let all_cpus = || context.machine.cpus().iter().map(|cpu| cpu.id);
     if options.has("a") {

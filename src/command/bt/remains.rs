@@ -8,7 +8,7 @@ use crate::command::{CommandError, Context, Output, printable};
 use crate::kernel::remains::StackUse;
 use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{StackBounds, StackKind, Trace, Tracer};
-use crate::kernel::{CpuId, Kernel};
+use crate::kernel::{CpuId, Kernel, parallel};
 use crate::unwind::PtRegs;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -149,7 +149,7 @@ pub fn overflows(
         }
         (reader.read(*task), used.map_err(|error| error.to_string()))
     };
-    let all = tracer.map(tasks, look);
+    let all = parallel::map(tasks, look);
     let (mut text, mut rows, mut deepest, mut bad) = (String::new(), Vec::new(), None::<(u64, &TaskInfo)>, 0);
     for (info, used) in &all {
         let mut row = identity(info);

@@ -11,7 +11,10 @@ use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{Boundary, Ended, Event, StackBounds, StackKind, Start, Trace};
 use crate::kernel::{Kernel, Symbolized};
 use crate::unwind::{Frame, Regs};
-use std::fmt::Write;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt::{self, Write};
+use std::rc::Rc;
 
 /// Words of one frame that are shown: more than a stack has.
 const WORDS_MAX: u64 = 64 << 10;
@@ -46,9 +49,18 @@ impl Style {
 pub struct Renderer<'a> {
     pub kernel: &'a Kernel,
     pub style: Style,
+    /// Ten thousand tasks sleep in a hundred places.
+    symbols: RefCell<HashMap<u64, Option<Symbolized<'a>>>>,
+    /// What a line says of a pc, by the pc and whether it is exact.
+    places: RefCell<HashMap<(u64, bool), Rc<str>>>,
 }
 
 impl<'a> Renderer<'a> {
+    /// One for `kernel`, which remembers what it has looked up.
+    pub fn new(kernel: &'a Kernel, style: Style) -> Self {
+        Self { kernel, style, symbols: RefCell::default(), places: RefCell::default() }
+    }
+
     /// The whole of `trace`, with its heading.
     pub fn text(&self, trace: &Trace, info: Option<&TaskInfo>) -> String {
         let mut text = info.map(heading).unwrap_or_default();
@@ -96,7 +108,8 @@ impl<'a> Renderer<'a> {
 
     /// The symbol of a frame.
     pub fn symbol(&self, frame: &Frame) -> Option<Symbolized<'a>> {
-        self.kernel.symbolize(VirtAddr(frame.lookup_pc()))
+        let pc = frame.lookup_pc();
+        *self.symbols.borrow_mut().entry(pc).or_insert_with(|| self.kernel.symbolize(VirtAddr(pc)))
     }
 
     /// The source lines of a frame, the innermost inlined function's first.
@@ -121,20 +134,8 @@ impl<'a> Renderer<'a> {
     fn frame(&self, text: &mut String, number: usize, frame: &Frame) {
         let at = frame.pc_at.filter(|_| !frame.exact).unwrap_or(frame.sp);
         let mark = if frame.source.is_guess() { "? " } else { "" };
-        let _ = write!(text, "{:>3} [{at:016x}] {mark}", format!("#{number}"));
-        let found = self.symbol(frame);
-        match found {
-            Some(found) => text.push_str(&printable(&demangled(found.name))),
-            None => text.push_str("(unknown)"),
-        }
-        if let Some(found) = found.filter(|_| self.style.offsets) {
-            let offset = found.offset + u64::from(!frame.exact);
-            let _ = if self.style.decimal { write!(text, "+{offset}") } else { write!(text, "+{offset:#x}") };
-        }
-        let _ = write!(text, " at {:016x}", frame.pc);
-        if let Some(module) = found.and_then(|found| found.module) {
-            let _ = write!(text, " [{}]", printable(module));
-        }
+        let align = if number < 10 { " " } else { "" };
+        let _ = write!(text, "{align}#{number} [{}] {mark}{}", Digits(Some(at), 16), self.place(frame));
         if let Some(by) = frame.restored {
             let _ = write!(text, " (return address restored: {by})");
         }
@@ -145,6 +146,28 @@ impl<'a> Renderer<'a> {
         if self.style.lines {
             self.put_lines(text, frame);
         }
+    }
+
+    /// What the line of `frame` says of its pc: the symbol, the address, the module.
+    fn place(&self, frame: &Frame) -> Rc<str> {
+        let key = (frame.pc, frame.exact);
+        if let Some(known) = self.places.borrow().get(&key) {
+            return known.clone();
+        }
+        let found = self.symbol(frame);
+        let mut text =
+            found.map_or_else(|| "(unknown)".to_owned(), |found| printable(&demangled(found.name)));
+        if let Some(found) = found.filter(|_| self.style.offsets) {
+            let offset = found.offset + u64::from(!frame.exact);
+            let _ = if self.style.decimal { write!(text, "+{offset}") } else { write!(text, "+{offset:#x}") };
+        }
+        let _ = write!(text, " at {:016x}", frame.pc);
+        if let Some(module) = found.and_then(|found| found.module) {
+            let _ = write!(text, " [{}]", printable(module));
+        }
+        let text: Rc<str> = text.into();
+        self.places.borrow_mut().insert(key, text.clone());
+        text
     }
 
     fn put_lines(&self, text: &mut String, frame: &Frame) {
@@ -239,26 +262,45 @@ impl<'a> Renderer<'a> {
 
 /// Registers in crash's order.
 pub fn registers(text: &mut String, regs: &Regs, orig_ax: Option<u64>) {
-    let show =
-        |reg: Reg| regs.get(reg).map_or("(not saved)     ".to_owned(), |value| format!("{value:016x}"));
     const ROWS: [[(&str, Reg); 3]; 5] = [
         [("RAX", Reg::Rax), ("RBX", Reg::Rbx), ("RCX", Reg::Rcx)],
         [("RDX", Reg::Rdx), ("RSI", Reg::Rsi), ("RDI", Reg::Rdi)],
-        [("RBP", Reg::Rbp), ("R8", Reg::R8), ("R9", Reg::R9)],
+        [("RBP", Reg::Rbp), (" R8", Reg::R8), (" R9", Reg::R9)],
         [("R10", Reg::R10), ("R11", Reg::R11), ("R12", Reg::R12)],
         [("R13", Reg::R13), ("R14", Reg::R14), ("R15", Reg::R15)],
     ];
-    let short = |reg: Reg, width: usize| {
-        regs.get(reg).map_or_else(|| "(not saved)".to_owned(), |value| format!("{value:0width$x}"))
-    };
-    let (rip, rsp) = (show(Reg::Rip), show(Reg::Rsp));
+    let (wide, short) = (|reg| Digits(regs.get(reg), 16), |reg, width| Digits(regs.get(reg), width));
+    let (rip, rsp) = (wide(Reg::Rip), wide(Reg::Rsp));
     let _ = writeln!(text, "    RIP: {rip}  RSP: {rsp}  RFLAGS: {}", short(Reg::Eflags, 8));
     for row in ROWS {
-        let cells = row.map(|(name, reg)| format!("{name:>3}: {}", show(reg)));
-        let _ = writeln!(text, "    {}", cells.join("  ").trim_end());
+        let [(a, one), (b, other), (c, third)] = row.map(|(name, reg)| (name, wide(reg)));
+        let _ = write!(text, "    {a}: {one}  {b}: {other}  {c}: {third}");
+        text.truncate(text.trim_end().len());
+        text.push('\n');
     }
-    let orig = orig_ax.map_or(String::new(), |value| format!("ORIG_RAX: {value:016x}  "));
-    let _ = writeln!(text, "    {orig}CS: {}  SS: {}", short(Reg::Cs, 4), short(Reg::Ss, 4));
+    text.push_str("    ");
+    if let Some(value) = orig_ax {
+        let _ = write!(text, "ORIG_RAX: {value:016x}  ");
+    }
+    let _ = writeln!(text, "CS: {}  SS: {}", short(Reg::Cs, 4), short(Reg::Ss, 4));
+}
+
+/// A register's value in so many digits.
+struct Digits(Option<u64>, usize);
+
+impl fmt::Display for Digits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // `{:016x}` takes four times as long, and a crowd's backtraces have a million of these.
+            Self(Some(value), 16) => {
+                let digit = |index: u32| b"0123456789abcdef"[(value >> (60 - 4 * index) & 0xf) as usize];
+                let digits: [u8; 16] = std::array::from_fn(|index| digit(index as u32));
+                f.write_str(std::str::from_utf8(&digits).unwrap_or_default())
+            }
+            Self(Some(value), width) => write!(f, "{value:0width$x}"),
+            Self(None, width) => write!(f, "{:width$}", "(not saved)"),
+        }
+    }
 }
 
 /// A name as its source has it: Rust's are mangled. The hash that tells crates' versions apart is left out.

@@ -5,8 +5,9 @@ use super::{Subject, group, remains, subjects, user};
 use crate::addr::VirtAddr;
 use crate::command::args::Options;
 use crate::command::{CommandError, Context, Output, foreach};
-use crate::kernel::CpuId;
+use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::Tracer;
+use crate::kernel::{CpuId, parallel};
 
 /// Options that are about one task at a time.
 const OF_TASKS: [&str; 4] = ["t", "T", "e", "u"];
@@ -42,7 +43,7 @@ pub fn of(context: &Context<'_>, options: &Options<'_>) -> Result<Option<Output>
     let mut tasks = Vec::new();
     for subject in subjects(context, options)? {
         match subject {
-            Subject::Task(task) => tasks.push(task),
+            Subject::Task(task) | Subject::Known(&TaskInfo { at: task, .. }) => tasks.push(task),
             Subject::Cpu(cpu) => tasks.extend(kernel.current(cpu).map(|task| task.at)),
         }
     }
@@ -85,6 +86,10 @@ fn of_each(
 fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let (reader, tracer) = (kernel.task_reader()?, tracer(context)?);
-    let traced = tracer.map(tasks, |task| (reader.read(*task), tracer.task(*task)));
-    Ok(group::output(&traced, &Renderer { kernel, style: Style::read(options) }))
+    let traced = parallel::map(tasks, |task| {
+        let info = reader.read(*task);
+        let trace = tracer.task_read(&info);
+        (info, trace)
+    });
+    Ok(group::output(&traced, &Renderer::new(kernel, Style::read(options)), context.form))
 }

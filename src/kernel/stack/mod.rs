@@ -386,8 +386,12 @@ impl Stacks {
     }
 
     fn of_task(&self, kernel: &Kernel, task: VirtAddr) -> Option<StackBounds> {
-        let start = kernel.read_u64(task.wrapping_add(self.stack?)).filter(|&start| start >> 63 == 1)?;
-        let end = start.checked_add(self.thread_size)?;
+        self.at(task, kernel.read_u64(task.wrapping_add(self.stack?))?)
+    }
+
+    /// That of the task at `task` if it begins at `start`.
+    fn at(&self, task: VirtAddr, start: u64) -> Option<StackBounds> {
+        let end = start.checked_add(self.thread_size).filter(|_| start >> 63 == 1)?;
         Some(StackBounds { kind: StackKind::Task, start, end, cpu: None, task: Some(task) })
     }
 }

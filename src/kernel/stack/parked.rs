@@ -31,7 +31,8 @@ pub fn segment(kernel: &Kernel, cpu: CpuId, task: Option<VirtAddr>, regs: &Regs)
     let mut bytes = vec![0; usize::try_from(stack.end.checked_sub(stack.start)?).ok()?];
     kernel.read(VirtAddr(stack.start), &mut bytes).stopped.is_none().then_some(())?;
     let word = |at: u64| u64_at(&bytes, usize::try_from(at.checked_sub(stack.start)?).ok()?);
-    let walk = Walk::new(kernel, Some(cpu), task, true);
+    let own = task.and_then(|task| kernel.task_stack(task));
+    let walk = Walk::new(kernel, Some(cpu), task, own, true);
     let last = stack.end.checked_sub(PT_REGS_SIZE)?;
     let saved = (stack.start..=last).rev().step_by(8).find(|&at| {
         word(at.wrapping_add(IP)) == Some(pc)
@@ -50,7 +51,7 @@ pub fn segment(kernel: &Kernel, cpu: CpuId, task: Option<VirtAddr>, regs: &Regs)
         let mut first = Frame::first(regs, FrameSource::Remains, WHY)?;
         first.exact = false;
         first.pc_at = Some(at);
-        let mut walk = Walk::new(kernel, Some(cpu), task, true);
+        let mut walk = Walk::new(kernel, Some(cpu), task, own, true);
         walk.run(first);
         let segment = walk.segments.into_iter().next()?;
         let proven = segment.boundary.as_ref().is_some_and(|boundary| boundary.saved.at == saved);

@@ -8,14 +8,11 @@ use super::{Ended, Start, Trace, parked};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::{Reg, Saved};
 use crate::backend::RegisterSource;
-use crate::bytes::u64_at;
-use crate::kernel::{Cpu, CpuId, Kernel, Machine};
+use crate::kernel::sched::TaskInfo;
+use crate::kernel::{Cpu, CpuId, Kernel, Machine, parallel};
 use crate::unwind::{Frame, FrameSource, Regs};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Tasks that a thread takes at a time.
-const BATCH: usize = 32;
 /// Words of a `struct inactive_task_frame`, since v4.9 in this order; the return address is the last.
 const INACTIVE: [Reg; 7] = [Reg::R15, Reg::R14, Reg::R13, Reg::R12, Reg::Rbx, Reg::Rbp, Reg::Rip];
 
@@ -28,6 +25,15 @@ pub struct Tracer<'m> {
     /// `task_struct.thread.sp`
     sp: Option<u64>,
     orc: bool,
+}
+
+/// What a `struct task_struct` has of the task's stack; `None` where it cannot be read.
+#[derive(Clone, Copy)]
+struct Left {
+    /// `stack`
+    stack: Option<u64>,
+    /// `thread.sp`
+    sp: Option<u64>,
 }
 
 impl<'m> Tracer<'m> {
@@ -54,41 +60,22 @@ impl<'m> Tracer<'m> {
     pub fn task(&self, task: VirtAddr) -> Trace {
         match self.running_on(task) {
             Some(cpu) => self.cpu(cpu),
-            None => self.switched_out(task),
+            None => self.switched_out(task, self.left(task)),
+        }
+    }
+
+    /// The same of a task that has been read.
+    pub fn task_read(&self, task: &TaskInfo) -> Trace {
+        let left = task.stack.zip(task.sp).map(|(stack, sp)| Left { stack: Some(stack.0), sp: Some(sp.0) });
+        match self.running_on(task.at) {
+            Some(cpu) => self.cpu(cpu),
+            None => self.switched_out(task.at, left.unwrap_or_else(|| self.left(task.at))),
         }
     }
 
     /// Those of many tasks, in their order; shared among all of the machine's processors.
     pub fn tasks(&self, tasks: &[VirtAddr]) -> Vec<Trace> {
-        self.map(tasks, |task| self.task(*task))
-    }
-
-    /// `f` of each item, in order; shared among all of the machine's processors.
-    pub fn map<T: Sync, R: Send>(&self, items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
-        let workers =
-            std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(BATCH));
-        if workers <= 1 {
-            return items.iter().map(f).collect();
-        }
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut done = Vec::new();
-            loop {
-                let batch = next.fetch_add(1, Ordering::Relaxed);
-                let Some(from) = batch.checked_mul(BATCH).filter(|&from| from < items.len()) else {
-                    return done;
-                };
-                let some = items.iter().skip(from).take(BATCH);
-                done.push((batch, some.map(&f).collect::<Vec<_>>()));
-            }
-        };
-        let mut batches: Vec<(usize, Vec<R>)> = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-            // A worker that panicked has lost its batches: there is nothing in it that can.
-            workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().collect()
-        });
-        batches.sort_by_key(|(batch, _)| *batch);
-        batches.into_iter().flat_map(|(_, done)| done).collect()
+        parallel::map(tasks, |task| self.task(*task))
     }
 
     /// The backtrace of `cpu`, whatever runs there.
@@ -110,7 +97,7 @@ impl<'m> Tracer<'m> {
         let first = Frame::first(regs, FrameSource::Registers, "registers of the CPU in the dump");
         let mut trace = match first {
             _ if regs.in_user_mode() == Some(true) => Trace { ended: Ended::User(regs), ..trace },
-            Some(frame) => self.walk(trace, frame),
+            Some(frame) => self.walk_of(trace, frame),
             None => return not_saved(trace),
         };
         // The kernel's own notes are of what an NMI has stopped.
@@ -136,7 +123,10 @@ impl<'m> Tracer<'m> {
         sp: Option<u64>,
     ) -> Trace {
         let usual = match (task, cpu) {
-            (Some(task), None) => self.inactive_frame(task).map(|frame| frame.regs),
+            (Some(task), None) => {
+                let left = self.left(task);
+                self.inactive_frame(&self.new_walk(None, Some(task), left), left).map(|frame| frame.regs)
+            }
             (_, Some(cpu)) => {
                 self.cpus.iter().find(|one| one.id == cpu).map(|one| Regs::from_file(&one.regs))
             }
@@ -161,12 +151,29 @@ impl<'m> Tracer<'m> {
             parked: None,
         };
         match Frame::first(regs, FrameSource::Registers, "the pc and stack pointer that were given") {
-            Some(frame) => self.walk(trace, frame),
+            Some(frame) => self.walk_of(trace, frame),
             None => trace,
         }
     }
 
-    fn switched_out(&self, task: VirtAddr) -> Trace {
+    fn walk_of(&self, trace: Trace, first: Frame) -> Trace {
+        let left = trace.task.map_or(Left { stack: None, sp: None }, |task| self.left(task));
+        let walk = self.new_walk(trace.cpu, trace.task, left);
+        self.walk(trace, walk, first)
+    }
+
+    fn left(&self, task: VirtAddr) -> Left {
+        let word = |offset: Option<u64>| self.kernel.read_u64(task.wrapping_add(offset?));
+        Left { stack: word(self.kernel.stacks().stack), sp: word(self.sp) }
+    }
+
+    fn new_walk(&self, cpu: Option<CpuId>, task: Option<VirtAddr>, left: Left) -> Walk<'m> {
+        let stack = task.zip(left.stack);
+        let stack = stack.and_then(|(task, start)| self.kernel.stacks().at(task, start));
+        Walk::new(self.kernel, cpu, task, stack, self.orc)
+    }
+
+    fn switched_out(&self, task: VirtAddr, left: Left) -> Trace {
         let trace = Trace {
             cpu: None,
             task: Some(task),
@@ -175,14 +182,13 @@ impl<'m> Tracer<'m> {
             ended: Ended::NotStarted,
             parked: None,
         };
-        let stacks = self.kernel.stacks();
-        let stack = stacks.stack.and_then(|offset| self.kernel.read_u64(task.wrapping_add(offset)));
         // An exited task gives its stack back before its parent has waited for it (put_task_stack).
-        if stack == Some(0) {
+        if left.stack == Some(0) {
             return Trace { start: Start::Released, ..trace };
         }
-        match self.inactive_frame(task) {
-            Some(frame) => self.walk(trace, frame),
+        let walk = self.new_walk(None, Some(task), left);
+        match self.inactive_frame(&walk, left) {
+            Some(frame) => self.walk(trace, walk, frame),
             None => {
                 let ended = Ended::Broken { pc: 0, why: self.why_not(task) };
                 Trace { start: Start::Unreadable, ended, ..trace }
@@ -206,27 +212,26 @@ impl<'m> Tracer<'m> {
         }
     }
 
-    /// The frame that `task` goes on with: in `__switch_to_asm`'s caller.
-    fn inactive_frame(&self, task: VirtAddr) -> Option<Frame> {
-        let sp = self.kernel.read_u64(task.wrapping_add(self.sp?))?;
-        let stack = self.kernel.task_stack(task)?;
-        stack.contains(sp).then_some(())?;
-        let words: [u8; INACTIVE.len() * 8] = self.kernel.read_array(VirtAddr(sp))?;
+    /// The frame that a task goes on with: in `__switch_to_asm`'s caller.
+    fn inactive_frame(&self, walk: &Walk<'_>, left: Left) -> Option<Frame> {
+        let sp = left.sp?;
+        walk.task_stack()?.contains(sp).then_some(())?;
+        let words: [u64; INACTIVE.len()] = walk.words(sp)?;
         let mut regs = Regs::default();
-        for (index, reg) in INACTIVE.into_iter().enumerate() {
-            regs.set(reg, u64_at(&words, index * 8)?);
+        for (reg, word) in INACTIVE.into_iter().zip(words) {
+            regs.set(reg, word);
         }
-        regs.set(Reg::Rsp, sp.wrapping_add(words.len() as u64));
+        let size = size_of_val(&words) as u64;
+        regs.set(Reg::Rsp, sp.wrapping_add(size));
         const WHY: &str = "the frame that the task left when it was switched out";
         let mut frame = Frame::first(regs, FrameSource::InactiveTask, WHY)?;
-        frame.pc_at = Some(sp.wrapping_add(words.len() as u64 - 8));
+        frame.pc_at = Some(sp.wrapping_add(size - 8));
         // What a new task begins with was never called.
         frame.exact = self.kernel.stacks().code(self.kernel).fork.contains(&frame.pc);
         Some(frame)
     }
 
-    fn walk(&self, mut trace: Trace, first: Frame) -> Trace {
-        let mut walk = Walk::new(self.kernel, trace.cpu, trace.task, self.orc);
+    fn walk(&self, mut trace: Trace, mut walk: Walk<'_>, first: Frame) -> Trace {
         trace.ended = walk.run(first);
         trace.segments = walk.segments;
         // Only what is in front of the first boundary: behind it is what was interrupted.

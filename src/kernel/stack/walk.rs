@@ -84,11 +84,18 @@ enum Next {
 }
 
 impl<'k> Walk<'k> {
-    pub fn new(kernel: &'k Kernel, cpu: Option<CpuId>, task: Option<VirtAddr>, orc: bool) -> Self {
+    /// Of `cpu`, or of `task`, whose stack is `own`.
+    pub fn new(
+        kernel: &'k Kernel,
+        cpu: Option<CpuId>,
+        task: Option<VirtAddr>,
+        own: Option<StackBounds>,
+        orc: bool,
+    ) -> Self {
         let stacks = kernel.stacks();
         let mut known: Vec<StackBounds> = Vec::new();
         known.extend(cpu.map(|cpu| stacks.of_cpu(kernel, cpu)).into_iter().flatten());
-        known.extend(task.and_then(|task| stacks.of_task(kernel, task)));
+        known.extend(own);
         Self {
             kernel,
             stacks,
@@ -102,6 +109,21 @@ impl<'k> Walk<'k> {
             kretprobes: 0,
             segments: Vec::new(),
         }
+    }
+
+    /// The stack of the task itself.
+    pub fn task_stack(&self) -> Option<&StackBounds> {
+        self.memory.known.iter().find(|stack| stack.kind == StackKind::Task)
+    }
+
+    /// The words from `at` up, which is on a stack; they may go on behind it.
+    pub fn words<const N: usize>(&self, at: u64) -> Option<[u64; N]> {
+        let mut words = [0; N];
+        for (index, word) in words.iter_mut().enumerate() {
+            let at = at.wrapping_add(index as u64 * 8);
+            *word = self.memory.word(at).or_else(|| self.kernel.read_u64(VirtAddr(at)))?;
+        }
+        Some(words)
     }
 
     /// The registers saved at `at`.
@@ -303,8 +325,9 @@ impl<'k> Walk<'k> {
             return next;
         }
         // A user's task begins with the registers that it will have when it gets there.
-        let task = self.task.and_then(|task| self.stacks.of_task(self.kernel, task));
-        if let Some(task) = task.filter(|task| Some(task.start) == self.here().map(|here| here.start)) {
+        if let Some(task) =
+            self.task_stack().copied().filter(|task| Some(task.start) == self.here().map(|here| here.start))
+        {
             let at = task.end.wrapping_sub(PT_REGS_SIZE);
             let saved = PtRegs::read(&self.memory, at, false).filter(|saved| saved.of_user());
             if let Some(saved) =

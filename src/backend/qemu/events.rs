@@ -1,0 +1,133 @@
+//! What QEMU reports unasked, and what of it was not our own doing.
+//!
+//! Knows the events' names. A generation counts everything after which memory or registers may differ.
+//! Source: QEMU `qapi/run-state.json`, `qapi/qdev.json`, `qapi/migration.json`.
+
+use super::qmp::lock;
+use crate::backend::live::Happening;
+use serde_json::Value;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// What is kept of happenings that nobody asks for: the newest.
+const MOST_KEPT: usize = 256;
+
+/// What happened, and how often what was read before became old.
+#[derive(Default)]
+pub(super) struct Events {
+    happenings: Mutex<VecDeque<Happening>>,
+    /// How many of our own operations that stop or resume the guest are under way.
+    ours: AtomicU32,
+    generation: AtomicU64,
+    /// Whether the memory map may be another.
+    map_is_old: AtomicBool,
+}
+
+/// As long as it lives, stops and resumes are our own.
+pub(super) struct Ours(Arc<Events>);
+
+impl Drop for Ours {
+    fn drop(&mut self) {
+        self.0.ours.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Events {
+    /// Says that what stops or resumes the guest from now on is our own doing.
+    pub(super) fn ours(self: &Arc<Self>) -> Ours {
+        self.ours.fetch_add(1, Ordering::SeqCst);
+        Ours(Arc::clone(self))
+    }
+
+    /// How often the guest went on or was changed.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The guest goes on, or was changed.
+    pub(super) fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Whether the memory map may have changed since this was last asked.
+    pub(super) fn take_map_is_old(&self) -> bool {
+        self.map_is_old.swap(false, Ordering::SeqCst)
+    }
+
+    /// All that happened since this was last asked.
+    pub(super) fn take(&self) -> Vec<Happening> {
+        lock(&self.happenings).drain(..).collect()
+    }
+
+    /// An event as it comes in.
+    pub(super) fn happened(&self, event: &str, data: &Value) {
+        let by_others = self.ours.load(Ordering::SeqCst) == 0;
+        match event {
+            "STOP" if by_others => self.push(Happening::Stopped),
+            "RESUME" => {
+                self.changed();
+                if by_others {
+                    self.push(Happening::Resumed);
+                }
+            }
+            "RESET" => {
+                self.changed();
+                self.map_is_old.store(true, Ordering::SeqCst);
+                let reason = data.get("reason").and_then(Value::as_str);
+                // Since QEMU 7.2.
+                self.push(if reason == Some("snapshot-load") {
+                    Happening::Replaced("a snapshot was loaded".into())
+                } else {
+                    Happening::Reset
+                });
+            }
+            "MIGRATION" if data.get("status").and_then(Value::as_str) == Some("completed") => {
+                self.changed();
+                self.push(Happening::Replaced("it was migrated".into()));
+            }
+            "DEVICE_DELETED" | "ACPI_DEVICE_OST" | "MEMORY_DEVICE_SIZE_CHANGE" => {
+                self.map_is_old.store(true, Ordering::SeqCst);
+            }
+            _ => {}
+        }
+    }
+
+    fn push(&self, happening: Happening) {
+        let mut happenings = lock(&self.happenings);
+        if happenings.len() == MOST_KEPT {
+            happenings.pop_front();
+        }
+        happenings.push_back(happening);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_others_do_is_reported_once() {
+        let events = Arc::new(Events::default());
+        {
+            let _ours = events.ours();
+            events.happened("STOP", &Value::Null);
+            events.happened("RESUME", &Value::Null);
+        }
+        assert_eq!((events.take(), events.generation()), (vec![], 1));
+        events.happened("STOP", &Value::Null);
+        events.happened("RESUME", &Value::Null);
+        events.happened("RESET", &json!({"guest": true, "reason": "guest-reset"}));
+        events.happened("RESET", &json!({"guest": false, "reason": "snapshot-load"}));
+        events.happened("NIC_RX_FILTER_CHANGED", &json!([1]));
+        let loaded = Happening::Replaced("a snapshot was loaded".into());
+        assert_eq!(events.take(), [Happening::Stopped, Happening::Resumed, Happening::Reset, loaded]);
+        assert_eq!((events.take(), events.generation()), (vec![], 4));
+        assert!(events.take_map_is_old() && !events.take_map_is_old());
+        for _ in 0..2 * MOST_KEPT {
+            events.happened("STOP", &Value::Null);
+        }
+        assert_eq!(events.take().len(), MOST_KEPT);
+    }
+}

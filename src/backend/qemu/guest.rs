@@ -1,0 +1,475 @@
+//! A guest: its monitor, its memory, and run control once that is taken.
+//!
+//! Ties the parts together and keeps their order: a stop counts once QEMU says that no vCPU runs, and nothing is asked
+//! of the GDB stub while the guest runs. Source: QEMU `docs/system/gdb.rst`, `qapi/run-state.json`.
+
+use super::control::Control;
+use super::events::Events;
+use super::memory::Memory;
+use super::qmp::{Qmp, lock, nonsense};
+use super::snapshot::Snapshot;
+use super::{QmpAddress, StubAddress, registers};
+use crate::addr::{PhysAddr, PhysRange, VirtAddr};
+use crate::arch::x86_64::RegisterFile;
+use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop};
+use crate::backend::{Backend, RegisterSource, SavedCpu};
+use qapi::Command;
+use qapi::qmp::{cont, query_kvm, query_status, stop};
+use serde_json::Value;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+/// How long a line of the human monitor may take: saving or loading a snapshot of a large guest does.
+const MONITOR_PATIENCE: Duration = Duration::from_secs(300);
+/// For how long a memory map is believed without a look.
+const MAP_AGE: Duration = Duration::from_secs(1);
+/// How long the control lock is held at a time while the guest runs.
+const SLICE: Duration = Duration::from_millis(50);
+/// How long a guest may take to stand still once a stop is reported, and to answer an interrupt.
+const STANDSTILL: Duration = Duration::from_secs(10);
+
+/// A guest of a QEMU on this machine, or reached over its sockets.
+pub struct Guest {
+    me: Weak<Guest>,
+    qmp: Arc<Qmp>,
+    address: QmpAddress,
+    stub: Option<StubAddress>,
+    kvm: bool,
+    events: Arc<Events>,
+    map: Mutex<Option<Map>>,
+    control: Mutex<Option<Control>>,
+    /// Whether the guest was let go under run control and no stop was seen since.
+    let_go: AtomicBool,
+    /// Clients may change the guest.
+    may_write: AtomicBool,
+}
+
+/// The memory that a memory map told of.
+struct Map {
+    text: String,
+    memory: Arc<Memory>,
+    seen: Instant,
+}
+
+impl Guest {
+    /// Whether clients may change the guest from now on; at first they may not.
+    pub fn set_allow_write(&self, allow: bool) {
+        self.may_write.store(allow, Ordering::SeqCst);
+    }
+
+    /// Connects to QEMU's monitor; neither stops nor changes the guest.
+    pub fn connect(qmp: &QmpAddress) -> Result<Arc<Self>, LiveError> {
+        Self::with_stub(qmp, None)
+    }
+
+    /// The same, where QEMU's GDB stub listens at `stub` (`-gdb`, `-s`). Without it the stub that QEMU has is found by
+    /// its monitor, or one is started, when run control is taken.
+    pub fn with_stub(qmp: &QmpAddress, stub: Option<StubAddress>) -> Result<Arc<Self>, LiveError> {
+        let events = Arc::new(Events::default());
+        let sink = Arc::clone(&events);
+        let monitor = Qmp::connect(qmp, Box::new(move |event, data| sink.happened(event, data)))?;
+        let kvm = monitor.execute(query_kvm {})?;
+        let kvm = kvm.get("enabled").and_then(Value::as_bool).unwrap_or(false);
+        let guest = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            qmp: Arc::new(monitor),
+            address: qmp.clone(),
+            stub,
+            kvm,
+            events,
+            map: Mutex::new(None),
+            control: Mutex::new(None),
+            let_go: AtomicBool::new(false),
+            may_write: AtomicBool::new(false),
+        });
+        let memory = guest.memory()?;
+        for (way, bytes) in memory.ways() {
+            tracing::info!("{bytes:#x} bytes of the guest's memory are read by {way}");
+        }
+        Ok(guest)
+    }
+
+    /// QEMU's version: "7.2.22".
+    pub fn version(&self) -> &str {
+        self.qmp.version()
+    }
+
+    /// "kvm", or "tcg" for every other.
+    pub fn accelerator(&self) -> &'static str {
+        if self.kvm { "kvm" } else { "tcg" }
+    }
+
+    /// Where its monitor is.
+    pub fn address(&self) -> &QmpAddress {
+        &self.address
+    }
+
+    /// How often the guest went on or was changed, as far as QEMU reported it: what was read before is old.
+    pub fn generation(&self) -> u64 {
+        self.events.generation()
+    }
+
+    /// Passes a packet on to QEMU's stub that is about the stub itself (`qqemu.sstep`, `Qqemu.sstep=7`), and returns
+    /// its answer. Needs run control.
+    pub fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
+        let ours = packet.starts_with(b"qqemu.") || packet.starts_with(b"Qqemu.");
+        let physical = packet.get(1..).is_some_and(|rest| rest.starts_with(b"qemu.PhyMemMode"));
+        if !ours || (physical && packet.starts_with(b"Q")) {
+            let why = "only packets about stepping are passed on to QEMU".to_owned();
+            return Err(LiveError::NotNow { what: "passing a packet on".into(), why });
+        }
+        self.with_control("asking QEMU's stub", |control| control.stub.raw(packet))
+    }
+
+    /// The machine with its registers as they are now: what [`LiveControl::snapshot`] gives, by its own type.
+    pub fn take_snapshot(&self) -> Result<Snapshot, LiveError> {
+        let guest = self.me.upgrade().ok_or_else(|| LiveError::Gone("the session ended".into()))?;
+        let generation = self.events.generation();
+        let state = self.run_state()?;
+        let memory = self.memory()?;
+        let cpus = self.registers()?.into_iter().map(|(cpu, regs)| SavedCpu {
+            regs,
+            source: RegisterSource::Qemu,
+            pid: cpu.checked_add(1),
+            prstatus: Vec::new(),
+        });
+        Ok(Snapshot::new(guest, memory, cpus.collect(), state, generation))
+    }
+
+    /// Each vCPU's registers: all of them from the stub if it may be asked, else those that the monitor shows.
+    fn registers(&self) -> Result<Vec<(u32, RegisterFile)>, LiveError> {
+        if !self.let_go.load(Ordering::SeqCst)
+            && let Some(control) = &mut *lock(&self.control)
+            && !control.stub.is_running()
+        {
+            return control.registers();
+        }
+        const WHAT: &str = "info registers -a";
+        let text = self.qmp.human(WHAT)?;
+        let cpus = registers::parse(&text);
+        if cpus.is_empty() { Err(nonsense(WHAT, &text)) } else { Ok(cpus) }
+    }
+
+    /// The way to the guest's RAM, found anew when the memory map changed.
+    fn memory(&self) -> Result<Arc<Memory>, LiveError> {
+        let mut map = lock(&self.map);
+        let old = self.events.take_map_is_old();
+        if let Some(map) = &*map
+            && !old
+            && map.seen.elapsed() < MAP_AGE
+        {
+            return Ok(Arc::clone(&map.memory));
+        }
+        let text = self.qmp.human("info mtree -f")?;
+        if let Some(map) = &mut *map
+            && !old
+            && map.text == text
+        {
+            map.seen = Instant::now();
+            return Ok(Arc::clone(&map.memory));
+        }
+        let memory = Arc::new(Memory::open(&self.qmp, &text)?);
+        *map = Some(Map { text, memory: Arc::clone(&memory), seen: Instant::now() });
+        Ok(memory)
+    }
+
+    fn with_control<T>(
+        &self,
+        what: &str,
+        work: impl FnOnce(&mut Control) -> Result<T, LiveError>,
+    ) -> Result<T, LiveError> {
+        let not_now = |why: &str| Err(LiveError::NotNow { what: what.to_owned(), why: why.to_owned() });
+        if self.let_go.load(Ordering::SeqCst) {
+            return not_now("the guest runs; stop it first");
+        }
+        match &mut *lock(&self.control) {
+            Some(control) if control.stub.is_running() => not_now("the guest runs; stop it first"),
+            Some(control) => work(control),
+            None => not_now("kstub has no run control of the guest; attach to it first"),
+        }
+    }
+
+    fn is_attached(&self) -> bool {
+        self.let_go.load(Ordering::SeqCst) || lock(&self.control).is_some()
+    }
+
+    /// Executes a command that stops the guest or lets it run, if it is not as wanted yet.
+    fn switch<C: Command>(&self, command: C, running: bool) -> Result<(), LiveError> {
+        if (self.run_state()? == RunState::Running) == running {
+            return Ok(());
+        }
+        let _ours = self.events.ours();
+        self.events.changed();
+        // Events come before the answer.
+        self.qmp.execute(command)?;
+        Ok(())
+    }
+
+    /// QEMU's state once no vCPU runs.
+    fn standstill(&self) -> Result<&'static str, LiveError> {
+        let deadline = Instant::now() + STANDSTILL;
+        loop {
+            if let RunState::Stopped(why) = self.run_state()? {
+                return Ok(why);
+            }
+            if Instant::now() >= deadline {
+                let what = "waiting for the guest to stand still".to_owned();
+                return Err(LiveError::Timeout { what, seconds: STANDSTILL.as_secs() });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn release(&self, running: bool) -> Result<(), LiveError> {
+        if self.let_go.load(Ordering::SeqCst) {
+            self.interrupt()?;
+            let _ = self.wait_stop(STANDSTILL)?;
+        }
+        let Some(control) = lock(&self.control).take() else { return Ok(()) };
+        let _ours = self.events.ours();
+        self.events.changed();
+        let released = control.release(&self.qmp, running);
+        // What it caused is reported before this is answered.
+        let state = self.run_state();
+        released?;
+        if running && state? != RunState::Running {
+            self.switch(cont {}, true)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let ran = lock(&self.control).as_ref().map(|control| control.ran);
+        if let Some(ran) = ran
+            && let Err(error) = self.release(ran)
+        {
+            tracing::warn!("the guest could not be left as it was before: {error}");
+        }
+    }
+}
+
+/// The names that QEMU has for states in which no vCPU runs.
+const STATES: &[&str] = &[
+    "debug",
+    "inmigrate",
+    "internal-error",
+    "io-error",
+    "paused",
+    "postmigrate",
+    "prelaunch",
+    "finish-migrate",
+    "restore-vm",
+    "save-vm",
+    "shutdown",
+    "suspended",
+    "watchdog",
+    "guest-panicked",
+    "colo",
+];
+
+impl LiveControl for Guest {
+    fn snapshot(&self) -> Result<Arc<dyn Backend>, LiveError> {
+        Ok(Arc::new(self.take_snapshot()?))
+    }
+
+    fn run_state(&self) -> Result<RunState, LiveError> {
+        let answer = self.qmp.execute(query_status {})?;
+        match answer.get("running").and_then(Value::as_bool) {
+            Some(true) => Ok(RunState::Running),
+            Some(false) => {
+                let status = answer.get("status").and_then(Value::as_str);
+                let known = STATES.iter().copied().find(|&state| Some(state) == status);
+                Ok(RunState::Stopped(known.unwrap_or("stopped")))
+            }
+            None => Err(nonsense("query-status", &answer.to_string())),
+        }
+    }
+
+    fn happenings(&self) -> Vec<Happening> {
+        self.events.take()
+    }
+
+    fn may_write(&self) -> bool {
+        self.may_write.load(Ordering::SeqCst)
+    }
+
+    fn monitor(&self, line: &str) -> Result<String, LiveError> {
+        let answer = self.qmp.human_within(line, None, MONITOR_PATIENCE);
+        // Whatever it was: the guest may be another.
+        self.events.changed();
+        answer
+    }
+
+    fn pause(&self) -> Result<(), LiveError> {
+        if !self.is_attached() {
+            return self.switch(stop {}, false);
+        }
+        if self.let_go.load(Ordering::SeqCst) {
+            self.interrupt()?;
+            self.wait_stop(STANDSTILL)?;
+        }
+        Ok(())
+    }
+
+    fn unpause(&self) -> Result<(), LiveError> {
+        if !self.is_attached() {
+            return self.switch(cont {}, true);
+        }
+        if self.let_go.load(Ordering::SeqCst) { Ok(()) } else { self.resume(&[(None, Go::Continue)]) }
+    }
+
+    fn attach(&self) -> Result<Stop, LiveError> {
+        if self.let_go.load(Ordering::SeqCst) {
+            let why = "the guest runs under run control already".to_owned();
+            return Err(LiveError::NotNow { what: "attaching".into(), why });
+        }
+        let mut held = lock(&self.control);
+        if let Some(control) = &*held {
+            return Ok(control.stop);
+        }
+        let _ours = self.events.ours();
+        let ran = self.run_state()? == RunState::Running;
+        let attached = Control::attach(&self.qmp, self.stub.as_ref(), ran).and_then(|mut control| {
+            control.state = self.standstill()?;
+            Ok(control)
+        });
+        match attached {
+            Ok(control) => Ok(held.insert(control).stop),
+            Err(error) => {
+                // To connect may have stopped it.
+                if ran {
+                    self.switch(cont {}, true)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn detach(&self, running: bool) -> Result<(), LiveError> {
+        self.release(running)
+    }
+
+    fn can_reverse(&self) -> bool {
+        if !self.let_go.load(Ordering::SeqCst)
+            && let Some(control) = &*lock(&self.control)
+        {
+            return control.stub.offers("ReverseStep+") && control.stub.offers("ReverseContinue+");
+        }
+        self.qmp.human("info replay").is_ok_and(|text| text.starts_with("Replaying"))
+    }
+
+    fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
+        self.with_control("putting a breakpoint or watchpoint", |control| {
+            control.insert(point, at, len)?;
+            // KVM's are instructions in the guest's memory.
+            self.events.changed();
+            Ok(())
+        })
+    }
+
+    fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
+        self.with_control("removing a breakpoint or watchpoint", |control| {
+            control.remove(point, at, len)?;
+            self.events.changed();
+            Ok(())
+        })
+    }
+
+    fn resume(&self, actions: &[(Option<u32>, Go)]) -> Result<(), LiveError> {
+        self.with_control("letting the guest run", |control| {
+            control.may_run()?;
+            control.hold = Some(self.events.ours());
+            self.events.changed();
+            control.stub.resume(actions)?;
+            self.let_go.store(true, Ordering::SeqCst);
+            Ok(())
+        })
+    }
+
+    fn reverse(&self, go: Go) -> Result<(), LiveError> {
+        self.with_control("letting the guest run backwards", |control| {
+            if !control.stub.offers("ReverseStep+") {
+                let why = "QEMU does not replay a recording (start it with -icount rr=replay,...)".to_owned();
+                return Err(LiveError::NotNow { what: "running backwards".into(), why });
+            }
+            control.may_run()?;
+            control.hold = Some(self.events.ours());
+            self.events.changed();
+            control.stub.reverse(go)?;
+            self.let_go.store(true, Ordering::SeqCst);
+            Ok(())
+        })
+    }
+
+    fn interrupt(&self) -> Result<(), LiveError> {
+        // The lock is free between the slices of a wait.
+        match &mut *lock(&self.control) {
+            Some(control) => control.stub.interrupt(),
+            None => Err(LiveError::NotNow {
+                what: "interrupting the guest".into(),
+                why: "kstub has no run control of it; attach to it first".into(),
+            }),
+        }
+    }
+
+    fn wait_stop(&self, patience: Duration) -> Result<Option<Stop>, LiveError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            {
+                let mut held = lock(&self.control);
+                let Some(control) = &mut *held else {
+                    let why = "kstub has no run control of it; attach to it first".to_owned();
+                    return Err(LiveError::NotNow { what: "waiting for the guest".into(), why });
+                };
+                let waited = control.wait(left.min(SLICE));
+                if !matches!(waited, Ok(None)) {
+                    // A stop, or the connection's end.
+                    let state = self.standstill();
+                    control.hold = None;
+                    self.events.changed();
+                    self.let_go.store(false, Ordering::SeqCst);
+                    let stop = waited?;
+                    control.state = state?;
+                    return Ok(stop);
+                }
+            }
+            if left.is_zero() {
+                return Ok(None);
+            }
+            // Lets those in who wait for the lock.
+            std::thread::yield_now();
+        }
+    }
+
+    fn write_phys(&self, at: PhysAddr, bytes: &[u8]) -> Result<(), LiveError> {
+        let what = || format!("writing {} bytes at physical address {at:#x}", bytes.len());
+        let memory = self.memory()?;
+        let range = PhysRange::new(at, bytes.len() as u64);
+        if !range.is_some_and(|range| memory.is_writable(range)) {
+            return Err(LiveError::NotNow { what: what(), why: "not all of that is RAM".into() });
+        }
+        self.with_control("writing guest memory", |control| {
+            let written = control.stub.write_phys(at, bytes);
+            self.events.changed();
+            written
+        })?;
+        let mut now = vec![0; bytes.len()];
+        if memory.read(at, &mut now).stopped.is_none() && now != bytes {
+            let why = "the bytes are not there afterwards".to_owned();
+            return Err(LiveError::Refused { what: what(), why });
+        }
+        Ok(())
+    }
+
+    fn write_register(&self, cpu: u32, name: &str, value: &[u8]) -> Result<(), LiveError> {
+        self.with_control("setting a register", |control| {
+            let written = control.stub.write_register(cpu, name, value);
+            self.events.changed();
+            written
+        })
+    }
+}

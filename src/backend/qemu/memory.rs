@@ -1,0 +1,472 @@
+//! A guest's RAM, read from beside QEMU: by file where it is shared, else from QEMU's own memory, else by the monitor.
+//!
+//! Everything is a `pread`, of the RAM's file or of `/proc/PID/mem`: a truncated file is a short read, where a
+//! mapping of it would end this process by SIGBUS (as it ends QEMU), and no slice ever lies over memory that changes.
+//! A read of eight bytes costs one system call, which a page cache over a guest that stands still makes up for.
+//! Whether the bytes are the guest's is not believed but compared with what the monitor shows.
+//! Source: `proc_pid_mem(5)`, `proc_pid_fd(5)`; QEMU `qapi/qom.json` (`MemoryBackendFileProperties`),
+//! `hmp-commands.hx` (`gpa2hva`, `xp`).
+
+use super::mtree::{Region, regions};
+use super::qmp::{Qmp, nonsense};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange, join_ranges};
+use crate::backend::live::LiveError;
+use crate::bytes::u64_at;
+use crate::memory::{ReadOutcome, Unreadable};
+use qapi::qmp::{qom_get, query_memdev};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How many places of a region are looked at for bytes to compare, and how many are compared.
+const LOOKED_AT: u64 = 64;
+const COMPARED: u32 = 3;
+/// How often a place of a guest that runs is compared before it counts as different.
+const TRIES: u32 = 5;
+/// How much the monitor is asked for at once.
+const MONITOR_READ: usize = 8 << 10;
+
+/// Where the guest's RAM can be read.
+pub(super) struct Memory {
+    pieces: Vec<Piece>,
+    ranges: Vec<PhysRange>,
+    monitor: Arc<Qmp>,
+    problems: Vec<String>,
+}
+
+/// RAM or ROM that lies in one piece in one place.
+struct Piece {
+    range: PhysRange,
+    rom: bool,
+    source: Source,
+}
+
+#[derive(Clone)]
+enum Source {
+    /// At this offset of a file, which is of RAM or of a process.
+    File(Arc<Opened>, u64),
+    /// Nowhere but through QEMU's human monitor.
+    Monitor,
+}
+
+struct Opened {
+    file: File,
+    name: String,
+    /// A process's memory has no end that is worth telling; a file's may be cut.
+    process: bool,
+}
+
+/// A mapping of a process that is shared with a file: a line of `/proc/PID/maps`.
+struct SharedMapping {
+    start: u64,
+    end: u64,
+    offset: u64,
+    device: u64,
+    inode: u64,
+}
+
+impl Memory {
+    /// Finds the guest's RAM by QEMU's memory map (`info mtree -f`) and the best way to each part of it.
+    pub(super) fn open(monitor: &Arc<Qmp>, mtree: &str) -> Result<Self, LiveError> {
+        const WHAT: &str = "monitor command 'info mtree -f'";
+        let regions = regions(mtree).ok_or_else(|| nonsense(WHAT, mtree))?;
+        let mut finder = Finder::new(monitor)?;
+        let mut pieces = Vec::new();
+        for region in regions {
+            let source = finder.source(&region)?;
+            pieces.push(Piece { range: region.range, rom: region.rom, source });
+        }
+        let ranges = join_ranges(pieces.iter().map(|piece| piece.range).collect());
+        if ranges.is_empty() {
+            return Err(nonsense(WHAT, "no RAM"));
+        }
+        Ok(Self { pieces, ranges, monitor: Arc::clone(monitor), problems: finder.problems })
+    }
+
+    /// RAM and ROM, joined.
+    pub(super) fn ranges(&self) -> &[PhysRange] {
+        &self.ranges
+    }
+
+    /// Whether `at` is RAM or ROM.
+    pub(super) fn contains(&self, at: PhysAddr) -> bool {
+        self.piece(at).is_some()
+    }
+
+    /// Whether all of `range` is RAM that a write changes.
+    pub(super) fn is_writable(&self, range: PhysRange) -> bool {
+        let mut at = range.start;
+        while at < range.end {
+            match self.piece(at) {
+                Some(piece) if !piece.rom => at = piece.range.end,
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// What cannot be read well, and the cure.
+    pub(super) fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    /// The ways by which the RAM is read, each with how much of it.
+    pub(super) fn ways(&self) -> Vec<(String, u64)> {
+        let mut ways: Vec<(String, u64)> = Vec::new();
+        for piece in &self.pieces {
+            let name = match &piece.source {
+                Source::File(opened, _) => &opened.name,
+                Source::Monitor => "QEMU's monitor",
+            };
+            match ways.iter_mut().find(|(way, _)| way == name) {
+                Some((_, bytes)) => *bytes += piece.range.len(),
+                None => ways.push((name.to_owned(), piece.range.len())),
+            }
+        }
+        ways
+    }
+
+    /// Fills `buf` from `at` up to the first byte that is no RAM or cannot be read.
+    pub(super) fn read(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let here = at.wrapping_add(filled as u64);
+            // An address space that wraps around has no RAM at its end.
+            let Some(piece) = self.piece(here) else {
+                return ReadOutcome::stopped(filled, here, Unreadable::NotRam);
+            };
+            let into = piece.range.start.0.abs_diff(here.0);
+            let left = usize::try_from(piece.range.len() - into).unwrap_or(usize::MAX);
+            let wanted = rest.len().min(left);
+            let part = rest.get_mut(..wanted).unwrap_or_default();
+            let (read, why) = self.read_piece(piece, into, here, part);
+            filled += read;
+            if let Some(why) = why {
+                return ReadOutcome::stopped(filled, here.wrapping_add(read as u64), why);
+            }
+        }
+        ReadOutcome::complete(filled)
+    }
+
+    fn piece(&self, at: PhysAddr) -> Option<&Piece> {
+        let after = self.pieces.partition_point(|piece| piece.range.start <= at);
+        self.pieces.get(after.checked_sub(1)?).filter(|piece| piece.range.contains(at))
+    }
+
+    fn read_piece(
+        &self,
+        piece: &Piece,
+        into: u64,
+        here: PhysAddr,
+        buf: &mut [u8],
+    ) -> (usize, Option<Unreadable>) {
+        match &piece.source {
+            Source::File(opened, base) => opened.read(base.wrapping_add(into), buf),
+            Source::Monitor => read_by_monitor(&self.monitor, here, buf),
+        }
+    }
+}
+
+impl Opened {
+    /// Fills `buf` from `offset` and says how far, and why not further.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> (usize, Option<Unreadable>) {
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let at = offset.wrapping_add(filled as u64);
+            let why = match self.file.read_at(rest, at) {
+                Ok(0) if self.process => {
+                    Unreadable::Io { offset: at, message: "QEMU's process has ended".into() }
+                }
+                Ok(0) => Unreadable::Truncated { offset: at },
+                Ok(read) => {
+                    filled += read;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => Unreadable::Io { offset: at, message: error.to_string() },
+            };
+            return (filled, Some(why));
+        }
+        (filled, None)
+    }
+}
+
+/// Reads whole words by `xp`, which shows them as numbers.
+fn read_by_monitor(monitor: &Qmp, at: PhysAddr, buf: &mut [u8]) -> (usize, Option<Unreadable>) {
+    let mut filled = 0;
+    let mut here = at;
+    for part in buf.chunks_mut(MONITOR_READ) {
+        let start = here.0 & !7;
+        let skip = (here.0 - start) as usize;
+        let words = (skip + part.len()).div_ceil(8);
+        let bytes = match monitor.human(&format!("xp /{words}gx {start:#x}")) {
+            Ok(text) => words_of(&text),
+            Err(error) => {
+                return (filled, Some(Unreadable::Io { offset: here.0, message: error.to_string() }));
+            }
+        };
+        let Some(bytes) = bytes.get(skip..skip + part.len()) else {
+            let message = "QEMU's monitor does not show it".into();
+            return (filled, Some(Unreadable::Io { offset: here.0, message }));
+        };
+        part.copy_from_slice(bytes);
+        filled += part.len();
+        here = here.wrapping_add(part.len() as u64);
+    }
+    (filled, None)
+}
+
+/// The bytes of `00000000000ffff0: 0x2f3630f000e05bea 0x00fc0039392f3332`, line by line.
+fn words_of(text: &str) -> Vec<u8> {
+    let words = text.split_whitespace().filter_map(|word| word.strip_prefix("0x"));
+    words.map_while(|word| u64::from_str_radix(word, 16).ok()).flat_map(u64::to_le_bytes).collect()
+}
+
+/// Finds for each region the best way to its bytes.
+struct Finder<'a> {
+    monitor: &'a Qmp,
+    /// Shared memory backends by id.
+    backends: HashMap<String, Backing>,
+    process: Option<Process>,
+    problems: Vec<String>,
+}
+
+enum Backing {
+    Unopened,
+    Opened(Arc<Opened>, u64),
+    Unusable,
+}
+
+/// QEMU as a process of this machine.
+struct Process {
+    pid: u32,
+    /// `/proc/PID/mem`, if this process may read it.
+    memory: Option<Arc<Opened>>,
+    /// Found only if that is not so.
+    shared: Vec<SharedMapping>,
+    files: HashMap<(u64, u64), Arc<Opened>>,
+}
+
+impl<'a> Finder<'a> {
+    fn new(monitor: &'a Qmp) -> Result<Self, LiveError> {
+        let devices = monitor.execute(query_memdev {})?;
+        let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();
+        let shared = devices.iter().filter(|one| one.get("share").and_then(Value::as_bool) == Some(true));
+        let ids = shared.filter_map(|one| one.get("id").and_then(Value::as_str));
+        let backends = ids.map(|id| (id.to_owned(), Backing::Unopened)).collect();
+        let mut problems = Vec::new();
+        let process = monitor.peer().map(|(pid, _)| Process::new(pid, &mut problems));
+        Ok(Self { monitor, backends, process, problems })
+    }
+
+    fn source(&mut self, region: &Region) -> Result<Source, LiveError> {
+        if let Some(source) = self.shared_file(region)?
+            && self.is_the_guests(region, &source)?
+        {
+            return Ok(source);
+        }
+        let host = if self.process.is_some() { self.host_address(region)? } else { None };
+        if let (Some(host), Some(process)) = (host, &mut self.process)
+            && let Some(source) = process.source(host, region.range.len())
+        {
+            if self.is_the_guests(region, &source)? {
+                return Ok(source);
+            }
+            // The process at the other end of the socket is not QEMU but one in between.
+            self.process = None;
+        }
+        let slow = "part of the guest's RAM can be read only through QEMU's monitor, which is slow: run kstub as the \
+                    user of QEMU (or root) over a Unix socket, or give QEMU its RAM as \
+                    '-object memory-backend-file,share=on,...'";
+        if !region.rom && !self.problems.iter().any(|problem| problem == slow) {
+            self.problems.push(slow.to_owned());
+        }
+        Ok(Source::Monitor)
+    }
+
+    /// The file of the memory backend that the region is, if it is shared and can be opened here.
+    fn shared_file(&mut self, region: &Region) -> Result<Option<Source>, LiveError> {
+        let id = region.name.strip_prefix("/objects/").unwrap_or(&region.name);
+        let Some(backing) = self.backends.get_mut(id) else { return Ok(None) };
+        if let Backing::Unopened = backing {
+            let property = |property: &str| {
+                let path = format!("/objects/{id}");
+                match self.monitor.execute(qom_get { path, property: property.to_owned() }) {
+                    Ok(value) => Ok(Some(value)),
+                    // A memfd has no path, and a file no offset before QEMU 8.1.
+                    Err(LiveError::Refused { .. }) => Ok(None),
+                    Err(error) => Err(error),
+                }
+            };
+            *backing = Backing::Unusable;
+            // A path that is a directory has the file in it unlinked: nobody else can open it by name.
+            if let Some(Value::String(path)) = property("mem-path")?
+                && let Ok(file) = File::open(&path)
+                && file.metadata().is_ok_and(|meta| meta.is_file())
+            {
+                let offset = property("offset")?.and_then(|value| value.as_u64()).unwrap_or(0);
+                let name = format!("the file {path}");
+                *backing = Backing::Opened(Arc::new(Opened { file, name, process: false }), offset);
+            }
+        }
+        let Backing::Opened(opened, offset) = backing else { return Ok(None) };
+        let offset = offset.checked_add(region.offset);
+        Ok(offset.map(|offset| Source::File(Arc::clone(opened), offset)))
+    }
+
+    /// Where QEMU has the region in its own memory, if it says the same of its two ends.
+    fn host_address(&self, region: &Region) -> Result<Option<u64>, LiveError> {
+        let last = region.range.len() - 1;
+        let ask = |at: u64| -> Result<Option<u64>, LiveError> {
+            let text = self.monitor.human(&format!("gpa2hva {at:#x}"))?;
+            let address = text.trim().rsplit_once(" is 0x").map(|(_, digits)| digits);
+            Ok(address.and_then(|digits| u64::from_str_radix(digits, 16).ok()))
+        };
+        let (Some(first), Some(end)) = (ask(region.range.start.0)?, ask(region.range.start.0 + last)?) else {
+            return Ok(None);
+        };
+        Ok((end.checked_sub(first) == Some(last)).then_some(first))
+    }
+
+    /// Whether the bytes of `source` are those that the monitor shows, at some places that are not zero.
+    fn is_the_guests(&self, region: &Region, source: &Source) -> Result<bool, LiveError> {
+        let Source::File(opened, base) = source else { return Ok(true) };
+        let len = region.range.len();
+        let step = (len / LOOKED_AT / PAGE_SIZE).max(1) * PAGE_SIZE;
+        let (mut compared, mut into) = (0, 0);
+        let word = |into: u64| -> Option<u64> {
+            let mut bytes = [0; 8];
+            opened.read(base.checked_add(into)?, &mut bytes).1.is_none().then(|| u64::from_le_bytes(bytes))
+        };
+        while compared < COMPARED && into + 8 <= len {
+            match word(into) {
+                None => return Ok(false),
+                Some(0) => {}
+                Some(_) => {
+                    let shown = || -> Result<Option<u64>, LiveError> {
+                        let at = region.range.start.0 + into;
+                        Ok(u64_at(&words_of(&self.monitor.human(&format!("xp /1gx {at:#x}"))?), 0))
+                    };
+                    let mut same = false;
+                    for _ in 0..TRIES {
+                        let (before, shown, after) = (word(into), shown()?, word(into));
+                        same = shown.is_some() && (shown == before || shown == after);
+                        // What changes meanwhile says nothing.
+                        if same || before == after {
+                            break;
+                        }
+                    }
+                    if !same {
+                        tracing::warn!("{} does not hold the guest's RAM at {}", opened.name, region.range);
+                        return Ok(false);
+                    }
+                    compared += 1;
+                }
+            }
+            into += step;
+        }
+        // The end of the region must be there, too.
+        Ok(word(len.saturating_sub(8)).is_some())
+    }
+}
+
+impl Process {
+    fn new(pid: u32, problems: &mut Vec<String>) -> Self {
+        let path = format!("/proc/{pid}/mem");
+        let memory = match File::open(&path) {
+            Ok(file) => Some(Arc::new(Opened { file, name: format!("QEMU's memory {path}"), process: true })),
+            Err(error) => {
+                problems.push(format!(
+                    "QEMU's memory cannot be opened ({path}: {error}): run kstub as the user of QEMU with \
+                     kernel.yama.ptrace_scope 0, or as root"
+                ));
+                None
+            }
+        };
+        let shared = if memory.is_some() { Vec::new() } else { shared_mappings(pid) };
+        Self { pid, memory, shared, files: HashMap::new() }
+    }
+
+    /// The way to `len` bytes at an address of QEMU's own.
+    fn source(&mut self, host: u64, len: u64) -> Option<Source> {
+        if let Some(memory) = &self.memory {
+            return Some(Source::File(Arc::clone(memory), host));
+        }
+        let end = host.checked_add(len)?;
+        let mapping = self.shared.iter().find(|one| one.start <= host && end <= one.end)?;
+        let offset = mapping.offset.checked_add(host - mapping.start)?;
+        let key = (mapping.device, mapping.inode);
+        if !self.files.contains_key(&key) {
+            self.files.insert(key, Arc::new(open_by_descriptor(self.pid, key)?));
+        }
+        Some(Source::File(Arc::clone(self.files.get(&key)?), offset))
+    }
+}
+
+/// What the process maps shared from files. To see it needs less than to read its memory.
+fn shared_mappings(pid: u32) -> Vec<SharedMapping> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    text.lines().filter_map(shared_mapping).collect()
+}
+
+/// `7f5217ffe000-7f5227ffe000 rw-s 00000000 00:01 1089   /memfd:memory-backend-memfd (deleted)`
+fn shared_mapping(line: &str) -> Option<SharedMapping> {
+    let mut fields = line.split_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    fields.next().filter(|permissions| permissions.ends_with('s'))?;
+    let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
+    let offset = hex(fields.next()?)?;
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let device = device_number(hex(major)?, hex(minor)?);
+    let inode = fields.next()?.parse().ok().filter(|&inode| inode != 0)?;
+    Some(SharedMapping { start: hex(start)?, end: hex(end)?, offset, device, inode })
+}
+
+/// As the C library packs the two numbers (`makedev(3)`).
+fn device_number(major: u64, minor: u64) -> u64 {
+    (major & 0xffff_f000) << 32 | (major & 0xfff) << 8 | (minor & 0xffff_ff00) << 12 | minor & 0xff
+}
+
+/// Opens the file with this device and inode, which has no name any more or never had one, by QEMU's descriptor of it.
+fn open_by_descriptor(pid: u32, file: (u64, u64)) -> Option<Opened> {
+    let descriptors: PathBuf = Path::new("/proc").join(pid.to_string()).join("fd");
+    let found = std::fs::read_dir(descriptors).ok()?.flatten().map(|entry| entry.path()).find(|path| {
+        std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && (meta.dev(), meta.ino()) == file)
+    })?;
+    let name = format!("the file {}", found.display());
+    Some(Opened { file: File::open(&found).ok()?, name, process: false })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn words_as_the_monitor_shows_them() {
+        let text =
+            "00000000000ffff0: 0x2f3630f000e05bea 0x00fc0039392f3332\n0000000000100000: 0x0000000000000001\n";
+        let bytes = words_of(text);
+        assert_eq!(bytes.len(), 24);
+        assert_eq!(bytes[..3], [0xea, 0x5b, 0xe0]);
+        assert_eq!(bytes[16..], [1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(words_of("0000000090000000: Cannot access memory\n"), Vec::<u8>::new());
+        assert_eq!(words_of("0: 0x1 0xzz 0x2"), [1, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn mappings_that_are_shared() {
+        let line =
+            "7f5217ffe000-7f5227ffe000 rw-s 00001000 00:01 1089       /memfd:memory-backend-memfd (deleted)";
+        let mapping = shared_mapping(line).unwrap();
+        assert_eq!((mapping.start, mapping.end), (0x7f52_17ff_e000, 0x7f52_27ff_e000));
+        assert_eq!((mapping.offset, mapping.inode, mapping.device), (0x1000, 1089, 1));
+        assert!(shared_mapping(&line.replace("rw-s", "rw-p")).is_none());
+        assert!(shared_mapping(&line.replace("1089", "0")).is_none());
+        assert!(shared_mapping("garbage").is_none());
+    }
+}

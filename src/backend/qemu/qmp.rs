@@ -1,0 +1,257 @@
+//! QMP: one JSON object a line, to QEMU and back, with events in between.
+//!
+//! Commands are qapi's, made from QEMU's schema; the wire is our own, since qapi's client buffers lines of any length
+//! and gives up at the first event or value that its schema lacks. A thread reads; whoever asks waits for its answer,
+//! and not for ever. Source: QEMU `docs/interop/qmp-spec.rst`.
+
+use super::socket::{Socket, SocketAddress, timed_out};
+use crate::backend::live::LiveError;
+use crate::bytes::printable;
+use qapi::qmp::{human_monitor_command, qmp_capabilities};
+use qapi::{Command, Execute};
+use serde::Deserialize;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The longest line that is read: `info mtree -f` of a large machine takes some 100 KiB.
+const LONGEST_LINE: u64 = 8 << 20;
+/// What QEMU answers at once unless it is stopped or very busy.
+pub(super) const SOON: Duration = Duration::from_secs(10);
+/// How long a greeting may take: QEMU sends it unasked.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// Gets each event as it comes, on the thread that reads.
+pub(super) type Sink = Box<dyn Fn(&str, &Value) + Send>;
+
+/// A connection to a QMP monitor.
+pub(super) struct Qmp {
+    writer: Mutex<Socket>,
+    waiting: Arc<Mutex<Waiting>>,
+    next: AtomicU64,
+    version: String,
+    peer: Option<(u32, u32)>,
+}
+
+/// Who waits for which answer; once QEMU is gone, why.
+enum Waiting {
+    For(HashMap<u64, SyncSender<Answer>>),
+    Gone(String),
+}
+
+/// What QEMU returned, or why it did not.
+type Answer = Result<Value, String>;
+
+#[derive(Deserialize)]
+struct Message {
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+    #[serde(rename = "return")]
+    answer: Option<Value>,
+    error: Option<Refusal>,
+    id: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    desc: String,
+}
+
+impl Qmp {
+    /// Connects, reads the greeting, and sends every event to `sink` from then on.
+    pub(super) fn connect(address: &SocketAddress, sink: Sink) -> Result<Self, LiveError> {
+        Self::over(Socket::connect(address)?, &address.to_string(), sink)
+    }
+
+    /// The same over a connection that stands; `name` is for messages.
+    pub(super) fn over(socket: Socket, name: &str, sink: Sink) -> Result<Self, LiveError> {
+        let failed = |error: std::io::Error| LiveError::Gone(format!("{name}: {error}"));
+        let peer = socket.peer();
+        let writer = socket.try_clone().map_err(failed)?;
+        let mut reader = BufReader::new(socket);
+        let version = greeting(&mut reader, name)?;
+        reader.get_ref().set_read_timeout(None).map_err(failed)?;
+        let waiting = Arc::new(Mutex::new(Waiting::For(HashMap::new())));
+        let for_thread = Arc::clone(&waiting);
+        let start = std::thread::Builder::new().name("qmp".into());
+        start.spawn(move || read_until_the_end(reader, &for_thread, &sink)).map_err(failed)?;
+        let this = Self { writer: Mutex::new(writer), waiting, next: AtomicU64::new(1), version, peer };
+        this.execute(qmp_capabilities { enable: None })?;
+        Ok(this)
+    }
+
+    /// QEMU's version as it says it: "7.2.22".
+    pub(super) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Process and user at the other end; a proxy's if there is one in between.
+    pub(super) fn peer(&self) -> Option<(u32, u32)> {
+        self.peer
+    }
+
+    /// Executes a command that is soon done.
+    pub(super) fn execute<C: Command>(&self, command: C) -> Result<Value, LiveError> {
+        self.ask(command, C::NAME, SOON)
+    }
+
+    /// What the human monitor says to `line`, with plain newlines; an error's text comes the same way.
+    pub(super) fn human(&self, line: &str) -> Result<String, LiveError> {
+        self.human_within(line, None, SOON)
+    }
+
+    /// The same for a line that may take long, or is about one vCPU.
+    pub(super) fn human_within(
+        &self,
+        line: &str,
+        cpu: Option<u32>,
+        patience: Duration,
+    ) -> Result<String, LiveError> {
+        let command = human_monitor_command { cpu_index: cpu.map(i64::from), command_line: line.to_owned() };
+        let what = format!("monitor command '{}'", printable(line));
+        match self.ask(command, &what, patience)? {
+            Value::String(text) => Ok(text.replace("\r\n", "\n")),
+            other => Err(nonsense(&what, &other.to_string())),
+        }
+    }
+
+    fn ask<C: Command>(&self, command: C, what: &str, patience: Duration) -> Result<Value, LiveError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut line = serde_json::to_vec(&Execute::with_id(command, id))
+            .map_err(|error| nonsense(what, &error.to_string()))?;
+        line.push(b'\n');
+        let (sender, receiver) = sync_channel(1);
+        match &mut *lock(&self.waiting) {
+            Waiting::For(waiting) => waiting.insert(id, sender),
+            Waiting::Gone(why) => return Err(LiveError::Gone(why.clone())),
+        };
+        let sent = lock(&self.writer).write_all(&line);
+        let answer = match sent {
+            Ok(()) => receiver.recv_timeout(patience).ok(),
+            // Half a command may be sent: nothing can follow it.
+            Err(error) => {
+                lock(&self.writer).shutdown();
+                end(&self.waiting, &format!("sending to it failed: {error}"));
+                None
+            }
+        };
+        match (answer, &mut *lock(&self.waiting)) {
+            (Some(Ok(value)), _) => Ok(value),
+            (Some(Err(why)), _) => Err(LiveError::Refused { what: what.to_owned(), why: printable(&why) }),
+            (None, Waiting::Gone(why)) => Err(LiveError::Gone(why.clone())),
+            (None, Waiting::For(waiting)) => {
+                waiting.remove(&id);
+                Err(LiveError::Timeout { what: what.to_owned(), seconds: patience.as_secs() })
+            }
+        }
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        // Ends the thread that reads.
+        lock(&self.writer).shutdown();
+    }
+}
+
+/// An answer that makes no sense, cut to what fits a message.
+pub(super) fn nonsense(what: &str, answer: &str) -> LiveError {
+    const SHOWN: usize = 120;
+    let answer: String = answer.chars().take(SHOWN).collect();
+    LiveError::Nonsense { what: what.to_owned(), answer: format!("'{}'", printable(answer.trim())) }
+}
+
+/// The lock's content also after a panic elsewhere: each change here is whole before the lock is let go.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The version from QEMU's first line.
+fn greeting(reader: &mut BufReader<Socket>, name: &str) -> Result<String, LiveError> {
+    let gone = |why: String| LiveError::Gone(format!("{name}: {why}"));
+    // A read's timeout is for one read: a line that comes a byte at a time is given up by the clock.
+    let deadline = std::time::Instant::now() + GREETING;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        reader.get_ref().set_read_timeout(Some(left)).map_err(|error| gone(error.to_string()))?;
+        let read = if left.is_zero() {
+            Err(std::io::ErrorKind::TimedOut.into())
+        } else {
+            reader.fill_buf().map(|bytes| bytes.first().copied())
+        };
+        match read {
+            Ok(Some(byte)) if line.len() < 4096 => line.push(byte),
+            Ok(Some(_)) => return Err(nonsense(name, &String::from_utf8_lossy(&line))),
+            Ok(None) => return Err(gone("it closed the connection".into())),
+            Err(error) if timed_out(&error) => {
+                return Err(LiveError::NotNow {
+                    what: name.to_owned(),
+                    why:
+                        "QEMU does not greet; a QMP socket serves one client at a time: is another connected \
+                          (libvirt, another kstub)? give QEMU one more -qmp socket"
+                            .into(),
+                });
+            }
+            Err(error) => return Err(gone(error.to_string())),
+        }
+        reader.consume(1);
+    }
+    let hello: Value = serde_json::from_slice(&line).unwrap_or_default();
+    let version = hello.pointer("/QMP/version/qemu");
+    let part = |name| version.and_then(|version| version.get(name)).and_then(Value::as_u64);
+    match (part("major"), part("minor"), part("micro")) {
+        (Some(major), Some(minor), Some(micro)) => Ok(format!("{major}.{minor}.{micro}")),
+        _ => Err(nonsense(&format!("{name}: the greeting of QMP"), &String::from_utf8_lossy(&line))),
+    }
+}
+
+fn read_until_the_end(mut reader: BufReader<Socket>, waiting: &Mutex<Waiting>, sink: &Sink) {
+    let mut line = Vec::new();
+    let why = loop {
+        line.clear();
+        match (&mut reader).take(LONGEST_LINE).read_until(b'\n', &mut line) {
+            Ok(_) if line.ends_with(b"\n") => {}
+            Ok(read) if read as u64 >= LONGEST_LINE => break "it sent a line without end".to_owned(),
+            Ok(_) => break "it closed the connection (it quit, or was killed)".to_owned(),
+            Err(error) => break error.to_string(),
+        }
+        match serde_json::from_slice::<Message>(&line) {
+            Ok(Message { event: Some(name), data, .. }) => sink(&name, &data),
+            Ok(message) => deliver(message, waiting),
+            Err(error) => break format!("what it sent is no QMP: {error}"),
+        }
+    };
+    reader.get_ref().shutdown();
+    end(waiting, &why);
+    sink("", &Value::Null);
+}
+
+/// Gives an answer to who asked; one that nobody waits for any more is dropped.
+fn deliver(message: Message, waiting: &Mutex<Waiting>) {
+    let id = message.id.as_ref().and_then(Value::as_u64);
+    let answer = match (message.answer, message.error) {
+        (Some(value), None) => Ok(value),
+        (_, Some(refusal)) => Err(refusal.desc),
+        (None, None) => Err("an answer without a value".into()),
+    };
+    if let Waiting::For(waiting) = &mut *lock(waiting)
+        && let Some(sender) = id.and_then(|id| waiting.remove(&id))
+    {
+        // The asker may have given up at this moment.
+        let _ = sender.try_send(answer);
+    }
+}
+
+/// Says to all who wait, and who will ask, that QEMU is gone. The first reason stays.
+fn end(waiting: &Mutex<Waiting>, why: &str) {
+    let mut waiting = lock(waiting);
+    if let Waiting::For(_) = *waiting {
+        *waiting = Waiting::Gone(why.to_owned());
+    }
+}

@@ -1,0 +1,136 @@
+//! A guest at one moment: its registers of then, over its memory.
+//!
+//! While the guest stands still its pages are cached; from the moment it goes on, or something changes it, each read
+//! is of what its memory then holds. Knows nothing of sockets.
+
+use super::guest::Guest;
+use super::memory::Memory;
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
+use crate::backend::live::{LiveControl, RunState};
+use crate::backend::{Backend, Fact, SavedCpu};
+use crate::bytes::ByteSize;
+use crate::memory::{PageCache, PhysicalMemory, ReadOutcome};
+use std::sync::Arc;
+
+/// Memory for pages of a guest that stands still.
+const CACHE_BYTES: u64 = 64 << 20;
+/// Reads of more than this are not worth caching: they are scans.
+const LONGEST_CACHED: usize = 16 << 10;
+
+/// A guest and its registers at one moment.
+pub struct Snapshot {
+    guest: Arc<Guest>,
+    memory: Arc<Memory>,
+    cpus: Vec<SavedCpu>,
+    state: RunState,
+    generation: u64,
+    cache: Option<PageCache>,
+}
+
+impl Snapshot {
+    /// `generation` is the guest's from before its registers were read.
+    pub(super) fn new(
+        guest: Arc<Guest>,
+        memory: Arc<Memory>,
+        cpus: Vec<SavedCpu>,
+        state: RunState,
+        generation: u64,
+    ) -> Self {
+        let still = state != RunState::Running;
+        let cache = still.then(|| PageCache::new(CACHE_BYTES, PAGE_SIZE));
+        Self { guest, memory, cpus, state, generation, cache }
+    }
+
+    /// The cache, as long as what is in it is what the guest has.
+    fn cache(&self) -> Option<&PageCache> {
+        self.cache.as_ref().filter(|_| self.guest.generation() == self.generation)
+    }
+
+    /// Fills the part of `buf` that lies in one page, or says why not all of it.
+    fn read_in_page(&self, cache: &PageCache, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let number = at.0 / PAGE_SIZE;
+        let offset = at.page_offset() as usize;
+        let page = cache.get(number).or_else(|| {
+            let mut page = vec![0; PAGE_SIZE as usize];
+            let whole = self.memory.read(at.page_start(), &mut page).stopped.is_none();
+            let page: Arc<[u8]> = page.into();
+            // Read while it went on, it may be of any moment.
+            if whole && self.cache().is_some() {
+                cache.insert(number, Arc::clone(&page));
+            }
+            whole.then_some(page)
+        });
+        match page.as_ref().and_then(|page| page.get(offset..offset + buf.len())) {
+            Some(bytes) => {
+                buf.copy_from_slice(bytes);
+                ReadOutcome::complete(buf.len())
+            }
+            // A page that is not RAM to its end.
+            None => self.memory.read(at, buf),
+        }
+    }
+}
+
+impl PhysicalMemory for Snapshot {
+    fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let Some(cache) = self.cache().filter(|_| buf.len() <= LONGEST_CACHED) else {
+            return self.memory.read(at, buf);
+        };
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let here = at.wrapping_add(filled as u64);
+            let len = rest.len().min(here.left_in_page() as usize);
+            let outcome = self.read_in_page(cache, here, rest.get_mut(..len).unwrap_or_default());
+            filled += outcome.filled;
+            if outcome.stopped.is_some() {
+                return ReadOutcome { filled, stopped: outcome.stopped };
+            }
+        }
+        ReadOutcome::complete(filled)
+    }
+
+    fn ranges(&self) -> Vec<PhysRange> {
+        self.memory.ranges().to_vec()
+    }
+
+    fn is_ram(&self, at: PhysAddr) -> bool {
+        self.memory.contains(at)
+    }
+}
+
+impl Backend for Snapshot {
+    fn saved_cpus(&self) -> &[SavedCpu] {
+        &self.cpus
+    }
+
+    fn vmcoreinfo_note(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn phys_base_hints(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    fn facts(&self) -> Vec<Fact> {
+        let state = match self.state {
+            RunState::Running => "running: registers and memory are of about the same moment",
+            RunState::Stopped(why) => why,
+        };
+        let ways = self.memory.ways().into_iter().map(|(way, bytes)| format!("{way} ({})", ByteSize(bytes)));
+        vec![
+            Fact { name: "format", value: format!("live guest of QEMU {}", self.guest.version()) },
+            Fact { name: "accelerator", value: self.guest.accelerator().to_owned() },
+            Fact { name: "qmp", value: self.guest.address().to_string() },
+            Fact { name: "state", value: state.to_owned() },
+            Fact { name: "memory", value: ways.collect::<Vec<_>>().join(", ") },
+        ]
+    }
+
+    fn problems(&self) -> Vec<String> {
+        self.memory.problems().to_vec()
+    }
+
+    fn live(&self) -> Option<&dyn LiveControl> {
+        Some(&*self.guest)
+    }
+}

@@ -1,0 +1,655 @@
+//! A guest that any number of clients share: who controls it, where it stands, and who waits for it to stop.
+//!
+//! Knows run control and sessions, and no packet. A [`Machine`] is the guest at one stop: while the guest stands,
+//! everybody reads through the same one; each stop brings a new one. One client owns run control, the first that asks
+//! how the guest stands; the guest is stopped for it, and goes on as it was when that client leaves, however it leaves.
+
+use super::Libraries;
+use crate::addr::VirtAddr;
+use crate::arch::x86_64::Reg;
+use crate::backend::Backend;
+use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
+use crate::kernel::{Machine, OpenError};
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+/// How long the thread that waits for stops goes without looking what else happened.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long one instruction may take.
+const STEP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Points that clients may have set at once; gdb itself sets some dozens.
+const POINTS_MAX: usize = 4096;
+
+/// What becomes of the guest when the client that controls it leaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnDisconnect {
+    /// It runs if it ran before the client came, and else stands.
+    #[default]
+    Restore,
+    /// It runs.
+    Resume,
+    /// It stays as it is.
+    Leave,
+}
+
+/// What clients may do to a guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Policy {
+    /// Memory and registers may be written.
+    pub allow_write: bool,
+    /// Clients may stop it and let it run; without, they see it as it runs.
+    pub control: bool,
+    /// When the one that controls it leaves.
+    pub on_disconnect: OnDisconnect,
+}
+
+/// Looks for the kernel in a guest that was not known, or was started again.
+pub type Opener = dyn Fn(Arc<dyn Backend>) -> Result<Machine, OpenError> + Send + Sync;
+
+/// A guest and those who look at it.
+pub struct Live {
+    control: Arc<dyn LiveControl>,
+    policy: Policy,
+    open: Box<Opener>,
+    /// Held by whoever changes who controls the guest, which takes its time.
+    turn: Mutex<()>,
+    state: Mutex<State>,
+    /// The guest was let run.
+    runs: Condvar,
+}
+
+struct State {
+    machine: Arc<Machine>,
+    libraries: Option<Libraries>,
+    /// Counts the machines.
+    generation: u64,
+    /// The session that controls it.
+    owner: Option<u64>,
+    sessions: u64,
+    /// Whether it ran before it was controlled.
+    ran_before: bool,
+    /// It was let run by its owner and has not stopped since.
+    is_running: bool,
+    stop: Stop,
+    backward: bool,
+    points: Vec<Placed>,
+    /// Our own breakpoint where every module passes before its init (`do_init_module()` in kernel/module/main.c).
+    module_hook: Option<VirtAddr>,
+    /// Who is to be woken by the next stop.
+    waiting: HashMap<u64, UnixStream>,
+    /// The kernel that is known is of an earlier boot.
+    is_stale: bool,
+    /// What users are told with the next stop.
+    news: Vec<String>,
+    gone: Option<LiveError>,
+}
+
+/// A point, where the client put it and where it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Placed {
+    point: Point,
+    asked: VirtAddr,
+    at: VirtAddr,
+    len: u64,
+    /// The byte that a software breakpoint may hide.
+    hidden: Option<u8>,
+}
+
+/// How the guest last stopped, for a stop reply.
+pub(super) struct Stopped {
+    pub(super) stop: Stop,
+    /// It went backwards.
+    pub(super) backward: bool,
+    /// A module has been loaded, and has not begun to run.
+    pub(super) new_module: bool,
+    /// What else to tell the user.
+    pub(super) news: Vec<String>,
+}
+
+/// Why a guest could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenLive {
+    /// It cannot be asked.
+    #[error(transparent)]
+    Guest(#[from] LiveError),
+    /// The vmlinux that was asked for is not its.
+    #[error(transparent)]
+    Kernel(#[from] OpenError),
+    /// The system has no thread for it.
+    #[error("cannot start a thread")]
+    Thread(#[from] std::io::Error),
+}
+
+impl Live {
+    /// A guest behind `control`, whose kernel `open` looks for.
+    pub fn new(
+        control: Arc<dyn LiveControl>,
+        policy: Policy,
+        open: Box<Opener>,
+    ) -> Result<Arc<Self>, OpenLive> {
+        let machine = Arc::new(open(control.snapshot()?)?);
+        let state = State {
+            libraries: None,
+            is_stale: machine.kernel().is_none(),
+            machine,
+            generation: 0,
+            owner: None,
+            sessions: 0,
+            ran_before: false,
+            is_running: false,
+            stop: Stop { cpu: 0, reason: StopReason::Signal(SIGTRAP) },
+            backward: false,
+            points: Vec::new(),
+            module_hook: None,
+            waiting: HashMap::new(),
+            news: Vec::new(),
+            gone: None,
+        };
+        let (turn, runs) = (Mutex::new(()), Condvar::new());
+        let live = Arc::new(Self { control, policy, open, turn, state: Mutex::new(state), runs });
+        let weak = Arc::downgrade(&live);
+        std::thread::Builder::new().name("kstub-guest".to_owned()).spawn(move || watch(&weak))?;
+        Ok(live)
+    }
+
+    /// The guest as it was last seen.
+    pub fn machine(&self) -> Arc<Machine> {
+        self.state().machine.clone()
+    }
+
+    /// Offers clients the files of its modules.
+    pub fn set_libraries(&self, libraries: Libraries) {
+        self.state().libraries = Some(libraries);
+    }
+
+    /// The files of its modules, where they are offered.
+    pub fn libraries(&self) -> Option<Libraries> {
+        self.state().libraries.clone()
+    }
+
+    /// A client's way to it.
+    pub(super) fn session(self: &Arc<Self>) -> std::io::Result<Session> {
+        let (wake, waker) = UnixStream::pair()?;
+        wake.set_nonblocking(true)?;
+        waker.set_nonblocking(true)?;
+        let mut state = self.state();
+        state.sessions += 1;
+        let (id, seen) = (state.sessions, state.generation);
+        Ok(Session { live: Arc::clone(self), id, wake, waker, seen })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nobody panics while holding it; and if somebody did, each field would still be whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees the guest as it is now.
+    fn refresh(&self) -> Result<(), LiveError> {
+        let backend = self.control.snapshot()?;
+        let (before, is_stale, libraries) = {
+            let state = self.state();
+            (state.machine.clone(), state.is_stale, state.libraries.clone())
+        };
+        let machine = if is_stale { self.open_again(backend, &before) } else { before.again(backend) };
+        let machine = Arc::new(machine);
+        let libraries = libraries.map(|libraries| libraries.again(machine.clone()));
+        let mut state = self.state();
+        if is_stale && let Some(kernel) = machine.kernel() {
+            state.is_stale = false;
+            state.news.push(format!(
+                "A kernel was found: {} at {}. What gdb loaded before is not its: connect again.\n",
+                crate::bytes::printable(&kernel.found().release),
+                kernel.found().text
+            ));
+        }
+        state.machine = machine;
+        state.libraries = libraries;
+        state.generation += 1;
+        Ok(())
+    }
+
+    fn open_again(&self, backend: Arc<dyn Backend>, before: &Machine) -> Machine {
+        (self.open)(backend.clone()).unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            before.again(backend)
+        })
+    }
+
+    /// The guest has stopped: everybody who waits hears of it.
+    fn stopped(&self, stop: Stop) {
+        let fresh = self.refresh();
+        let mut state = self.state();
+        if let Err(error) = fresh {
+            state.gone = Some(error);
+        }
+        state.is_running = false;
+        state.stop = stop;
+        drop(state);
+        self.hook_modules();
+        self.state().wake();
+    }
+
+    fn is_gone(&self, error: LiveError) {
+        tracing::warn!("{error}");
+        let mut state = self.state();
+        state.is_running = false;
+        state.gone = Some(error);
+        state.wake();
+    }
+
+    /// Waits until the guest was let run, at most as long as `patience`; whether it was.
+    fn runs_within(&self, patience: Duration) -> bool {
+        let state = self.state();
+        if state.is_running {
+            return true;
+        }
+        let (state, _) = self.runs.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner);
+        state.is_running
+    }
+
+    /// Gives run control up for whoever has it: for the end of kstub.
+    pub fn release(&self) {
+        let owner = self.state().owner;
+        owner.into_iter().for_each(|owner| self.give_control(owner));
+    }
+
+    /// What happened by other hands than ours.
+    fn follow(&self) {
+        for happening in self.control.happenings() {
+            tracing::info!("{happening:?}");
+            let mut state = self.state();
+            match happening {
+                Happening::Reset => {
+                    state.is_stale = true;
+                    state.news.push("The guest was started again.\n".to_owned());
+                }
+                Happening::Replaced(how) => {
+                    state.is_stale = true;
+                    state.news.push(format!("The guest's memory is another's: {how}.\n"));
+                }
+                Happening::Stopped | Happening::Resumed => {}
+            }
+        }
+    }
+
+    /// Gives `session` run control, which stops the guest.
+    fn take_control(&self, session: u64) -> Result<(), LiveError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = match self.state().owner {
+            Some(owner) if owner == session => return Ok(()),
+            owner => owner.is_none(),
+        };
+        if is_first {
+            let ran_before = self.control.run_state()? == RunState::Running;
+            let stop = self.control.attach()?;
+            let mut state = self.state();
+            (state.ran_before, state.is_running, state.stop) = (ran_before, false, stop);
+            state.points.clear();
+            state.module_hook = None;
+            drop(state);
+            self.refresh()?;
+        }
+        self.state().owner = Some(session);
+        self.hook_modules();
+        Ok(())
+    }
+
+    /// Sees to it that modules stop the guest before their init, where clients are told of modules.
+    fn hook_modules(&self) {
+        let (machine, hook) = {
+            let state = self.state();
+            if state.libraries.is_none() || state.owner.is_none() {
+                return;
+            }
+            (state.machine.clone(), state.module_hook)
+        };
+        let wanted = machine.kernel().and_then(|kernel| kernel.symbol("do_init_module"));
+        if wanted == hook {
+            return;
+        }
+        if let Some(Err(error)) = hook.map(|old| self.control.remove(Point::Software, old, 1)) {
+            tracing::warn!("{error}");
+        }
+        let set = |at: &VirtAddr| match self.control.insert(Point::Software, *at, 1) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("modules do not stop the guest before their init: {error}");
+                false
+            }
+        };
+        self.state().module_hook = wanted.filter(set);
+    }
+
+    /// Whether `stop` is at our own breakpoint and at no client's.
+    fn is_new_module(state: &State, stop: Stop) -> bool {
+        let pc = usize::try_from(stop.cpu).ok().and_then(|index| state.machine.cpu_of_saved(index));
+        let pc = pc.and_then(|cpu| state.machine.cpu(cpu)?.regs.u64(Reg::Rip)).map(VirtAddr);
+        let is_clients = |at| {
+            let is_code = |point| matches!(point, Point::Software | Point::Hardware);
+            state.points.iter().any(|placed| is_code(placed.point) && placed.at == at)
+        };
+        stop.reason == StopReason::Signal(SIGTRAP)
+            && pc.is_some_and(|pc| Some(pc) == state.module_hook && !is_clients(pc))
+    }
+
+    /// Takes the vCPU that stands at our own breakpoint over it: the client knows nothing of it.
+    fn pass_hook(&self) -> Result<(), LiveError> {
+        let (hook, stop) = {
+            let state = self.state();
+            match state.module_hook.filter(|_| Self::is_new_module(&state, state.stop)) {
+                Some(hook) => (hook, state.stop),
+                None => return Ok(()),
+            }
+        };
+        self.control.remove(Point::Software, hook, 1)?;
+        self.control.resume(&[(Some(stop.cpu), Go::Step)])?;
+        let stepped = self.control.wait_stop(STEP_PATIENCE);
+        self.control.insert(Point::Software, hook, 1)?;
+        stepped.map(|_| ())
+    }
+
+    /// `session` no longer controls the guest: all its points go, and the guest goes on as it is to.
+    fn give_control(&self, session: u64) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = {
+            let mut state = self.state();
+            if state.owner != Some(session) {
+                return;
+            }
+            state.owner = None;
+            state.points.clear();
+            state.module_hook = None;
+            let runs = match self.policy.on_disconnect {
+                OnDisconnect::Restore => state.ran_before,
+                OnDisconnect::Resume => true,
+                OnDisconnect::Leave => state.is_running,
+            };
+            state.is_running = false;
+            runs
+        };
+        match self.control.detach(runs) {
+            Ok(()) => {
+                tracing::info!("run control was given up: the guest {}", if runs { "runs" } else { "stands" })
+            }
+            Err(error) => tracing::warn!("giving up run control: {error}"),
+        }
+    }
+}
+
+impl State {
+    fn wake(&mut self) {
+        for (_, mut waker) in self.waiting.drain() {
+            // It fails where the session has just ended, or was woken and has not looked yet.
+            let _ = waker.write(&[0]);
+        }
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// The thread that waits for stops, as long as there is a guest.
+fn watch(live: &Weak<Live>) {
+    while let Some(live) = live.upgrade() {
+        live.follow();
+        if !live.runs_within(PATIENCE) {
+            continue;
+        }
+        match live.control.wait_stop(PATIENCE) {
+            Ok(Some(stop)) => live.stopped(stop),
+            Ok(None) => {}
+            Err(error) => live.is_gone(error),
+        }
+    }
+}
+
+/// One client's way to the guest. When it goes, so does its control.
+pub(super) struct Session {
+    live: Arc<Live>,
+    id: u64,
+    /// Readable once the guest has stopped.
+    wake: UnixStream,
+    waker: UnixStream,
+    /// The generation of the machine that the client was told of.
+    seen: u64,
+}
+
+/// What becomes of a request to let the guest run.
+pub(super) enum Resumed {
+    /// Its answer comes when the guest stops.
+    Later,
+    /// It stands where it stood.
+    No(String),
+}
+
+impl Session {
+    pub(super) fn control(&self) -> &dyn LiveControl {
+        &*self.live.control
+    }
+
+    pub(super) fn policy(&self) -> Policy {
+        self.live.policy
+    }
+
+    /// The machine and its modules' files, if they are others than at the last call.
+    pub(super) fn changed(&mut self) -> Option<(Arc<Machine>, Option<Libraries>)> {
+        let state = self.live.state();
+        if state.generation == self.seen {
+            return None;
+        }
+        self.seen = state.generation;
+        Some((state.machine.clone(), state.libraries.clone()))
+    }
+
+    /// The client wants to know how the guest stands: the first that does controls it from then on.
+    pub(super) fn greet(&self) -> Result<(), LiveError> {
+        let owner = self.live.state().owner;
+        match owner {
+            None if self.live.policy.control => self.live.take_control(self.id),
+            None => self.live.refresh(),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// How the guest stands.
+    pub(super) fn last_stop(&self) -> Stopped {
+        let mut state = self.live.state();
+        let new_module = Live::is_new_module(&state, state.stop);
+        Stopped {
+            stop: state.stop,
+            backward: state.backward,
+            new_module,
+            news: std::mem::take(&mut state.news),
+        }
+    }
+
+    /// Why the guest cannot be asked any more.
+    pub(super) fn gone(&self) -> Option<LiveError> {
+        self.live.state().gone.clone()
+    }
+
+    pub(super) fn owns(&self) -> bool {
+        self.live.state().owner == Some(self.id)
+    }
+
+    /// `monitor control`: who controls the guest, taking control and giving it up.
+    pub(super) fn control_command(&self, what: &str) -> String {
+        let (owner, is_running) = {
+            let state = self.live.state();
+            (state.owner, state.is_running)
+        };
+        let mine = owner == Some(self.id);
+        match what {
+            "take" if mine => "This client controls the guest already.\n".to_owned(),
+            "take" if !self.live.policy.control => {
+                "kstub was started with --no-stop: nobody controls the guest.\n".to_owned()
+            }
+            "take" if is_running => {
+                "The guest runs for another client: press Ctrl-C there first, or wait for it to stop.\n"
+                    .to_owned()
+            }
+            "take" => match self.live.take_control(self.id) {
+                Ok(()) => "This client controls the guest.\n".to_owned(),
+                Err(error) => format!("{error}\n"),
+            },
+            "give" if mine => {
+                self.live.give_control(self.id);
+                "Nobody controls the guest; 'monitor control take' takes control again.\n".to_owned()
+            }
+            "give" => "This client does not control the guest.\n".to_owned(),
+            _ => match owner {
+                Some(_) if mine => "This client controls the guest.\n".to_owned(),
+                Some(_) => {
+                    "Another client controls the guest; 'monitor control take' takes control.\n".to_owned()
+                }
+                None => "Nobody controls the guest; 'monitor control take' does.\n".to_owned(),
+            },
+        }
+    }
+
+    /// Puts a point, or takes it away, where the client sees `asked` and the guest `at`.
+    pub(super) fn set_point(
+        &self,
+        insert: bool,
+        point: Point,
+        (asked, at): (VirtAddr, VirtAddr),
+        len: u64,
+        hidden: Option<u8>,
+    ) -> Result<(), LiveError> {
+        let placed = Placed { point, asked, at, len, hidden };
+        let same = |other: &Placed| (other.point, other.asked, other.len) == (point, asked, len);
+        if !insert {
+            let found = self.live.state().points.iter().position(same);
+            let Some(placed) = found.map(|index| self.live.state().points.swap_remove(index)) else {
+                return Ok(());
+            };
+            return self.live.control.remove(point, placed.at, len);
+        }
+        let is_full = {
+            let state = self.live.state();
+            if state.points.iter().any(same) {
+                return Ok(());
+            }
+            state.points.len() >= POINTS_MAX
+        };
+        if is_full {
+            let what = format!("a breakpoint at {at}");
+            return Err(LiveError::Refused { what, why: format!("there are {POINTS_MAX} already") });
+        }
+        self.live.control.insert(point, at, len)?;
+        self.live.state().points.push(placed);
+        Ok(())
+    }
+
+    /// The address that the client knows a watched one by.
+    pub(super) fn asked_address(&self, at: VirtAddr) -> VirtAddr {
+        let state = self.live.state();
+        let covers = |placed: &&Placed| at.0.wrapping_sub(placed.at.0) < placed.len.max(1);
+        let placed = state.points.iter().filter(|placed| placed.asked != placed.at).find(covers);
+        placed.map_or(at, |placed| placed.asked.wrapping_add(at.0.wrapping_sub(placed.at.0)))
+    }
+
+    /// Shows what breakpoints have hidden in `bytes`, which were read at `at` (KVM puts instructions into memory).
+    pub(super) fn unhide(&self, at: VirtAddr, bytes: &mut [u8]) {
+        const INT3: u8 = 0xcc;
+        for placed in &self.live.state().points {
+            let index = usize::try_from(placed.at.0.wrapping_sub(at.0)).ok();
+            let byte = index.and_then(|index| bytes.get_mut(index)).filter(|byte| **byte == INT3);
+            if let (Some(byte), Some(hidden)) = (byte, placed.hidden) {
+                *byte = hidden;
+            }
+        }
+    }
+
+    /// Lets the guest run by `go`, or waits with the one that controls it.
+    pub(super) fn resume(
+        &self,
+        backward: bool,
+        go: impl FnOnce(&dyn LiveControl) -> Result<(), LiveError>,
+    ) -> Resumed {
+        if let Some(error) = self.gone() {
+            return Resumed::No(format!("{error}\n"));
+        }
+        let owner = self.live.state().owner;
+        if owner.is_none()
+            && self.live.policy.control
+            && let Err(error) = self.live.take_control(self.id)
+        {
+            return Resumed::No(format!("{error}\n"));
+        }
+        if !self.owns() {
+            return self.wait();
+        }
+        if let Resumed::No(why) = self.wait() {
+            return Resumed::No(why);
+        }
+        self.live.state().backward = backward;
+        let passed = if backward { Ok(()) } else { self.live.pass_hook() };
+        if let Err(error) = passed.and_then(|()| go(&*self.live.control)) {
+            self.live.state().waiting.remove(&self.id);
+            return Resumed::No(format!("{error}\n"));
+        }
+        self.live.state().is_running = true;
+        self.live.runs.notify_all();
+        Resumed::Later
+    }
+
+    fn wait(&self) -> Resumed {
+        match self.waker.try_clone() {
+            Ok(waker) => {
+                self.live.state().waiting.insert(self.id, waker);
+                Resumed::Later
+            }
+            Err(error) => Resumed::No(format!("cannot wait for the guest: {error}\n")),
+        }
+    }
+
+    /// Ctrl-C: the guest is asked to stop, which the client hears of; `false` where it only looks on and has to be
+    /// answered now.
+    pub(super) fn interrupt(&self) -> Result<bool, LiveError> {
+        if self.owns() {
+            self.live.control.interrupt()?;
+            return Ok(true);
+        }
+        self.live.state().waiting.remove(&self.id);
+        if !self.live.policy.control {
+            self.live.refresh()?;
+        }
+        Ok(false)
+    }
+
+    /// Forgets that it was woken.
+    pub(super) fn woken(&mut self) {
+        let mut byte = [0; 16];
+        while matches!((&self.wake).read(&mut byte), Ok(1..)) {}
+    }
+
+    /// The guest was changed: everybody sees it anew.
+    pub(super) fn changed_by_us(&self) -> Result<(), LiveError> {
+        self.live.refresh()
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.live.state().waiting.remove(&self.id);
+        self.live.give_control(self.id);
+    }
+}
+
+const SIGTRAP: u8 = 5;

@@ -1,0 +1,357 @@
+//! A guest's run control in packets: stop replies, resuming, breakpoints, writes.
+//!
+//! Knows what a client may ask of a guest that runs, and what it is told; [`super::live`] does it. A dump never comes
+//! here. Source: GDB manual, "Packets" (`vCont`, `Z`, `bc`), "Stop Reply Packets".
+
+use super::front::{Front, Reply, error};
+use super::live::{Resumed, Session};
+use super::target::errno;
+use super::threads::{Choice, Thread};
+use crate::addr::{PAGE_SIZE, VirtAddr};
+use crate::arch::x86_64::Reg;
+use crate::backend::live::{Go, LiveError, Point, StopReason};
+use crate::rsp;
+
+/// A request to let threads run, as `vCont` and its older forms have it.
+type Actions = Vec<(Option<u32>, Go)>;
+
+impl Front {
+    /// The guest's part of the answers; `None` for what a guest answers as a dump does.
+    pub(super) fn live_answer(&mut self, body: &[u8]) -> Option<Reply> {
+        let live = self.live.as_ref()?;
+        Some(match body {
+            b"?" => {
+                let greeted = live.greet();
+                self.catch_up();
+                match greeted {
+                    Ok(()) => self.stop_reply(),
+                    Err(error) => Reply::Console(format!("{error}\n"), self.stop_of_now()),
+                }
+            }
+            b"bc" => self.go(true, |control| control.reverse(Go::Continue)),
+            b"bs" => self.go(true, |control| control.reverse(Go::Step)),
+            [b'c' | b'C' | b's' | b'S', ..] | [b'v', b'C', b'o', b'n', b't', b';', ..] => {
+                match self.actions(body) {
+                    Ok(actions) => self.go(false, move |control| control.resume(&actions)),
+                    Err(why) => self.no_run(why),
+                }
+            }
+            [b'Z', rest @ ..] => self.point(true, rest).into(),
+            [b'z', rest @ ..] => self.point(false, rest).into(),
+            [b'M', rest @ ..] => self.write(rest, rsp::decode).into(),
+            [b'X', rest @ ..] => self.write(rest, rsp::unescape).into(),
+            [b'P', rest @ ..] => self.write_register(rest).into(),
+            [b'G', ..] => error(errno::EROFS).into(),
+            _ => {
+                let line = rsp::decode(body.strip_prefix(b"qRcmd,")?)?;
+                let line = String::from_utf8_lossy(&line).into_owned();
+                let what = line.trim().strip_prefix("control")?;
+                if !what.is_empty() && !what.starts_with(' ') {
+                    return None;
+                }
+                let text = live.control_command(what.trim());
+                self.catch_up();
+                self.console_answer(text, b"OK".to_vec())
+            }
+        })
+    }
+
+    /// Whether the guest runs and the client is owed an answer when it stops.
+    pub fn is_running(&self) -> bool {
+        self.owes_stop
+    }
+
+    /// What becomes readable when the guest has stopped.
+    pub fn wake(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        use std::os::fd::AsFd;
+        self.live.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The guest has stopped: appends the answer that was owed to `out`.
+    pub fn woken(&mut self, out: &mut Vec<u8>) {
+        let Some(live) = &mut self.live else { return };
+        live.woken();
+        if std::mem::take(&mut self.owes_stop) {
+            self.catch_up();
+            let reply = self.stop_reply();
+            self.reply(reply, b"", out);
+        }
+    }
+
+    /// Ctrl-C.
+    pub(super) fn interrupt(&mut self, out: &mut Vec<u8>) {
+        let Some(live) = self.live.as_ref().filter(|_| self.owes_stop) else { return };
+        match live.interrupt() {
+            Ok(true) => {}
+            // It only looks on: it stands where it stood, and is shown what is there now.
+            Ok(false) => {
+                self.owes_stop = false;
+                self.catch_up();
+                let stop = self.stop_of_now();
+                self.reply(stop.into(), b"", out);
+            }
+            Err(error) => {
+                self.owes_stop = false;
+                let reply = self.no_run(format!("{error}\n"));
+                self.reply(reply, b"", out);
+            }
+        }
+    }
+
+    /// Takes over what the last stop has changed.
+    pub(super) fn catch_up(&mut self) {
+        let Some((machine, libraries)) = self.live.as_mut().and_then(Session::changed) else { return };
+        if let Some(libraries) = libraries {
+            self.files.files = std::mem::take(&mut self.files.files).with_libraries(libraries);
+        }
+        self.see(machine);
+    }
+
+    fn go(
+        &mut self,
+        backward: bool,
+        go: impl FnOnce(&dyn crate::backend::live::LiveControl) -> Result<(), LiveError>,
+    ) -> Reply {
+        let Some(live) = &self.live else { return Reply::Later };
+        match live.resume(backward, go) {
+            Resumed::Later => {
+                self.owes_stop = true;
+                Reply::Later
+            }
+            Resumed::No(why) => self.no_run(why),
+        }
+    }
+
+    /// It does not run: says why, and that it stands where it stood; or that it is gone.
+    fn no_run(&mut self, why: String) -> Reply {
+        if self.live.as_ref().is_some_and(|live| live.gone().is_some()) {
+            return Reply::Console(why, GONE.to_vec());
+        }
+        Reply::Console(why, self.stop_of_now())
+    }
+
+    /// A stop without a cause, on the thread that the user has selected.
+    fn stop_of_now(&mut self) -> Vec<u8> {
+        let thread = self.selection.user();
+        let signal = if self.client.gdb { b"T00" } else { b"T05" };
+        self.stopped(signal, thread)
+    }
+
+    /// How the guest stopped last, on the thread that did.
+    fn stop_reply(&mut self) -> Reply {
+        let Some(live) = &self.live else { return Reply::Later };
+        if let Some(error) = live.gone() {
+            return Reply::Console(format!("{error}\n"), GONE.to_vec());
+        }
+        let stopped = live.last_stop();
+        let index = usize::try_from(stopped.stop.cpu).unwrap_or(usize::MAX);
+        let threads = &self.engine.target.threads;
+        let thread = self.machine.cpu_of_saved(index).map(|cpu| threads.on(cpu));
+        let thread = thread.filter(|&thread| threads.has(thread)).unwrap_or(self.first());
+        let mut body = match stopped.stop.reason {
+            StopReason::Signal(_) if stopped.new_module => self.stopped(b"T05library:;", thread),
+            StopReason::Signal(signal) => self.stopped(format!("T{signal:02x}").as_bytes(), thread),
+            StopReason::Watch(point, at) => {
+                let name = match point {
+                    Point::Read => "rwatch",
+                    Point::Access => "awatch",
+                    Point::Write | Point::Software | Point::Hardware => "watch",
+                };
+                self.stopped(format!("T05{name}:{:x};", live.asked_address(at).0).as_bytes(), thread)
+            }
+            StopReason::ReplayEnd => {
+                let end: &[u8] = if stopped.backward { b"T05replaylog:begin;" } else { b"T05replaylog:end;" };
+                self.stopped(end, thread)
+            }
+        };
+        // The client takes the thread of a stop for selected, as if by `Hg`.
+        self.selection.stopped_on(thread);
+        if self.engine.select(thread).is_err() {
+            tracing::error!("{thread:?} cannot be selected");
+        }
+        if stopped.news.is_empty() {
+            return body.into();
+        }
+        body.shrink_to_fit();
+        Reply::Console(stopped.news.concat(), body)
+    }
+
+    /// What `vCont;…`, `c`, `s` and the like ask for. Signals mean nothing to a machine.
+    fn actions(&self, body: &[u8]) -> Result<Actions, String> {
+        let Some(actions) = body.strip_prefix(b"vCont;") else {
+            let go = if matches!(body.first(), Some(b's' | b'S')) { Go::Step } else { Go::Continue };
+            // The old forms mean the thread of `Hc`, which clients that use them set to all or to the selected.
+            return Ok(match go {
+                Go::Continue => vec![(None, go)],
+                Go::Step => vec![(Some(self.vcpu(self.selection.user())?), go), (None, Go::Continue)],
+            });
+        };
+        let one = |action: &[u8]| {
+            let mut parts = action.splitn(2, |&byte| byte == b':');
+            let go = match parts.next().and_then(<[u8]>::first) {
+                Some(b'c' | b'C') => Go::Continue,
+                Some(b's' | b'S') => Go::Step,
+                _ => return Err(format!("unknown action '{}'\n", action.escape_ascii())),
+            };
+            let thread = match parts.next().map(Choice::parse) {
+                None | Some(Some(Choice::Whichever)) => None,
+                Some(Some(Choice::One(thread))) => Some(self.vcpu(thread)?),
+                Some(None) => return Err(format!("no such thread: '{}'\n", action.escape_ascii())),
+            };
+            Ok((thread, go))
+        };
+        actions.split(|&byte| byte == b';').filter(|action| !action.is_empty()).map(one).collect()
+    }
+
+    /// The vCPU that a thread runs on now.
+    fn vcpu(&self, thread: Thread) -> Result<u32, String> {
+        let threads = &self.engine.target.threads;
+        let cpu = threads.runs_on(thread).filter(|_| threads.has(thread));
+        let cpu = cpu.ok_or("This task does not run: select the thread of a CPU, or of a task on one.\n")?;
+        let index = self.machine.saved_of_cpu(cpu).and_then(|index| u32::try_from(index).ok());
+        index.ok_or_else(|| format!("QEMU has no vCPU for CPU {cpu}.\n"))
+    }
+
+    /// `Z` and `z`: `KIND,ADDR,LEN`, and conditions behind, which are gdb's to check.
+    fn point(&mut self, insert: bool, request: &[u8]) -> Vec<u8> {
+        let Some(live) = &self.live else { return Vec::new() };
+        let mut fields = request.split(|&byte| byte == b';').next().unwrap_or_default().split(|&b| b == b',');
+        let mut field = || fields.next().and_then(rsp::parse_u64);
+        let (Some(kind), Some(at), Some(len)) = (field(), field(), field()) else {
+            return error(errno::EINVAL);
+        };
+        let point = match kind {
+            0 => Point::Software,
+            1 => Point::Hardware,
+            2 => Point::Write,
+            3 => Point::Read,
+            4 => Point::Access,
+            // Empty: of a kind that is not known.
+            _ => return Vec::new(),
+        };
+        if !live.owns() {
+            return self.refused("another client controls the guest ('monitor control take' takes control)");
+        }
+        let asked = VirtAddr(at);
+        let at = match point {
+            Point::Software | Point::Hardware => asked,
+            Point::Write | Point::Read | Point::Access => self.per_cpu_copy(asked),
+        };
+        let hidden = match point {
+            Point::Software => {
+                let mut byte = [0];
+                let cpu = self.engine.target.threads.cpu(&self.machine, self.engine.target.selected);
+                self.machine.read_virt(cpu, at, &mut byte).stopped.is_none().then_some(byte[0])
+            }
+            _ => None,
+        };
+        match live.set_point(insert, point, (asked, at), len, hidden) {
+            Ok(()) => b"OK".to_vec(),
+            Err(error) => self.refused(&error.to_string()),
+        }
+    }
+
+    /// Where the selected thread's copy of a per-CPU variable is that gdb has at `at`; `at` itself for all else.
+    fn per_cpu_copy(&self, at: VirtAddr) -> VirtAddr {
+        let target = &self.engine.target;
+        let copy = || {
+            let kernel = self.machine.kernel()?;
+            let window = kernel.per_cpu_window()?;
+            let cpu = target.threads.cpu(&self.machine, target.selected);
+            window.contains(&at).then(|| kernel.per_cpu_alias(at, cpu)).flatten()
+        };
+        copy().unwrap_or(at)
+    }
+
+    /// An error in words, for a gdb that prints them.
+    fn refused(&self, why: &str) -> Vec<u8> {
+        match self.client.selects_for_commands {
+            true => [b"E.", why.as_bytes()].concat(),
+            false => error(errno::EINVAL),
+        }
+    }
+
+    /// `M` and `X`: `ADDR,LEN:BYTES`.
+    fn write(&mut self, request: &[u8], decode: impl Fn(&[u8]) -> Option<Vec<u8>>) -> Vec<u8> {
+        let Some(live) = &self.live else { return Vec::new() };
+        let colon = request.iter().position(|&byte| byte == b':').unwrap_or(request.len());
+        let (head, bytes) = request.split_at(colon);
+        let mut head = head.split(|&byte| byte == b',').map(rsp::parse_u64);
+        let (Some(Some(at)), Some(Some(len)), Some(bytes)) =
+            (head.next(), head.next(), decode(bytes.get(1..).unwrap_or_default()))
+        else {
+            return error(errno::EINVAL);
+        };
+        if bytes.len() as u64 != len {
+            return error(errno::EINVAL);
+        }
+        if !live.policy().allow_write {
+            return if len == 0 { b"OK".to_vec() } else { self.read_only() };
+        }
+        match self.write_bytes(live, VirtAddr(at), &bytes) {
+            Ok(()) => b"OK".to_vec(),
+            Err(why) => {
+                tracing::warn!("writing at {at:#x}: {why}");
+                error(errno::EFAULT)
+            }
+        }
+    }
+
+    fn read_only(&self) -> Vec<u8> {
+        match self.client.gdb {
+            true => b"E.kstub was started without --allow-write".to_vec(),
+            false => error(errno::EROFS),
+        }
+    }
+
+    fn write_bytes(&self, live: &Session, at: VirtAddr, bytes: &[u8]) -> Result<(), String> {
+        let target = &self.engine.target;
+        let cpu = target.threads.cpu(&self.machine, target.selected);
+        let task = target.threads.task(&self.machine, target.selected).map(|task| task.at);
+        let mut done = 0;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            let here = self.per_cpu_copy(at.wrapping_add(done as u64));
+            let phys = match self.is_physical() {
+                true => crate::addr::PhysAddr(here.0),
+                false => self.machine.phys_of(cpu, task, here).map_err(|error| error.to_string())?,
+            };
+            let left = usize::try_from(PAGE_SIZE - phys.0 % PAGE_SIZE).unwrap_or(1);
+            let piece = rest.get(..left.min(rest.len())).unwrap_or_default();
+            tracing::info!("a client writes {} bytes at {here} (physical {phys})", piece.len());
+            live.control().write_phys(phys, piece).map_err(|error| error.to_string())?;
+            done += piece.len();
+        }
+        live.changed_by_us().map_err(|error| error.to_string())
+    }
+
+    /// `P`: `NUMBER=VALUE`.
+    fn write_register(&mut self, request: &[u8]) -> Vec<u8> {
+        let Some(live) = &self.live else { return Vec::new() };
+        let mut parts = request.splitn(2, |&byte| byte == b'=');
+        let number = parts.next().and_then(rsp::parse_u64).and_then(|number| usize::try_from(number).ok());
+        let (Some(reg), Some(value)) =
+            (number.and_then(Reg::from_number), parts.next().and_then(rsp::decode))
+        else {
+            return error(errno::EINVAL);
+        };
+        if !live.policy().allow_write {
+            return self.read_only();
+        }
+        let vcpu = match self.vcpu(self.engine.target.selected) {
+            Ok(vcpu) => vcpu,
+            Err(why) => return self.refused(why.trim_end()),
+        };
+        tracing::info!("a client writes {} of vCPU {vcpu}", reg.name());
+        let written = live.control().write_register(vcpu, reg.name(), &value);
+        match written.and_then(|()| live.changed_by_us()) {
+            Ok(()) => {
+                self.catch_up();
+                b"OK".to_vec()
+            }
+            Err(error) => self.refused(&error.to_string()),
+        }
+    }
+}
+
+/// The stop reply for a guest that is gone: killed by SIGKILL, as far as gdb is concerned.
+const GONE: &[u8] = b"X09";

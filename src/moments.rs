@@ -1,0 +1,102 @@
+//! A machine at the moment in which a command is run: a dump stays what it is, a guest is looked at anew.
+
+use kstub::addr::{PAGE_SIZE, PhysAddr, VirtAddr};
+use kstub::backend::live::{LiveControl, LiveError, RunState};
+use kstub::backend::{Backend, Overlay};
+use kstub::command::{CommandError, Output};
+use kstub::kernel::{CpuId, Machine};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often a command is run that met a contradiction while the guest ran.
+const TRIES: usize = 3;
+
+/// More memory than what is copied of a guest should take, in pages.
+const PAGES_MAX: usize = 1 << 16;
+
+type Answer = Result<Output, CommandError>;
+
+/// Runs `command` on `machine`, at this moment if it is a guest: stopped for it if `pause` says so.
+pub fn run(machine: &Machine, pause: bool, command: impl Fn(&Machine) -> Answer) -> anyhow::Result<Answer> {
+    let Some(live) = machine.backend().live() else { return Ok(command(machine)) };
+    if pause {
+        let (machine, stood) = frozen(machine, live)?;
+        if let Some(stood) = stood {
+            eprintln!("kstub: the guest stood for {:.1} ms", stood.as_secs_f64() * 1e3);
+        }
+        return Ok(command(&machine));
+    }
+    let mut answer = command(&machine.again(live.snapshot()?));
+    for _ in 1..TRIES {
+        if !met_contradictions(&answer) || live.run_state()? != RunState::Running {
+            return Ok(answer);
+        }
+        answer = command(&machine.again(live.snapshot()?));
+    }
+    if answer.is_ok() && met_contradictions(&answer) {
+        eprintln!(
+            "kstub: the guest went on while this was read, {TRIES} times: what does not fit together may have changed \
+             meanwhile (--pause stops the guest for the moment)"
+        );
+    }
+    Ok(answer)
+}
+
+/// Whether something did not fit together. A command that failed may have: it is not known why it did.
+fn met_contradictions(answer: &Answer) -> bool {
+    match answer {
+        Ok(output) => output.json["problems"].as_array().is_some_and(|problems| !problems.is_empty()),
+        Err(_) => true,
+    }
+}
+
+/// The machine with the registers and the stacks of its CPUs at one moment, for which it was stopped, and for how
+/// long; `None` if it stood anyway.
+fn frozen(machine: &Machine, live: &dyn LiveControl) -> Result<(Machine, Option<Duration>), LiveError> {
+    // What takes time and does not change is found before.
+    pages_of_cpus(machine);
+    let ran = live.run_state()? == RunState::Running;
+    let start = Instant::now();
+    if ran {
+        live.pause()?;
+    }
+    let copied = copy(machine, live);
+    if ran {
+        live.unpause()?;
+    }
+    let stood = start.elapsed();
+    Ok((machine.again(copied?), ran.then_some(stood)))
+}
+
+fn copy(machine: &Machine, live: &dyn LiveControl) -> Result<Arc<dyn Backend>, LiveError> {
+    let snapshot = live.snapshot()?;
+    let now = machine.again(snapshot.clone());
+    Ok(Arc::new(Overlay::copy(snapshot, pages_of_cpus(&now))))
+}
+
+/// The physical pages of what backtraces of the CPUs are made of: their stacks, per-CPU variables and tasks.
+fn pages_of_cpus(machine: &Machine) -> BTreeSet<PhysAddr> {
+    let Some(kernel) = machine.kernel() else { return BTreeSet::new() };
+    let of_cpu = |cpu: CpuId| {
+        let task = kernel.current(cpu).map(|task| task.at);
+        let stacks = kernel.cpu_stacks(cpu).into_iter().chain(task.and_then(|task| kernel.task_stack(task)));
+        let stacks = stacks.map(|stack| stack.start..stack.end);
+        let size = kernel.types().and_then(|types| types.size(types.composite("task_struct")?));
+        let task = task.map(|task| task.0..task.0.saturating_add(size.unwrap_or(PAGE_SIZE)));
+        let per_cpu = || {
+            let template = kernel.per_cpu_template()?;
+            let start = kernel.per_cpu_pointer(template.start, cpu)?;
+            Some(start.0..start.0.saturating_add(template.end.offset_from(template.start)?))
+        };
+        stacks.chain(task).chain(per_cpu()).collect::<Vec<_>>()
+    };
+    let ranges = machine.cpus().iter().flat_map(|cpu| of_cpu(cpu.id));
+    let pages = ranges
+        .flat_map(|range| (range.start - range.start % PAGE_SIZE..range.end).step_by(PAGE_SIZE as usize));
+    let phys = |page| {
+        let found = kernel.found().space.walk(&**kernel.backend(), VirtAddr(page), &mut |_| ());
+        found.ok().map(|found| found.phys.page_start())
+    };
+    pages.take(PAGES_MAX).filter_map(phys).collect()
+}
