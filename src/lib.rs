@@ -5,7 +5,8 @@
 //! `tests/layering.rs` reads this crate's `use` paths and fails on any other edge.
 //!
 //! ```text
-//! 8  main  open  moments  wait_kernel  the program: what was typed, opened and run
+//! 9  main  open  moments             what was typed, opened and run
+//! 8  wait_kernel                     a guest's boot
 //! 7  cli   server                     arguments | sockets
 //! 6  gdb                              gdbstub glue, RSP front
 //! 5  command                          text (or JSON) in, text (or JSON) out
