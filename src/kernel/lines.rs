@@ -32,7 +32,8 @@ impl Kernel {
     fn open_module_file(&self, module: &Module) -> Option<DebugInfo> {
         let file = self.module_files().file(&module.name, module.build_id.as_deref()?)?;
         let sections = self.module_sections(module);
-        let sections = sections.inspect_err(|error| tracing::info!("module '{}': {error}", module.name)).ok()?;
+        let sections =
+            sections.inspect_err(|error| tracing::info!("module '{}': {error}", module.name)).ok()?;
         // Sections for init are listed after they were freed.
         let still = sections.into_iter().filter(|section| module.contains(section.at));
         let addresses: SectionAddresses = still.map(|section| (section.name, section.at.0)).collect();
