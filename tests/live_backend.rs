@@ -141,6 +141,9 @@ fn memory_is_what_qemu_saves(guest: &Guest, at_most: u64, directory: &Path) {
             let mut read = vec![0; saved.len()];
             machine.read_phys_exact(PhysAddr(start), &mut read).unwrap();
             assert!(read == saved, "{len:#x} bytes at {start:#x} differ");
+            // Mutation check: eight bytes further it is something else, unless all is the same.
+            let (first, rest) = saved.split_at(8);
+            assert!(read[8..] != saved[..saved.len() - 8] || rest.chunks(8).all(|word| word == first));
             // In pieces across pages, through the cache.
             for at in (4090..saved.len().saturating_sub(16)).step_by(0x1_0001) {
                 let mut read = [0; 16];
@@ -171,6 +174,9 @@ fn registers_are_what_qemu_shows(guest: &Guest) {
     let machine = guest.take_snapshot().unwrap();
     let text = guest.monitor("info registers -a").unwrap();
     assert_eq!(machine.saved_cpus().len(), 4);
+    // Mutation check: the CPUs differ, so that a wrong one would be seen.
+    let stacks: Vec<u64> = (0..4).map(|cpu| shown(&text, cpu, "RSP")).collect();
+    assert!(stacks.iter().enumerate().all(|(i, sp)| !stacks[..i].contains(sp)), "{stacks:x?}");
     for (cpu, saved) in (0..).zip(machine.saved_cpus()) {
         assert_eq!(saved.pid, Some(cpu + 1));
         for (reg, name) in [
@@ -417,6 +423,17 @@ fn run_control(vm: &Vm, guest: &Guest) {
         assert_eq!(regs(1).u64(Reg::Rip), Some(at.0));
     }
     guest.remove(Point::Software, at, 1).unwrap();
+
+    // Interrupted by another thread than the one that waits; a third may wait, too.
+    guest.resume(&[(None, Go::Continue)]).unwrap();
+    std::thread::scope(|scope| {
+        let waits: Vec<_> = (0..2).map(|_| scope.spawn(|| guest.wait_stop(soon).unwrap().unwrap())).collect();
+        std::thread::sleep(Duration::from_millis(120));
+        // Readers need not wait for it.
+        assert_eq!(guest.take_snapshot().unwrap().saved_cpus().len(), 4);
+        guest.interrupt().unwrap();
+        waits.into_iter().for_each(|wait| assert_eq!(wait.join().unwrap().reason, StopReason::Signal(2)));
+    });
 
     // One CPU steps, the others stay.
     let before: Vec<_> = (0..4).map(|cpu| regs(cpu).u64(Reg::Rip)).collect();

@@ -110,7 +110,7 @@ fn what_is_sent_is_the_protocols() {
     stub.resume(&[(Some(1), Go::Step), (None, Go::Continue)]).unwrap();
     assert!(matches!(stub.registers(stub.threads[0]), Err(LiveError::NotNow { .. })));
     assert_eq!(stub.wait(Duration::from_millis(30)).unwrap(), None);
-    stub.interrupt().unwrap();
+    stub.interrupter().unwrap().interrupt().unwrap();
     let stop = stub.wait(SOON).unwrap().unwrap();
     assert_eq!((stop.reason, stop.thread.unwrap().cpu()), (StopReason::Signal(2), Some(1)));
     stub.detach().unwrap();
