@@ -66,8 +66,9 @@ impl Server {
         let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let socket = guest.path(&format!("kstub-{number}"));
         let mut kstub = guest.kstub("serve");
-        kstub.args(options).arg("--listen").arg(format!("unix:{}", socket.display()));
-        let child = kstub.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        kstub.arg("-v").args(options).arg("--listen").arg(format!("unix:{}", socket.display()));
+        let log = std::fs::File::create(socket.with_extension("log")).unwrap();
+        let child = kstub.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let mut server = Self { child, socket };
         let up =
             wait_until(PATIENCE, || server.socket.exists() || server.child.try_wait().unwrap().is_some());
@@ -111,6 +112,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", std::fs::read_to_string(self.socket.with_extension("log")).unwrap_or_default());
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -187,10 +191,11 @@ fn at_every_stage(guest: &Guest, who: &str, end: fn(&Gdb)) {
     for (stage, reach) in STAGES {
         guest.settle();
         guest.ask("plant load 2");
-        let mut gdb = Gdb::start(guest, &[]);
+        let mut gdb = Gdb::start(guest, &["-v"]);
         reach(guest, &mut gdb);
         end(&gdb);
         let ended = gdb.wait_end();
+        let said = gdb.everything();
         // Its gdb goes with kstub; one that lives on would hold nothing but a closed socket.
         drop(gdb);
         let start = Instant::now();
@@ -204,6 +209,10 @@ fn at_every_stage(guest: &Guest, who: &str, end: fn(&Gdb)) {
             start.elapsed().as_millis()
         );
         if free.is_err() {
+            eprintln!(
+                "{}",
+                said.lines().filter(|line| line.contains(" kstub")).collect::<Vec<_>>().join("\n")
+            );
             left.push(*stage);
             guest.cont();
         }
@@ -465,6 +474,7 @@ fn read_only(guest: &Guest) {
         let answer = client.ask_bytes(body);
         let answer = String::from_utf8_lossy(&answer).into_owned();
         let body = String::from_utf8_lossy(body).chars().take(40).collect::<String>();
+        eprintln!("  {body}: {}", answer.chars().take(60).collect::<String>());
         // `c0`, `C05;0` and `s0` say where to go on, which is a register that would be written.
         assert!(guest.qemu_runs(), "{body}: QEMU is gone");
         assert_ne!(guest.run_state(), "running", "{body}: {answer}");
@@ -603,7 +613,11 @@ fn sockets(guest: &Guest) {
         let private = |path: &std::path::Path| {
             std::fs::metadata(path).is_ok_and(|data| data.permissions().mode() & 0o077 == 0)
         };
-        assert!(private(&path) || path.parent().is_some_and(private), "{line}: others can connect");
+        // One that is gone is as good: nobody can connect.
+        assert!(
+            !path.exists() || private(&path) || path.parent().is_some_and(private),
+            "{line}: others can connect"
+        );
         found += 1;
     }
     assert!(found <= 1, "{chardevs}");
