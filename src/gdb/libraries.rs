@@ -231,7 +231,8 @@ impl Inner {
             }
         }
         let write = || -> std::io::Result<()> {
-            std::fs::create_dir(&directory)?;
+            // There already at a guest's second stop.
+            std::fs::create_dir_all(&directory)?;
             own.clone().try_for_each(|(own, Wanted { module, .. })| {
                 indexes.write(module, &own.code(), &directory.join(module.cache_name())).map(|_| ())
             })

@@ -362,7 +362,11 @@ fn choose_debug_info(
             if let (true, Some(linked)) = (by_page_tables, info.first_load()) {
                 there.kaslr_offset = there.text.0.wrapping_sub(linked);
             }
-            belongs(backend, &there, info).map(|()| (there.text, there.kaslr_offset))
+            belongs(backend, &there, info)?;
+            if by_page_tables && !is_relocated(backend, &there, info) {
+                return Err(format!("is of an image at {text} that was unpacked there and not started"));
+            }
+            Ok((there.text, there.kaslr_offset))
         };
         // While the kernel starts, more is mapped below the image: it is where its build-id is.
         let above = || image_places(found.text).find_map(|text| at(text).ok());
@@ -401,6 +405,17 @@ fn choose_debug_info(
         }
     }
     Ok(chosen)
+}
+
+/// Whether pointers in the image are those of where it is: what unpacked the kernel leaves a copy where they are not.
+fn is_relocated(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> bool {
+    let (Some(table), Some(first)) = (info.symbol("sys_call_table"), info.symbol("__x64_sys_read")) else {
+        return true;
+    };
+    let mut entry = [0; 8];
+    let at = VirtAddr(table.addr.wrapping_add(found.kaslr_offset));
+    let read = found.space.read(backend, at, &mut entry);
+    read.stopped.is_some() || u64::from_le_bytes(entry) == first.addr.wrapping_add(found.kaslr_offset)
 }
 
 /// Where an image can be that is not at `text`: KASLR moves it in steps of 2 MiB up to where modules begin.
