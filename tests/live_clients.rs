@@ -87,7 +87,11 @@ impl Server {
     /// A client that controls the guest.
     fn owner(&self) -> RspClient {
         let mut client = self.client();
-        let stop = client.ask("?");
+        let mut stop = client.ask("?");
+        // What has happened since the last client, in words.
+        while stop.starts_with('O') && stop != "OK" {
+            stop = String::from_utf8(client.receive().expect("the server closed")).unwrap();
+        }
         assert!(stop.starts_with('T') || stop.starts_with('S'), "{stop}");
         client
     }
@@ -687,6 +691,12 @@ fn the_guest_is_started_again() {
         let said = text(&mut client);
         assert!(said.contains(&format!("{:x}", texts[boot - 1])), "boot {boot}: {said} {texts:x?}");
         assert!(monitor(&mut client, "ps").contains("kstub-tick"));
+        drop(client);
+        let mut gdb = server.gdb();
+        assert!(gdb.ask("info symbol kstub_live_tick").contains("kstub_live_tick"), "{}", gdb.everything());
+        assert!(gdb.ask("p/x &_text").ends_with(&format!("{:#x}", texts[boot - 1])), "{}", gdb.everything());
+        drop(gdb);
+        client = server.owner();
         client.send_raw(&packet("vCont;c"));
         guest.assert_alive("below the next client");
     }
