@@ -257,6 +257,8 @@ impl Live {
     pub fn release(&self) {
         let owner = self.state().owner;
         owner.into_iter().for_each(|owner| self.give_control(owner));
+        // Somebody else may be about it: not before it is done.
+        drop(self.turn.lock());
     }
 
     /// What happened by other hands than ours.
@@ -407,6 +409,8 @@ fn watch(live: &Weak<Live>) {
         match live.control.wait_stop(PATIENCE) {
             Ok(Some(stop)) => live.stopped(stop),
             Ok(None) => {}
+            // Control was given up while it was waited for.
+            Err(_) if !live.state().is_running => {}
             Err(error) => live.is_gone(error),
         }
     }

@@ -13,7 +13,9 @@ use crate::arch::x86_64::RegisterFile;
 use crate::backend::live::{LiveError, Point, Stop, StopReason};
 use qapi::qmp::query_chardev;
 use serde_json::Value;
+use std::fs::Permissions;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 const ATTACHING: &str = "attaching to QEMU's GDB stub";
@@ -200,7 +202,8 @@ fn running_stub(qmp: &Qmp) -> Result<Option<StubAddress>, LiveError> {
 fn start_stub(qmp: &Qmp) -> Result<(StubAddress, Started), LiveError> {
     // A socket in a directory of mode 0700 can be made by a QEMU of the same user, or of root.
     if let Some((_, user)) = qmp.peer()
-        && let Ok(directory) = tempfile::Builder::new().prefix("kstub-").tempdir()
+        && let Ok(directory) =
+            tempfile::Builder::new().prefix("kstub-").permissions(Permissions::from_mode(0o700)).tempdir()
         && directory.path().metadata().is_ok_and(|made| user == made.uid() || user == 0)
     {
         let path = directory.path().join("gdb");
