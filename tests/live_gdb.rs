@@ -23,6 +23,7 @@ fn gdb_on_four_cpus_with_pti() {
                 ("step, next, finish", stepping),
                 ("stepi alone", one_instruction),
                 ("a step of an idle CPU", step_of_an_idle_cpu),
+                ("a step that another CPU ends", step_that_another_ends),
                 ("hardware breakpoint", hardware_breakpoint),
                 ("counted breakpoint", counted_breakpoint),
                 ("watch", watch),
@@ -262,7 +263,22 @@ fn step_of_an_idle_cpu(guest: &Guest) {
     gdb.interrupt();
     gdb.wait().unwrap();
     leave(guest, gdb);
-    // The CPU works.
+    assert_no_step_is_left(guest);
+}
+
+fn step_that_another_ends(guest: &Guest) {
+    let mut gdb = Gdb::start(guest, &[]);
+    gdb.ask("break kstub_live_tick");
+    for _ in 0..3 {
+        gdb.ask("thread 2");
+        gdb.ask("stepi");
+    }
+    assert!(gdb.everything().contains("hit Breakpoint 1"), "{}", gdb.everything());
+    leave(guest, gdb);
+    assert_no_step_is_left(guest);
+}
+
+fn assert_no_step_is_left(guest: &Guest) {
     let facts = guest.ask_facts("plant spin-user 1");
     let rip = number(&facts["rip"]);
     for _ in 0..10 {
