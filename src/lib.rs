@@ -5,7 +5,8 @@
 //! `tests/layering.rs` reads this crate's `use` paths and fails on any other edge.
 //!
 //! ```text
-//! 8  main  open  moments  wait_kernel  the program: what was typed, opened and run
+//! 9  main  open  moments             what was typed, opened and run
+//! 8  wait_kernel                     a guest's boot
 //! 7  cli   server                     arguments | sockets
 //! 6  gdb                              gdbstub glue, RSP front
 //! 5  command                          text (or JSON) in, text (or JSON) out
@@ -20,7 +21,7 @@
 //! - `debuginfo` parses bytes it is *given*, and finds files that hold them; it never reads a machine.
 //! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
 //! - `command` renders values; it knows neither gdbstub nor stdout.
-//! - Only `gdb` names gdbstub, only `server` and `backend` name tokio, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
+//! - Only `gdb` names gdbstub, only `server` names tokio, only `backend` names qapi, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
 //!   `main`, `cli` and `server`.
 
 pub mod addr;

@@ -2,7 +2,7 @@
 
 use crate::wait_kernel;
 use kstub::backend::live::{LiveControl, LiveError};
-use kstub::backend::qemu::{Guest, QmpAddress, guard};
+use kstub::backend::qemu::{Guest, QmpAddress};
 use kstub::backend::{Backend, Dump};
 use kstub::cli::{self, Control, Target};
 use kstub::debuginfo::debuginfod::Debuginfod;
@@ -23,15 +23,11 @@ pub fn machine(target: &Target) -> anyhow::Result<Machine> {
     Ok(Opener::of(target).open(backend)?)
 }
 
-/// What `target` names, for clients, and the files of its modules, for `gdb` if one is to be started.
+/// What `target` names, for clients, and the files of its modules, with indexes if it is for one `gdb`.
 pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::Result<(Source, Libraries)> {
-    let libraries = |machine| match gdb {
-        Some(gdb) => Libraries::for_gdb(machine, places(target), gdb),
-        None => Libraries::new(machine, places(target)),
-    };
     let Some(address) = &target.qemu else {
         let machine = Arc::new(machine(target)?);
-        let libraries = libraries(machine.clone());
+        let libraries = Libraries::new(machine.clone(), places(target), gdb);
         return Ok((Source::Dump(machine), libraries));
     };
     let policy = Policy {
@@ -45,9 +41,6 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
     };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
-    if let Ok(program) = std::env::current_exe() {
-        guard::enable(program, vec!["__guard".into()]);
-    }
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
         let spinner = terminal(indicatif::ProgressBar::new_spinner());
         spinner.set_message("waiting for the kernel to start");
@@ -61,7 +54,7 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
         OpenLive::Kernel(error) => error.into(),
         OpenLive::Thread(error) => error.into(),
     })?;
-    let libraries = libraries(live.machine());
+    let libraries = Libraries::new(live.machine(), places(target), gdb);
     live.set_libraries(libraries.clone());
     Ok((Source::Guest(live), libraries))
 }
@@ -121,7 +114,7 @@ impl Opener {
 }
 
 /// Where files of the kernel's may be, as the user told.
-fn places(target: &Target) -> Places {
+pub fn places(target: &Target) -> Places {
     let beside = target.dump.first().and_then(|dump| Path::new(dump).parent());
     let beside = beside.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     let beside = beside.map(Path::to_owned);

@@ -10,13 +10,16 @@ mod support;
 use kstub::addr::{PhysAddr, PhysRange, VirtAddr};
 use kstub::backend::{Backend, Dump, Fact, SavedCpu};
 use kstub::command::{self, Context, Focus, Form};
+use kstub::debuginfo::Location;
 use kstub::debuginfo::find::Places;
 use kstub::kernel::stack::{Ended, Start, Trace, Tracer};
 use kstub::kernel::{Kernel, Machine, Options};
 use kstub::memory::{PhysicalMemory, ReadOutcome};
 use kstub::unwind::FrameSource;
+use object::{Object, ObjectSection, ObjectSymbol};
 use serde_json::Value;
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use support::lab::{self, DumpFile, Set};
@@ -412,7 +415,102 @@ fn thunks_bad_calls_and_the_entry_gap() {
     }
 }
 
-/// Without ORC: call frame information finds the same frames, for stacks that no module and no probe is on.
+/// The debug file of a module that the lab built or unpacked; `dm_mod` is in `dm-mod.ko.debug`.
+fn debug_file(set: &Set, module: &str) -> Option<PathBuf> {
+    let mut directories = vec![lab::root().join(set.json["modules"].as_str()?)];
+    while let Some(directory) = directories.pop() {
+        for path in std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()) {
+            let name = path.file_name()?.to_string_lossy().replace('-', "_");
+            if path.is_dir() {
+                directories.push(path);
+            } else if name == format!("{module}.ko.debug") {
+                return Some(path);
+            }
+        }
+    }
+    None
+}
+
+fn build_id_of(file: &Path) -> String {
+    let bytes = std::fs::read(file).unwrap();
+    let elf = object::File::parse(&*bytes).unwrap();
+    elf.build_id().unwrap().unwrap().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What addr2line says of the place `offset` bytes into the function `name` of a module's file: function, file and line
+/// from the innermost out.
+fn addr2line(file: &Path, name: &str, offset: u64) -> Vec<(String, String, String)> {
+    let bytes = std::fs::read(file).unwrap();
+    let elf = object::File::parse(&*bytes).unwrap();
+    let symbol = elf.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap();
+    let section = elf.section_by_index(symbol.section_index().unwrap()).unwrap();
+    let output = Command::new("addr2line")
+        .args(["-f", "-i", "-e"])
+        .arg(file)
+        .arg(format!("--section={}", section.name().unwrap()))
+        .arg(format!("{:#x}", symbol.address() + offset))
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let place = |place: &str| {
+        let (path, line) = place.split(" (disc").next().unwrap().rsplit_once(':').unwrap();
+        (path.rsplit('/').next().unwrap().to_owned(), line.to_owned())
+    };
+    let pair = |pair: &[&str]| {
+        let (file, line) = place(pair[1]);
+        (pair[0].to_owned(), file, line)
+    };
+    lines.chunks(2).map(pair).collect()
+}
+
+/// The lines of frames in modules, by the modules' own files where their sections are in memory; none by a file of
+/// another build, which the lab may have by now.
+#[test]
+fn lines_of_modules_are_those_of_addr2line() {
+    let (mut same, mut inlined, mut elsewhere, mut modules) = (0, 0, 0, BTreeSet::new());
+    for set in sets().iter().filter(|set| set.name().contains("chain")) {
+        let machine = open(&set.dumps()[0], true);
+        let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
+        let cpus = machine.cpus().iter().map(|cpu| tracer.cpu(cpu.id));
+        let traces: Vec<Trace> = tracer.tasks(&task_list(kernel)).into_iter().chain(cpus).collect();
+        let pcs: BTreeSet<u64> =
+            traces.iter().flat_map(Trace::frames).map(|frame| frame.lookup_pc()).collect();
+        for pc in pcs {
+            let found = kernel.symbolize(VirtAddr(pc));
+            let Some((found, module)) = found.and_then(|found| Some((found, found.module?))) else {
+                continue;
+            };
+            let Some(file) = debug_file(set, module) else { continue };
+            let shown = |at: u64| -> Vec<(String, String, String)> {
+                let places = kernel.locate(VirtAddr(at)).unwrap_or_default();
+                let last = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+                let one = |place: Location| {
+                    let file = place.file.as_deref().map_or_else(|| "??".to_owned(), last);
+                    (place.function.unwrap_or_default(), file, place.line.unwrap_or(0).to_string())
+                };
+                places.into_iter().map(one).collect()
+            };
+            let build_id = kernel.modules().at(VirtAddr(pc)).and_then(|module| module.build_id.clone());
+            if Some(build_id_of(&file)) != build_id {
+                assert!(shown(pc).is_empty(), "{}: {found} by the file of another build", set.name());
+                continue;
+            }
+            let wanted = addr2line(&file, found.name, found.offset);
+            assert_eq!(shown(pc), wanted, "{}: {pc:#x} {found}", set.name());
+            same += 1;
+            inlined += usize::from(wanted.len() > 1);
+            elsewhere += usize::from(shown(pc + 0x20) != wanted);
+            modules.insert(module.to_owned());
+        }
+    }
+    if !sets().is_empty() {
+        println!("{same} frames, {inlined} with inlined functions, in {modules:?}");
+        assert!(same >= 40 && inlined >= 3 && elsewhere * 10 >= same * 9, "{same} {inlined} {elsewhere}");
+    }
+}
+
+/// Without ORC: call frame information finds the same frames, for stacks that no probe is on.
 #[test]
 fn call_frames_find_the_same() {
     for name in ["qemu-6.1-4l", "qemu-6.12-5l", "qemu-chain-irq-6.12"] {
@@ -420,18 +518,18 @@ fn call_frames_find_the_same() {
         let machine = open(&set.dumps()[0], true);
         let kernel = machine.kernel().unwrap();
         let (by_orc, by_cfi) = (Tracer::new(&machine).unwrap(), Tracer::new(&machine).unwrap().without_orc());
-        let (mut same, mut bad) = (0, Vec::new());
+        let (mut same, mut bad, mut modules) = (0, Vec::new(), 0);
         for task in task_list(kernel) {
             let (orc, cfi) = (by_orc.task(task), by_cfi.task(task));
             if orc.start == Start::Released {
                 continue;
             }
-            if orc
-                .frames()
-                .any(|frame| kernel.symbolize(VirtAddr(frame.pc)).is_none_or(|found| found.module.is_some()))
-            {
+            if orc.frames().any(|frame| kernel.symbolize(VirtAddr(frame.pc)).is_none()) {
                 continue;
             }
+            modules += usize::from(orc.frames().any(|frame| {
+                kernel.symbolize(VirtAddr(frame.pc)).is_some_and(|found| found.module.is_some())
+            }));
             match pcs(&orc) == pcs(&cfi) && cfi.guessed() == 0 && cfi.ended.is_complete() {
                 true => same += 1,
                 false => bad.push(format!(
@@ -444,6 +542,7 @@ fn call_frames_find_the_same() {
         }
         assert!(bad.is_empty(), "{name}: {} differ, {same} do not\n{}", bad.len(), bad.join("\n"));
         assert!(same > 80, "{name}: {same}");
+        assert!(modules > 3 || !name.contains("chain"), "{name}: {modules} have been in modules");
         let used = by_cfi
             .tasks(&task_list(kernel))
             .iter()

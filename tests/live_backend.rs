@@ -141,6 +141,9 @@ fn memory_is_what_qemu_saves(guest: &Guest, at_most: u64, directory: &Path) {
             let mut read = vec![0; saved.len()];
             machine.read_phys_exact(PhysAddr(start), &mut read).unwrap();
             assert!(read == saved, "{len:#x} bytes at {start:#x} differ");
+            // Mutation check: eight bytes further it is something else, unless all is the same.
+            let (first, rest) = saved.split_at(8);
+            assert!(read[8..] != saved[..saved.len() - 8] || rest.chunks(8).all(|word| word == first));
             // In pieces across pages, through the cache.
             for at in (4090..saved.len().saturating_sub(16)).step_by(0x1_0001) {
                 let mut read = [0; 16];
@@ -171,6 +174,9 @@ fn registers_are_what_qemu_shows(guest: &Guest) {
     let machine = guest.take_snapshot().unwrap();
     let text = guest.monitor("info registers -a").unwrap();
     assert_eq!(machine.saved_cpus().len(), 4);
+    // Mutation check: the CPUs differ, so that a wrong one would be seen.
+    let stacks: Vec<u64> = (0..4).map(|cpu| shown(&text, cpu, "RSP")).collect();
+    assert!(stacks.iter().enumerate().all(|(i, sp)| !stacks[..i].contains(sp)), "{stacks:x?}");
     for (cpu, saved) in (0..).zip(machine.saved_cpus()) {
         assert_eq!(saved.pid, Some(cpu + 1));
         for (reg, name) in [
@@ -257,7 +263,8 @@ fn memory_by_every_way() {
     by_socket.pause().unwrap();
     let devices = by_socket.monitor("info chardev").unwrap();
     let tcp = devices.lines().find_map(|line| line.split_once("tcp:")).unwrap().1;
-    let by_tcp = Guest::connect(&QmpAddress::parse(tcp.split(',').next().unwrap()).unwrap()).unwrap();
+    let tcp = tcp.split(',').next().unwrap();
+    let by_tcp = Guest::connect(&QmpAddress::parse(tcp).unwrap()).unwrap();
     let ways = |guest: &Guest| {
         let facts = guest.take_snapshot().unwrap().facts();
         facts.iter().find(|fact| fact.name == "memory").unwrap().value.clone()
@@ -275,6 +282,39 @@ fn memory_by_every_way() {
     memory_is_what_qemu_saves(&by_tcp, 0x8000, directory.path());
     // The pc-dimm is a memfd, which only QEMU's process leads to.
     assert!(by_tcp.take_snapshot().unwrap().problems().iter().any(|problem| problem.contains("monitor")));
+    drop(by_tcp);
+
+    // The process at the other end is not QEMU: its memory is not taken for the guest's.
+    let proxy = vm.path("proxy");
+    forward(&proxy, tcp);
+    let by_proxy = Guest::connect(&QmpAddress::parse(proxy.to_str().unwrap()).unwrap()).unwrap();
+    assert!(!ways(&by_proxy).contains("/mem (") && ways(&by_proxy).contains("/ram ("), "{}", ways(&by_proxy));
+    memory_is_what_qemu_saves(&by_proxy, 0x1000, directory.path());
+    drop(by_proxy);
+
+    // Nor is another file of the name that QEMU's had.
+    std::fs::rename(&file, directory.path().join("moved")).unwrap();
+    std::fs::write(&file, vec![0x5a; 64 << 20]).unwrap();
+    forward(&vm.path("again"), tcp);
+    let fooled = Guest::connect(&QmpAddress::parse(vm.path("again").to_str().unwrap()).unwrap()).unwrap();
+    assert!(!ways(&fooled).contains("/ram (") && ways(&fooled).contains("monitor ("), "{}", ways(&fooled));
+    memory_is_what_qemu_saves(&fooled, 0x1000, directory.path());
+}
+
+/// Passes one connection to a Unix socket on to a TCP port.
+fn forward(path: &Path, tcp: &str) {
+    let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+    let tcp = tcp.to_owned();
+    std::thread::spawn(move || {
+        let (mut from, _) = listener.accept().unwrap();
+        let mut to = std::net::TcpStream::connect(tcp).unwrap();
+        let (mut back_from, mut back_to) = (to.try_clone().unwrap(), from.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut back_from, &mut back_to);
+        });
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = to.shutdown(std::net::Shutdown::Both);
+    });
 }
 
 #[test]
@@ -300,6 +340,8 @@ fn a_running_guest_is_read_stopped_and_left_as_it_was() {
     let xmm = machine.saved_cpus()[1].regs.get(Reg::Xmm1).value().unwrap();
     assert_eq!(xmm, 0x1f1e_1d1c_1b1a_1918_1716_1514_1312_1110);
 
+    a_running_guest_is_not_read_from_yesterday(&*guest.snapshot().unwrap());
+
     // Paused: what QEMU says, byte by byte.
     guest.pause().unwrap();
     assert_eq!(guest.run_state().unwrap(), RunState::Stopped("paused"));
@@ -321,6 +363,29 @@ fn a_running_guest_is_read_stopped_and_left_as_it_was() {
     let asked = Instant::now();
     assert!(matches!(guest.attach(), Err(LiveError::Gone(_))));
     assert!(asked.elapsed() < Duration::from_secs(1));
+}
+
+/// One snapshot of a running guest sees memory change, also by reads that are small enough for a cache.
+fn a_running_guest_is_not_read_from_yesterday(machine: &dyn Backend) {
+    const CHUNK: usize = 1 << 20;
+    let chunk = |at: u64| {
+        let mut bytes = vec![0; CHUNK];
+        machine.read_phys_exact(PhysAddr(at), &mut bytes).unwrap();
+        bytes
+    };
+    let changing = (1..512).map(|n| n * CHUNK as u64).find_map(|at| {
+        let before = chunk(at);
+        std::thread::sleep(Duration::from_millis(2));
+        let after = chunk(at);
+        let differs = (0..CHUNK).step_by(8).find(|&i| before[i..i + 8] != after[i..i + 8])?;
+        Some(PhysAddr(at + differs as u64))
+    });
+    let at = changing.expect("some memory of a running guest changes");
+    let first = machine.read_phys_u64(at).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while machine.read_phys_u64(at).unwrap() == first {
+        assert!(Instant::now() < deadline, "{at} seems not to change any more");
+    }
 }
 
 fn run_control(vm: &Vm, guest: &Guest) {
@@ -358,6 +423,17 @@ fn run_control(vm: &Vm, guest: &Guest) {
         assert_eq!(regs(1).u64(Reg::Rip), Some(at.0));
     }
     guest.remove(Point::Software, at, 1).unwrap();
+
+    // Interrupted by another thread than the one that waits; a third may wait, too.
+    guest.resume(&[(None, Go::Continue)]).unwrap();
+    std::thread::scope(|scope| {
+        let waits: Vec<_> = (0..2).map(|_| scope.spawn(|| guest.wait_stop(soon).unwrap().unwrap())).collect();
+        std::thread::sleep(Duration::from_millis(120));
+        // Readers need not wait for it.
+        assert_eq!(guest.take_snapshot().unwrap().saved_cpus().len(), 4);
+        guest.interrupt().unwrap();
+        waits.into_iter().for_each(|wait| assert_eq!(wait.join().unwrap().reason, StopReason::Signal(2)));
+    });
 
     // One CPU steps, the others stay.
     let before: Vec<_> = (0..4).map(|cpu| regs(cpu).u64(Reg::Rip)).collect();
@@ -533,9 +609,7 @@ fn how_fast_reads_are() {
                 (0..count).for_each(|i| read(u64::from(i)));
                 eprintln!("  {what}: {:?}", start.elapsed() / count);
             };
-            let word = |at: u64| {
-                machine.read_phys_u64(PhysAddr(at & !7)).unwrap();
-            };
+            let word = |at: u64| assert!(machine.read_phys_u64(PhysAddr(at & !7)).is_ok());
             rate("8 bytes anywhere", 20_000, Box::new(|i| word(0x10_0000 + i * 0x9_4088 % (500 << 20))));
             rate("8 bytes within 1 MiB", 200_000, Box::new(|i| word(0x100_0000 + i * 72 % (1 << 20))));
             for (what, len) in [("4 KiB", 4 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)] {

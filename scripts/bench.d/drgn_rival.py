@@ -1,6 +1,6 @@
 """What scripts/bench has drgn do, as JSON on standard output. Nothing but what is asked is imported or read.
 
-  drgn_rival.py start DUMP VMLINUX     opens the dump with its debug info
+  drgn_rival.py start DUMP VMLINUX     opens the dump (qmp:SOCKET: a guest) with its debug info
   drgn_rival.py tasks DUMP VMLINUX     pid, name and state of every task
   drgn_rival.py pages DUMP VMLINUX     how many pages have each flag: the struct pages read in bulk, counted by word
   drgn_rival.py page-objects …         the same by an object for each page
@@ -17,7 +17,10 @@ import drgn
 
 def open_dump(dump, vmlinux):
     prog = drgn.Program()
-    prog.set_core_dump(dump)
+    if dump.startswith("qmp:"):
+        prog.set_qemu_qmp(dump.removeprefix("qmp:"))
+    else:
+        prog.set_core_dump(dump)
     prog.load_debug_info([vmlinux])
     return prog
 

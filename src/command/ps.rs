@@ -39,6 +39,8 @@ pub const COMMAND: Command = Command {
     run,
 };
 
+/// Tasks that are worth a thread to read them.
+const READS: usize = 256;
 /// Longest command line shown.
 const ARGS_MAX: u64 = 4096;
 /// Parents followed; a chain of processes is a few dozen long at most.
@@ -61,7 +63,7 @@ impl<'a> Tasks<'a> {
     pub fn read(kernel: &'a Kernel) -> Result<Self, CommandError> {
         let found = kernel.tasks()?;
         let reader = kernel.task_reader()?;
-        let mut all: Vec<TaskInfo> = parallel::map(&found.tasks, |task| reader.read(task.at));
+        let mut all: Vec<TaskInfo> = parallel::map(&found.tasks, READS, |task| reader.read(task.at));
         all.sort_by_key(|task| (task.pid, if task.pid == Some(0) { task.cpu } else { None }));
         let by_address = (0..).zip(&all).map(|(i, task)| (task.at, i)).collect();
         let cpus = kernel.cpu_mask(&POSSIBLE).unwrap_or_default();

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Nothing is ever mapped in the last 2 MiB: where gdb is told that sections are which are nowhere any more.
@@ -46,13 +46,20 @@ pub struct Libraries(Arc<Inner>);
 
 struct Inner {
     machine: Arc<Machine>,
-    places: Arc<Places>,
-    indexes: Option<Arc<ModuleIndexes>>,
     own: OnceLock<Vec<Option<Own>>>,
     list: OnceLock<List>,
+    shared: Arc<Shared>,
+}
+
+/// What stays when a guest goes on.
+struct Shared {
+    places: Places,
+    indexes: Option<ModuleIndexes>,
     /// Where files are written that there were none of; removed in the end.
-    directory: Arc<OnceLock<Option<tempfile::TempDir>>>,
-    image: Arc<OnceLock<Option<PathBuf>>>,
+    directory: OnceLock<Option<tempfile::TempDir>>,
+    /// Of each file in it that is not made anew each time, what it was made of.
+    made_of: Mutex<HashMap<PathBuf, String>>,
+    image: OnceLock<Option<PathBuf>>,
 }
 
 /// A module's own file.
@@ -94,48 +101,40 @@ impl Nowhere {
 }
 
 impl Libraries {
-    /// The modules of the kernel in `machine`; their files are looked for in `places` too.
-    pub fn new(machine: Arc<Machine>, places: Places) -> Self {
-        Self::with(machine, places, None)
+    /// The modules of the kernel in `machine`; their files are looked for in `places` too. If all is for one `gdb`, of this
+    /// name or path, there are indexes for it.
+    pub fn new(machine: Arc<Machine>, places: Places, gdb: Option<&Path>) -> Self {
+        let indexes = gdb.and_then(ModuleIndexes::of);
+        let (directory, made_of, image) = Default::default();
+        Self::at(machine, Arc::new(Shared { places, indexes, directory, made_of, image }))
     }
 
-    /// The same, with indexes for the gdb of this name or path.
-    pub fn for_gdb(machine: Arc<Machine>, places: Places, gdb: &Path) -> Self {
-        Self::with(machine, places, ModuleIndexes::of(gdb))
-    }
-
-    fn with(machine: Arc<Machine>, places: Places, indexes: Option<ModuleIndexes>) -> Self {
-        let (own, list, directory, image) = Default::default();
-        let (places, indexes) = (Arc::new(places), indexes.map(Arc::new));
-        Self(Arc::new(Inner { machine, places, indexes, own, list, directory, image }))
+    fn at(machine: Arc<Machine>, shared: Arc<Shared>) -> Self {
+        Self(Arc::new(Inner { machine, own: OnceLock::new(), list: OnceLock::new(), shared }))
     }
 
     /// The modules of the same kernel at another moment. Files that were made are made anew where they are asked for
     /// again, and gdb may still have the old ones open.
     pub(super) fn again(&self, machine: Arc<Machine>) -> Self {
-        let Inner { places, indexes, directory, image, .. } = &*self.0;
-        let (places, indexes) = (places.clone(), indexes.clone());
-        let (directory, image) = (directory.clone(), image.clone());
-        let (own, list) = Default::default();
-        Self(Arc::new(Inner { machine, places, indexes, own, list, directory, image }))
+        Self::at(machine, Arc::clone(&self.0.shared))
     }
 
     /// How many modules gdb has yet to index.
     pub fn unindexed(&self) -> usize {
-        let has = |module| self.0.indexes.as_ref().is_none_or(|indexes| indexes.has(module));
+        let has = |module| self.0.shared.indexes.as_ref().is_none_or(|indexes| indexes.has(module));
         self.0.own().iter().flatten().filter_map(|own| own.index.as_ref()).filter(|index| !has(index)).count()
     }
 
     /// Writes all files; modules that gdb has yet to index are, and `progress` is called meanwhile.
     pub fn prepare(&self, progress: &mut dyn FnMut(Duration)) {
-        self.0.list(progress);
+        self.0.list(Some(progress));
     }
 
     /// The directory that is to be gdb's index cache while it reads the modules; `None` if it would be empty.
     pub fn index_cache(&self) -> Option<PathBuf> {
-        self.0.indexes.as_ref()?;
+        self.0.shared.indexes.as_ref()?;
         self.0.own().iter().flatten().find(|own| own.index.is_some())?;
-        self.0.path(INDEXES)
+        self.0.shared.path(INDEXES)
     }
 
     /// A file with the names of the kernel image, made from its memory; `None` where it has none.
@@ -143,27 +142,28 @@ impl Libraries {
     pub fn image(&self) -> Option<PathBuf> {
         let write = || {
             let kernel = self.0.machine.kernel()?;
-            self.0.write("vmlinux", &image(kernel)?)
+            self.0.shared.write("vmlinux", &image(kernel)?)
         };
-        self.0.image.get_or_init(write).clone()
+        self.0.shared.image.get_or_init(write).clone()
     }
 
     /// `qXfer:libraries:read`: the document.
     pub(super) fn xml(&self) -> &str {
-        &self.0.list(&mut |_| {}).xml
+        &self.0.list(None).xml
     }
 
     /// The file that was named `name`.
     pub(super) fn open(&self, name: &[u8]) -> Option<Contents> {
-        let image = self.0.image.get().cloned().flatten();
-        let list = self.0.list(&mut |_| {});
+        let image = self.0.shared.image.get().cloned().flatten();
+        let list = self.0.list(None);
         let path = list.paths.iter().chain(&image).find(|path| path.as_os_str().as_bytes() == name)?;
         Contents::of_file(path).inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok()
     }
 }
 
 impl Inner {
-    fn list(&self, progress: &mut dyn FnMut(Duration)) -> &List {
+    /// With `progress`, gdb indexes what it has yet to.
+    fn list(&self, progress: Option<&mut dyn FnMut(Duration)>) -> &List {
         self.list.get_or_init(|| {
             self.machine.kernel().map(|kernel| self.make_list(kernel, progress)).unwrap_or_default()
         })
@@ -172,7 +172,8 @@ impl Inner {
     /// Of each module of the kernel its own file, if there is one.
     fn own(&self) -> &[Option<Own>] {
         let find = |kernel: &Kernel| {
-            let files = ModuleFiles::search(&kernel.found().release, &self.places, self.machine.vmlinux());
+            let files =
+                ModuleFiles::search(&kernel.found().release, &self.shared.places, self.machine.vmlinux());
             let mut nowhere = Nowhere(0);
             let own = |module: &Module| {
                 let build_id = module.build_id.as_deref()?;
@@ -186,7 +187,7 @@ impl Inner {
         self.own.get_or_init(|| self.machine.kernel().map(find).unwrap_or_default())
     }
 
-    fn make_list(&self, kernel: &Kernel, progress: &mut dyn FnMut(Duration)) -> List {
+    fn make_list(&self, kernel: &Kernel, progress: Option<&mut dyn FnMut(Duration)>) -> List {
         let mut room = COPIES_MAX;
         let all = std::iter::zip(&kernel.modules().list, self.own());
         let own = all.map(|(module, own)| {
@@ -200,7 +201,7 @@ impl Inner {
             None => self.made(kernel, module),
         });
         let modules: Vec<_> = modules.collect();
-        let frames = self.write("kstub-frames", &frames(kernel)).map(|path| (path, vec![FRAMES]));
+        let frames = self.shared.write("kstub-frames", &frames(kernel)).map(|path| (path, vec![FRAMES]));
         let mut list = List { xml: "<library-list version=\"1.0\">\n".to_owned(), paths: Vec::new() };
         for (path, addresses) in modules.into_iter().chain(frames) {
             let _ = writeln!(list.xml, "<library name=\"{}\">", xml_escape(&path.to_string_lossy()));
@@ -218,27 +219,24 @@ impl Inner {
     fn index<'a>(
         &self,
         own: impl Iterator<Item = &'a (&'a Own, PathBuf)> + Clone,
-        progress: &mut dyn FnMut(Duration),
+        progress: Option<&mut dyn FnMut(Duration)>,
     ) {
-        let Some((indexes, directory)) = self.indexes.as_ref().zip(self.path(INDEXES)) else { return };
+        let Some((indexes, directory)) = self.shared.indexes.as_ref().zip(self.shared.path(INDEXES)) else {
+            return;
+        };
         let own = own.filter_map(|(own, file)| Some((own, Wanted { module: own.index.as_ref()?, file })));
         let missing: Vec<_> =
             own.clone().map(|(_, one)| one).filter(|one| !indexes.has(one.module)).collect();
-        if !missing.is_empty() {
+        if let (Some(progress), false) = (progress, missing.is_empty()) {
             match indexes.make(&missing, progress) {
                 Ok(made) => tracing::info!("gdb's indexes of modules: {made} of {} were made", missing.len()),
                 Err(error) => tracing::warn!("no indexes of modules, so gdb starts slowly: {error}"),
             }
         }
-        let write = || -> std::io::Result<()> {
-            // There already at a guest's second stop.
-            std::fs::create_dir_all(&directory)?;
-            own.clone().try_for_each(|(own, Wanted { module, .. })| {
-                indexes.write(module, &own.code(), &directory.join(module.cache_name())).map(|_| ())
-            })
-        };
-        if let Err(error) = write() {
-            tracing::warn!("indexes of modules in {}: {error}", directory.display());
+        for (own, Wanted { module, .. }) in own {
+            let code = own.code();
+            let path = directory.join(module.cache_name());
+            self.shared.once(path, format!("{code:x?}"), &|path| indexes.write(module, &code, path));
         }
     }
 
@@ -248,9 +246,9 @@ impl Inner {
             return Some(file.path.clone());
         }
         *room = room.checked_sub(file.len)?;
-        let path = self.path(&format!("{}.ko.debug", module.name))?;
-        let written = file.write_relocatable(&path);
-        written.inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok().map(|()| path)
+        let path = self.shared.path(&format!("{}.ko.debug", module.name))?;
+        let write = |path: &Path| file.write_relocatable(path).map(|()| true);
+        self.shared.once(path, format!("{:?}", module.build_id), &write)
     }
 
     /// A file for `module` made of the names in memory, and the addresses of its sections.
@@ -274,10 +272,12 @@ impl Inner {
             global: symbol.letter.is_ascii_uppercase(),
         });
         let file = synth::write(synth::Kind::Relocatable, &sections, symbols);
-        let path = self.write(&format!("{}.ko", module.name), &file)?;
+        let path = self.shared.write(&format!("{}.ko", module.name), &file)?;
         Some((path, sections.iter().map(|section| section.address).collect()))
     }
+}
 
+impl Shared {
     /// Writes a file of this name into the private directory.
     fn write(&self, name: &str, bytes: &[u8]) -> Option<PathBuf> {
         let path = self.path(name)?;
@@ -285,6 +285,35 @@ impl Inner {
         let _ = std::fs::remove_file(&path);
         let written = std::fs::write(&path, bytes);
         written.inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok().map(|()| path)
+    }
+
+    /// The file at this path in the private directory, made by `write` unless it is of `what` already; `None` if `write` has
+    /// nothing for it, or fails.
+    fn once(
+        &self,
+        path: PathBuf,
+        what: String,
+        write: &dyn Fn(&Path) -> std::io::Result<bool>,
+    ) -> Option<PathBuf> {
+        let mut made_of = self.made_of.lock().unwrap_or_else(PoisonError::into_inner);
+        if made_of.get(&path).is_some_and(|before| *before == what) {
+            return Some(path);
+        }
+        // gdb may have mapped an earlier one, or look for it now.
+        let new = path.with_extension("new");
+        let made = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| write(&new));
+        match made.and_then(|made| if made { std::fs::rename(&new, &path).map(|()| true) } else { Ok(false) })
+        {
+            Ok(true) => {
+                made_of.insert(path.clone(), what);
+                Some(path)
+            }
+            Ok(false) => None,
+            Err(error) => {
+                tracing::warn!("'{}': {error}", path.display());
+                None
+            }
+        }
     }
 
     /// Where in the private directory a file of this name goes.

@@ -392,7 +392,11 @@ fn choose_debug_info(
     if let Some(info) = &chosen {
         tracing::info!("'{}' is this kernel's vmlinux", info.path().display());
         if let Ok((text, kaslr_offset)) = fits(info) {
+            let moved = text != found.text;
             (found.text, found.kaslr_offset) = (text, kaslr_offset);
+            if let (true, Ok(start)) = (moved, found.space.walk(backend, text, &mut |_| ())) {
+                found.phys_base = start.phys.0.wrapping_sub(text.0.wrapping_sub(discover::START_KERNEL_MAP));
+            }
         }
         if by_page_tables {
             prefer_own_tables(backend, found, info);

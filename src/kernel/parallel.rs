@@ -5,22 +5,21 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Items that a thread takes at a time.
-const BATCH: usize = 32;
-
-/// `f` of each item, in order.
-pub fn map<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    map_with(items, || (), |(), item| f(item))
+/// `f` of each item, in order. `batch`: how many items are worth a thread; as many are taken at a time.
+pub fn map<T: Sync, R: Send>(items: &[T], batch: usize, f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    map_with(items, batch, || (), |(), item| f(item))
 }
 
 /// The same, with something that each thread makes for itself: what it remembers from one item to the next.
 pub fn map_with<T: Sync, S, R: Send>(
     items: &[T],
+    batch: usize,
     state: impl Fn() -> S + Sync,
     f: impl Fn(&S, &T) -> R + Sync,
 ) -> Vec<R> {
+    let batch = batch.max(1);
     let workers =
-        std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(BATCH));
+        std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(batch));
     if workers <= 1 {
         let state = state();
         return items.iter().map(|item| f(&state, item)).collect();
@@ -30,20 +29,19 @@ pub fn map_with<T: Sync, S, R: Send>(
         let state = state();
         let mut done = Vec::new();
         loop {
-            let batch = next.fetch_add(1, Ordering::Relaxed);
-            let Some(from) = batch.checked_mul(BATCH).filter(|&from| from < items.len()) else {
-                return done;
-            };
-            let some = items.iter().skip(from).take(BATCH);
-            done.push((batch, some.map(|item| f(&state, item)).collect::<Vec<_>>()));
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(some) = items.chunks(batch).nth(number) else { return done };
+            done.push((number, some.iter().map(|item| f(&state, item)).collect::<Vec<_>>()));
         }
     };
     let mut batches: Vec<(usize, Vec<R>)> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
+        let mut batches = work();
         // A worker that panicked has lost its batches: there is nothing in it that can.
-        workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().collect()
+        batches.extend(others.into_iter().filter_map(|worker| worker.join().ok()).flatten());
+        batches
     });
-    batches.sort_by_key(|(batch, _)| *batch);
+    batches.sort_by_key(|(number, _)| *number);
     batches.into_iter().flat_map(|(_, done)| done).collect()
 }
 
@@ -53,9 +51,12 @@ mod tests {
 
     #[test]
     fn answers_are_in_the_order_of_the_items() {
-        for len in [0, 1, BATCH - 1, BATCH, BATCH + 1, 10_007] {
+        for len in [0, 1, 31, 32, 33, 10_007] {
             let items: Vec<usize> = (0..len).collect();
-            assert_eq!(map(&items, |item| item * 3), items.iter().map(|item| item * 3).collect::<Vec<_>>());
+            let wanted: Vec<usize> = items.iter().map(|item| item * 3).collect();
+            for batch in [0, 1, 32, 20_000] {
+                assert_eq!(map(&items, batch, |item| item * 3), wanted, "{len} {batch}");
+            }
         }
     }
 }

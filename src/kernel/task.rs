@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// `TASK_COMM_LEN`, the size of `comm` on all kernels; used only where the types do not tell.
 const TASK_COMM_LEN: usize = 16;
+/// Lists of threads that are worth a thread of ours; few have more than one entry.
+const LISTS: usize = 256;
 
 /// What identifies a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,13 +60,17 @@ impl Kernel {
         let threads_of = |leader: &Object<'_>| {
             let Some(signal) = leader.at("signal")? else { return Ok::<_, ObjectError>(None) };
             let head = signal.member("thread_head")?.at;
-            let threads = self.list_within(head, left.load(Ordering::Relaxed));
+            let most = left.load(Ordering::Relaxed);
+            if most == 0 {
+                return Ok(None);
+            }
+            let threads = self.list_within(head, most);
             let seen = threads.nodes.len();
             let _ = left
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(seen)));
             Ok(Some(threads))
         };
-        let lists = parallel::map(&leaders, threads_of);
+        let lists = parallel::map(&leaders, LISTS, threads_of);
         for (leader, threads) in leaders.into_iter().zip(lists) {
             all.tasks.push(leader);
             let Some(left) = ENTRIES_MAX.checked_sub(all.tasks.len()).filter(|&left| left > 0) else {

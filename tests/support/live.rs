@@ -562,9 +562,12 @@ pub fn number(text: &str) -> u64 {
     .unwrap_or_else(|_| panic!("not a number: {text}"))
 }
 
+/// A check's name, and the check.
+pub type Check<'a> = (&'a str, fn(&Guest));
+
 /// Runs checks on one guest, which is settled before each; what fails is told at the end.
 /// `KSTUB_VM_ONLY=NAME` runs only those with NAME in their names.
-pub fn checks(guest: &Guest, checks: &[(&str, fn(&Guest))]) {
+pub fn checks(guest: &Guest, checks: &[Check]) {
     let only = std::env::var("KSTUB_VM_ONLY").unwrap_or_default();
     let mut failed = Vec::new();
     for (name, check) in checks.iter().filter(|(name, _)| name.contains(&only)) {

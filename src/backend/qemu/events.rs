@@ -40,7 +40,7 @@ impl Events {
         Ours(Arc::clone(self))
     }
 
-    /// How often the guest went on or was changed.
+    /// How often the guest went on, stopped or was changed.
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)
     }
@@ -64,7 +64,12 @@ impl Events {
     pub(super) fn happened(&self, event: &str, data: &Value) {
         let by_others = self.ours.load(Ordering::SeqCst) == 0;
         match event {
-            "STOP" if by_others => self.push(Happening::Stopped),
+            "STOP" => {
+                self.changed();
+                if by_others {
+                    self.push(Happening::Stopped);
+                }
+            }
             "RESUME" => {
                 self.changed();
                 if by_others {
@@ -115,7 +120,7 @@ mod tests {
             events.happened("STOP", &Value::Null);
             events.happened("RESUME", &Value::Null);
         }
-        assert_eq!((events.take(), events.generation()), (vec![], 1));
+        assert_eq!((events.take(), events.generation()), (vec![], 2));
         events.happened("STOP", &Value::Null);
         events.happened("RESUME", &Value::Null);
         events.happened("RESET", &json!({"guest": true, "reason": "guest-reset"}));
@@ -123,7 +128,7 @@ mod tests {
         events.happened("NIC_RX_FILTER_CHANGED", &json!([1]));
         let loaded = Happening::Replaced("a snapshot was loaded".into());
         assert_eq!(events.take(), [Happening::Stopped, Happening::Resumed, Happening::Reset, loaded]);
-        assert_eq!((events.take(), events.generation()), (vec![], 4));
+        assert_eq!((events.take(), events.generation()), (vec![], 6));
         assert!(events.take_map_is_old() && !events.take_map_is_old());
         for _ in 0..2 * MOST_KEPT {
             events.happened("STOP", &Value::Null);

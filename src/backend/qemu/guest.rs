@@ -9,6 +9,7 @@ use super::memory::Memory;
 use super::patches::{INT3, Patches};
 use super::qmp::{Qmp, SOON, lock, nonsense};
 use super::snapshot::Snapshot;
+use super::stub::Interrupter;
 use super::{QmpAddress, StubAddress, registers};
 use crate::addr::{PhysAddr, PhysRange, VirtAddr};
 use crate::arch::x86_64::RegisterFile;
@@ -23,8 +24,8 @@ use std::time::{Duration, Instant};
 
 /// How long a line of the human monitor may take: saving or loading a snapshot of a large guest does.
 const MONITOR_PATIENCE: Duration = Duration::from_secs(300);
-/// For how long a memory map is believed without a look.
-const MAP_AGE: Duration = Duration::from_secs(1);
+/// For how long a memory map is believed without a look. Firmware that runs changes it without a word.
+const MAP_AGE: Duration = Duration::from_millis(200);
 /// How long the control lock is held at a time while the guest runs.
 const SLICE: Duration = Duration::from_millis(50);
 /// How often a guest that says nothing is looked at.
@@ -42,6 +43,8 @@ pub struct Guest {
     events: Arc<Events>,
     map: Mutex<Option<Map>>,
     control: Mutex<Option<Control>>,
+    /// As long as there is run control.
+    interrupter: Mutex<Option<Interrupter>>,
     /// Whether the guest was let go under run control and no stop was seen since.
     let_go: AtomicBool,
     patches: Patches,
@@ -54,6 +57,7 @@ struct Map {
     text: String,
     memory: Arc<Memory>,
     seen: Instant,
+    generation: u64,
 }
 
 impl Guest {
@@ -84,6 +88,7 @@ impl Guest {
             events,
             map: Mutex::new(None),
             control: Mutex::new(None),
+            interrupter: Mutex::new(None),
             let_go: AtomicBool::new(false),
             may_write: AtomicBool::new(false),
             patches: Patches::default(),
@@ -160,8 +165,10 @@ impl Guest {
     fn memory(&self) -> Result<Arc<Memory>, LiveError> {
         let mut map = lock(&self.map);
         let old = self.events.take_map_is_old();
+        let generation = self.events.generation();
         if let Some(map) = &*map
             && !old
+            && map.generation == generation
             && map.seen.elapsed() < MAP_AGE
         {
             return Ok(Arc::clone(&map.memory));
@@ -171,11 +178,11 @@ impl Guest {
             && !old
             && map.text == text
         {
-            map.seen = Instant::now();
+            (map.seen, map.generation) = (Instant::now(), generation);
             return Ok(Arc::clone(&map.memory));
         }
         let memory = Arc::new(Memory::open(&self.qmp, &text)?);
-        *map = Some(Map { text, memory: Arc::clone(&memory), seen: Instant::now() });
+        *map = Some(Map { text, memory: Arc::clone(&memory), seen: Instant::now(), generation });
         Ok(memory)
     }
 
@@ -254,6 +261,7 @@ impl Guest {
             let _ = self.wait_stop(STANDSTILL)?;
         }
         let Some(control) = lock(&self.control).take() else { return Ok(()) };
+        lock(&self.interrupter).take();
         let _ours = self.events.ours();
         self.events.changed();
         let released = control.release(&self.qmp, running);
@@ -363,6 +371,7 @@ impl LiveControl for Guest {
         let attached = Control::attach(&self.qmp, &self.address, self.stub.as_ref(), ran);
         let attached = attached.and_then(|mut control| {
             control.state = self.standstill()?;
+            *lock(&self.interrupter) = Some(control.stub.interrupter()?);
             Ok(control)
         });
         match attached {
@@ -444,9 +453,11 @@ impl LiveControl for Guest {
     }
 
     fn interrupt(&self) -> Result<(), LiveError> {
-        // The lock is free between the slices of a wait.
-        match &mut *lock(&self.control) {
-            Some(control) => control.stub.interrupt(),
+        // Not through the lock, which who waits for the stop has most of the time.
+        match &mut *lock(&self.interrupter) {
+            Some(interrupter) if self.let_go.load(Ordering::SeqCst) => interrupter.interrupt(),
+            // It stands still.
+            Some(_) => Ok(()),
             None => Err(LiveError::NotNow {
                 what: "interrupting the guest".into(),
                 why: "kstub has no run control of it; attach to it first".into(),
@@ -470,6 +481,10 @@ impl LiveControl for Guest {
                     let why = "kstub has no run control of it; attach to it first".to_owned();
                     return Err(LiveError::NotNow { what: "waiting for the guest".into(), why });
                 };
+                // Another thread that waited took note of it.
+                if !control.stub.is_running() {
+                    return Ok(Some(control.stop));
+                }
                 let mut waited = control.wait(left.min(SLICE));
                 if silent && matches!(waited, Ok(None)) {
                     waited = Ok(Some(control.unreported_stop()));
@@ -488,8 +503,8 @@ impl LiveControl for Guest {
             if left.is_zero() {
                 return Ok(None);
             }
-            // Lets those in who wait for the lock.
-            std::thread::yield_now();
+            // Lets those in who wait for the lock, which is not a fair one.
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

@@ -469,4 +469,36 @@ mod tests {
         assert!(shared_mapping(&line.replace("1089", "0")).is_none());
         assert!(shared_mapping("garbage").is_none());
     }
+
+    /// As where `/proc/PID/mem` may not be opened, but the descriptors may be seen (yama's `ptrace_scope` 1).
+    #[test]
+    fn a_memfd_is_found_by_qemus_descriptor() {
+        const SIZE: u64 = 8 << 20;
+        let object = format!("memory-backend-memfd,id=m,size={SIZE},share=on");
+        let arguments = ["-nodefaults", "-display", "none", "-machine", "none", "-S", "-object", &object];
+        let started = std::process::Command::new("qemu-system-x86_64").args(arguments).spawn();
+        let Ok(mut qemu) = started else {
+            return eprintln!("skipped: no qemu-system-x86_64");
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let mut shared = Vec::new();
+        while shared.is_empty() && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            shared = shared_mappings(qemu.id());
+            shared.retain(|one| one.end - one.start == SIZE);
+        }
+        let start = shared.first().map_or(0, |one| one.start);
+        let mut process = Process { pid: qemu.id(), memory: None, shared, files: HashMap::new() };
+        let found = process.source(start + 0x1000, SIZE - 0x1000);
+        let beyond = process.source(start + 0x1000, SIZE);
+        qemu.kill().unwrap();
+        qemu.wait().unwrap();
+        let Some(Source::File(opened, offset)) = found else { unreachable!("not found") };
+        assert_eq!((opened.file.metadata().unwrap().len(), offset), (SIZE, 0x1000));
+        assert!(beyond.is_none());
+        // Cut under the reader: a short read, and no signal.
+        let mut buf = [0; 16];
+        assert_eq!(opened.read(SIZE - 16, &mut buf), (16, None));
+        assert_eq!(opened.read(SIZE - 8, &mut buf), (8, Some(Unreadable::Truncated { offset: SIZE })));
+    }
 }

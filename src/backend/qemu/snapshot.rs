@@ -1,7 +1,9 @@
 //! A guest at one moment: its registers of then, over its memory.
 //!
-//! While the guest stands still its pages are cached; from the moment it goes on, or something changes it, each read
-//! is of what its memory then holds. Knows nothing of sockets.
+//! While the guest stands still its pages are cached; while it runs they are, too, but for some milliseconds only:
+//! what is read is never older than that, and a walk over many small objects costs no system call for each. From the
+//! moment it stops, goes on, or something changes it, each read is of what its memory then holds. Knows nothing of
+//! sockets.
 
 use super::guest::Guest;
 use super::memory::Memory;
@@ -11,9 +13,12 @@ use crate::backend::{Backend, Fact, SavedCpu};
 use crate::bytes::ByteSize;
 use crate::memory::{PageCache, PhysicalMemory, ReadOutcome};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Memory for pages of a guest that stands still.
 const CACHE_BYTES: u64 = 64 << 20;
+/// How old a page of a guest that runs may be.
+const RUNNING_AGE: Duration = Duration::from_millis(10);
 /// Reads of more than this are not worth caching: they are scans.
 const LONGEST_CACHED: usize = 16 << 10;
 
@@ -24,7 +29,8 @@ pub struct Snapshot {
     cpus: Vec<SavedCpu>,
     state: RunState,
     generation: u64,
-    cache: Option<PageCache>,
+    taken: Instant,
+    cache: PageCache,
 }
 
 impl Snapshot {
@@ -36,26 +42,36 @@ impl Snapshot {
         state: RunState,
         generation: u64,
     ) -> Self {
-        let still = state != RunState::Running;
-        let cache = still.then(|| PageCache::new(CACHE_BYTES, PAGE_SIZE));
-        Self { guest, memory, cpus, state, generation, cache }
+        let cache = PageCache::new(CACHE_BYTES, PAGE_SIZE);
+        Self { guest, memory, cpus, state, generation, taken: Instant::now(), cache }
     }
 
-    /// The cache, as long as what is in it is what the guest has.
-    fn cache(&self) -> Option<&PageCache> {
-        self.cache.as_ref().filter(|_| self.guest.generation() == self.generation)
+    /// The name under which a page is cached now, as long as what is cached is what the guest has: its frame number,
+    /// below the number of the age in which it was read.
+    fn cached_as(&self, at: PhysAddr) -> Option<u64> {
+        const FRAME_BITS: u32 = 40;
+        if self.guest.generation() != self.generation {
+            return None;
+        }
+        let age = match self.state {
+            RunState::Running => self.taken.elapsed().as_millis() / RUNNING_AGE.as_millis(),
+            RunState::Stopped(_) => 0,
+        };
+        let frame = at.0 / PAGE_SIZE;
+        // No processor has more physical address bits than 52.
+        (frame >> FRAME_BITS == 0).then_some((age as u64) << FRAME_BITS | frame)
     }
 
     /// What memory holds, breakpoints included.
     fn read(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        let Some(cache) = self.cache().filter(|_| buf.len() <= LONGEST_CACHED) else {
+        if buf.len() > LONGEST_CACHED {
             return self.memory.read(at, buf);
-        };
+        }
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let here = at.wrapping_add(filled as u64);
             let len = rest.len().min(here.left_in_page() as usize);
-            let outcome = self.read_in_page(cache, here, rest.get_mut(..len).unwrap_or_default());
+            let outcome = self.read_in_page(here, rest.get_mut(..len).unwrap_or_default());
             filled += outcome.filled;
             if outcome.stopped.is_some() {
                 return ReadOutcome { filled, stopped: outcome.stopped };
@@ -65,16 +81,16 @@ impl Snapshot {
     }
 
     /// Fills the part of `buf` that lies in one page, or says why not all of it.
-    fn read_in_page(&self, cache: &PageCache, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        let number = at.0 / PAGE_SIZE;
+    fn read_in_page(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
+        let Some(name) = self.cached_as(at) else { return self.memory.read(at, buf) };
         let offset = at.page_offset() as usize;
-        let page = cache.get(number).or_else(|| {
+        let page = self.cache.get(name).or_else(|| {
             let mut page = vec![0; PAGE_SIZE as usize];
             let whole = self.memory.read(at.page_start(), &mut page).stopped.is_none();
             let page: Arc<[u8]> = page.into();
             // Read while it went on, it may be of any moment.
-            if whole && self.cache().is_some() {
-                cache.insert(number, Arc::clone(&page));
+            if whole && self.cached_as(at) == Some(name) {
+                self.cache.insert(name, Arc::clone(&page));
             }
             whole.then_some(page)
         });

@@ -43,6 +43,16 @@ pub(super) struct Stub {
     running: bool,
 }
 
+/// Stops the guest from beside the connection.
+pub(super) struct Interrupter(Socket);
+
+impl Interrupter {
+    /// For a guest that runs only; one that stands takes it for nothing.
+    pub(super) fn interrupt(&mut self) -> Result<(), LiveError> {
+        self.0.write_all(b"\x03").map_err(|error| gone(&error.to_string()))
+    }
+}
+
 fn gone(why: &str) -> LiveError {
     LiveError::Gone(format!("the connection to its GDB stub ended: {why}"))
 }
@@ -99,12 +109,9 @@ impl Stub {
         self.running
     }
 
-    /// Asks a guest that runs to stop; the stop comes through [`Self::wait`]. Nothing for one that stands.
-    pub(super) fn interrupt(&mut self) -> Result<(), LiveError> {
-        if !self.running {
-            return Ok(());
-        }
-        self.socket.write_all(b"\x03").map_err(|error| gone(&error.to_string()))
+    /// What asks a guest that runs to stop, while this connection waits for the stop.
+    pub(super) fn interrupter(&self) -> Result<Interrupter, LiveError> {
+        self.socket.try_clone().map(Interrupter).map_err(|error| gone(&error.to_string()))
     }
 
     /// Takes note that the guest stands still, though the stub did not say so.

@@ -13,7 +13,7 @@ use super::args::{self, Options, number_of_cpu};
 use super::{Command, CommandError, Context, Form, Output, object, printable};
 use crate::addr::VirtAddr;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{Trace, Tracer};
+use crate::kernel::stack::{BATCH, Trace, Tracer};
 use crate::kernel::{CpuId, Kernel, parallel};
 use render::{Renderer, Style};
 use serde_json::Value;
@@ -121,7 +121,7 @@ impl<'a> Request<'a> {
     fn answers(&self, subjects: &[Subject<'_>]) -> Vec<Option<Output>> {
         let reader = self.kernel.task_reader().ok();
         let renderer = || Renderer::new(self.kernel, self.style);
-        parallel::map_with(subjects, renderer, |renderer, subject| {
+        parallel::map_with(subjects, BATCH, renderer, |renderer, subject| {
             let trace = self.trace(subject);
             if self.only.is_some_and(|only| !renderer.mentions(&trace, only)) {
                 return None;

@@ -7,7 +7,7 @@ use crate::command::task::{heading, identity};
 use crate::command::{CommandError, Context, Output, printable};
 use crate::kernel::remains::StackUse;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{StackBounds, StackKind, Trace, Tracer};
+use crate::kernel::stack::{BATCH, StackBounds, StackKind, Trace, Tracer};
 use crate::kernel::{CpuId, Kernel, parallel};
 use crate::unwind::PtRegs;
 use serde_json::{Value, json};
@@ -149,7 +149,7 @@ pub fn overflows(
         }
         (reader.read(*task), used.map_err(|error| error.to_string()))
     };
-    let all = parallel::map(tasks, look);
+    let all = parallel::map(tasks, BATCH, look);
     let (mut text, mut rows, mut deepest, mut bad) = (String::new(), Vec::new(), None::<(u64, &TaskInfo)>, 0);
     for (info, used) in &all {
         let mut row = identity(info);

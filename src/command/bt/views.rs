@@ -6,7 +6,7 @@ use crate::addr::VirtAddr;
 use crate::command::args::Options;
 use crate::command::{CommandError, Context, Output, foreach};
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::Tracer;
+use crate::kernel::stack::{BATCH, Tracer};
 use crate::kernel::{CpuId, parallel};
 
 /// Options that are about one task at a time.
@@ -86,7 +86,7 @@ fn of_each(
 fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let (reader, tracer) = (kernel.task_reader()?, tracer(context)?);
-    let traced = parallel::map(tasks, |task| {
+    let traced = parallel::map(tasks, BATCH, |task| {
         let info = reader.read(*task);
         let trace = tracer.task_read(&info);
         (info, trace)

@@ -15,7 +15,7 @@ mod walk;
 
 pub use bounds::{StackBounds, StackKind};
 pub use runtime_code::{RuntimeCode, RuntimeKind};
-pub use tracer::Tracer;
+pub use tracer::{BATCH, Tracer};
 
 use super::{CpuId, Kernel};
 use crate::addr::VirtAddr;

@@ -13,6 +13,8 @@ use crate::kernel::{Cpu, CpuId, Kernel, Machine, parallel};
 use crate::unwind::{Frame, FrameSource, Regs};
 use std::collections::HashMap;
 
+/// Tasks whose backtraces are worth a thread.
+pub const BATCH: usize = 32;
 /// Words of a `struct inactive_task_frame`, since v4.9 in this order; the return address is the last.
 const INACTIVE: [Reg; 7] = [Reg::R15, Reg::R14, Reg::R13, Reg::R12, Reg::Rbx, Reg::Rbp, Reg::Rip];
 
@@ -75,7 +77,7 @@ impl<'m> Tracer<'m> {
 
     /// Those of many tasks, in their order; shared among all of the machine's processors.
     pub fn tasks(&self, tasks: &[VirtAddr]) -> Vec<Trace> {
-        parallel::map(tasks, |task| self.task(*task))
+        parallel::map(tasks, BATCH, |task| self.task(*task))
     }
 
     /// The backtrace of `cpu`, whatever runs there.

@@ -12,6 +12,9 @@ const TARGET: &str = "<target><xi:include href=\"x.xml\"/></target>";
 const REGISTERS: &str = "<reg name=\"rip\" bitsize=\"64\"/><reg name=\"new\" bitsize=\"16\"/>\
     <reg name=\"r15\" bitsize=\"64\"/><reg name=\"eflags\" bitsize=\"32\"/>}#";
 
+/// All that was sent to the fake.
+type Packets = Arc<Mutex<Vec<String>>>;
+
 /// What the fake answers to a packet; `None`: as a stub of two CPUs would.
 type Script = dyn FnMut(&str) -> Option<Vec<u8>> + Send;
 
@@ -40,7 +43,7 @@ fn usual(packet: &str) -> Vec<u8> {
 }
 
 /// A stub that does as `script` says; the second value is all the packets that it got.
-fn fake(mut script: Box<Script>) -> (Result<(Stub, StopReply), LiveError>, Arc<Mutex<Vec<String>>>) {
+fn fake(mut script: Box<Script>) -> (Result<(Stub, StopReply), LiveError>, Packets) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = Arc::clone(&seen);
@@ -69,7 +72,7 @@ fn fake(mut script: Box<Script>) -> (Result<(Stub, StopReply), LiveError>, Arc<M
     (Stub::over(Socket::Unix(ours)), seen)
 }
 
-fn connected(script: Box<Script>) -> (Stub, Arc<Mutex<Vec<String>>>) {
+fn connected(script: Box<Script>) -> (Stub, Packets) {
     let (stub, seen) = fake(script);
     let (mut stub, _) = stub.unwrap();
     stub.threads = vec![ThreadId::parse("p1.1").unwrap(), ThreadId::parse("p1.2").unwrap()];
@@ -107,7 +110,7 @@ fn what_is_sent_is_the_protocols() {
     stub.resume(&[(Some(1), Go::Step), (None, Go::Continue)]).unwrap();
     assert!(matches!(stub.registers(stub.threads[0]), Err(LiveError::NotNow { .. })));
     assert_eq!(stub.wait(Duration::from_millis(30)).unwrap(), None);
-    stub.interrupt().unwrap();
+    stub.interrupter().unwrap().interrupt().unwrap();
     let stop = stub.wait(SOON).unwrap().unwrap();
     assert_eq!((stop.reason, stop.thread.unwrap().cpu()), (StopReason::Signal(2), Some(1)));
     stub.detach().unwrap();
