@@ -250,7 +250,16 @@ fn client_is_gone(guest: &Guest) {
     let mut server = Server::start(guest, &[]);
     let tick = guest.fact("tick.function");
     let point = format!("Z0,{},1", tick.trim_start_matches("0x"));
-    for stage in ["attached", "at a breakpoint", "running", "interrupted half-way"] {
+    let stages = [
+        "attached",
+        "at a breakpoint",
+        "running",
+        "interrupted half-way",
+        "stepping all",
+        "stepping all, interrupted",
+        "stepping one",
+    ];
+    for stage in stages {
         let mut client = server.owner();
         assert_ne!(guest.run_state(), "running", "{stage}");
         match stage {
@@ -267,6 +276,13 @@ fn client_is_gone(guest: &Guest) {
                 client.send_raw(&packet("vCont;c"));
                 guest.assert_alive("running for a client");
             }
+            "stepping all" => client.send_raw(&packet("vCont;s")),
+            "stepping all, interrupted" => {
+                client.send_raw(&packet("vCont;s"));
+                client.send_raw(b"\x03");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            "stepping one" => client.send_raw(&packet("vCont;s:p1.2;c")),
             "interrupted half-way" => {
                 client.send_raw(&packet("vCont;c"));
                 guest.assert_alive("running for a client");
@@ -280,6 +296,11 @@ fn client_is_gone(guest: &Guest) {
         let count = || number(&guest.ask_facts("cat /proc/kstub_live")["count"]);
         let before = count();
         assert!(wait_until(PATIENCE, || count() > before), "{stage}: a breakpoint was left");
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(100));
+            assert_eq!(guest.run_state(), "running", "{stage}: the guest stops by itself");
+        }
+        eprintln!("  {stage}: free");
         assert!(server.runs());
     }
     let took = server.end();

@@ -22,6 +22,8 @@ fn gdb_on_four_cpus_with_pti() {
                 ("break in a system call", system_call),
                 ("step, next, finish", stepping),
                 ("stepi alone", one_instruction),
+                ("a step of an idle CPU", step_of_an_idle_cpu),
+                ("a step that another CPU ends", step_that_another_ends),
                 ("hardware breakpoint", hardware_breakpoint),
                 ("counted breakpoint", counted_breakpoint),
                 ("watch", watch),
@@ -249,6 +251,42 @@ fn one_instruction(guest: &Guest) {
     }
     gdb.ask("set scheduler-locking off");
     leave(guest, gdb);
+}
+
+/// A halted CPU takes no step until something wakes it: when the user gives up, nothing may be left of the step, for QEMU
+/// would end it at any time after gdb has gone, with nobody to let the guest go on.
+fn step_of_an_idle_cpu(guest: &Guest) {
+    let mut gdb = Gdb::start(guest, &[]);
+    gdb.ask("thread 2");
+    gdb.send("stepi");
+    std::thread::sleep(Duration::from_secs(1));
+    gdb.interrupt();
+    gdb.wait().unwrap();
+    leave(guest, gdb);
+    assert_no_step_is_left(guest);
+}
+
+fn step_that_another_ends(guest: &Guest) {
+    let mut gdb = Gdb::start(guest, &[]);
+    gdb.ask("break kstub_live_tick");
+    for _ in 0..3 {
+        gdb.ask("thread 2");
+        gdb.ask("stepi");
+    }
+    assert!(gdb.everything().contains("hit Breakpoint 1"), "{}", gdb.everything());
+    leave(guest, gdb);
+    assert_no_step_is_left(guest);
+}
+
+fn assert_no_step_is_left(guest: &Guest) {
+    let facts = guest.ask_facts("plant spin-user 1");
+    let rip = number(&facts["rip"]);
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(guest.run_state(), "running", "the guest stops by itself");
+    }
+    assert!(wait_until(PATIENCE, || guest.registers()[1]["rip"] == rip), "CPU 1 does nothing");
+    guest.assert_alive("after the step");
 }
 
 fn hardware_breakpoint(guest: &Guest) {
