@@ -157,8 +157,10 @@ fn assert_free(guest: &Guest, why: &str) {
     assert!(ps.succeeded() && ps.out.contains("kstub-tick"), "{why}: the next client: {ps:?}");
 }
 
+type Stage = (&'static str, fn(&Guest, &mut Gdb));
+
 /// What a debugger may be at when it is killed; each leaves it at work or waiting.
-const STAGES: &[(&str, fn(&Guest, &mut Gdb))] = &[
+const STAGES: &[Stage] = &[
     ("attached", |_, _| ()),
     ("at a breakpoint", |_, gdb| {
         gdb.ask("break kstub_live_tick");

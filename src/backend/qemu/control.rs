@@ -152,6 +152,7 @@ impl Control {
                 Err(error) => outcome = Err(error),
             }
         }
+        outcome = outcome.and(self.stub.end_steps());
         if running {
             outcome = outcome.and(self.stub.detach());
         }

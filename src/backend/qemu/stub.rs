@@ -11,7 +11,7 @@ use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::RegisterFile;
 use crate::backend::live::{Go, LiveError, Point};
 use crate::rsp::{self, Event, Framer};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,8 @@ pub(super) struct Stub {
     selected: Option<ThreadId>,
     /// Whether it was let run and did not say since that it stopped.
     running: bool,
+    /// vCPUs that were to take a step and have not said that they did.
+    steps: BTreeSet<u32>,
 }
 
 /// Stops the guest from beside the connection.
@@ -75,6 +77,7 @@ impl Stub {
             threads: Vec::new(),
             selected: None,
             running: false,
+            steps: BTreeSet::new(),
         };
         let features = this.ask("qSupported:multiprocess+;vContSupported+;xmlRegisters=i386")?;
         this.features = String::from_utf8_lossy(&features).into_owned();
@@ -187,6 +190,10 @@ impl Stub {
             if let Some(cpu) = cpu {
                 packet.push_str(&format!(":{}", self.thread(*cpu)?));
             }
+            if *go == Go::Step {
+                let all = self.threads.iter().filter_map(|thread| thread.cpu());
+                self.steps.extend(all.filter(|one| cpu.is_none_or(|cpu| cpu == *one)));
+            }
         }
         self.go(packet.as_bytes())
     }
@@ -214,6 +221,9 @@ impl Stub {
             let Some(packet) = self.receive(deadline)? else { return Ok(None) };
             if let Some(stop) = stop_reply(&packet) {
                 self.running = false;
+                if let Some(cpu) = stop.thread.and_then(|thread| thread.cpu()) {
+                    self.steps.remove(&cpu);
+                }
                 return Ok(Some(stop));
             }
             // `W` and `X`: QEMU says so when it exits.
@@ -251,6 +261,22 @@ impl Stub {
     /// Sends a packet as it is and returns the answer.
     pub(super) fn raw(&mut self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
         self.ask_bytes(packet, SOON)
+    }
+
+    /// Ends the steps that vCPUs were to take and have not, as halted ones do not. QEMU forgets only that of the vCPU
+    /// that stops (`gdb_vm_state_change()`); each other would stop the guest some time later, when nobody lets it go on.
+    /// For that all vCPUs run for a moment.
+    pub(super) fn end_steps(&mut self) -> Result<(), LiveError> {
+        if std::mem::take(&mut self.steps).is_empty() {
+            return Ok(());
+        }
+        let flags = self.ask("qqemu.sstep")?;
+        // A step that is none: with these flags QEMU takes the stepping from whom it steps.
+        self.expect_ok(b"Qqemu.sstep=0x0", "ending steps")?;
+        self.go(b"vCont;s")?;
+        self.interrupter()?.interrupt()?;
+        self.wait(SOON)?;
+        self.expect_ok(&[b"Qqemu.sstep=", flags.as_slice()].concat(), "ending steps")
     }
 
     /// Gives the guest up: QEMU removes its breakpoints and lets it run.
