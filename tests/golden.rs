@@ -42,6 +42,7 @@ const MONITOR: &[(&str, &str)] = &[
     ("page", "page init_task"),
     ("page-pfn", "page pfn:1000"),
     ("page-nowhere", "page phys:ffffffffff000"),
+    ("qemu-none", "qemu info status"),
     ("vtop", "vtop init_task"),
     ("vtop-unmapped", "vtop 0"),
     ("log-options", "log -m -c -l warn+"),
@@ -288,7 +289,8 @@ fn stale(outputs: &BTreeMap<String, String>) -> Vec<PathBuf> {
 #[test]
 fn every_command_has_a_golden_success() {
     let outputs = outputs();
-    for command in COMMANDS {
+    // A dump has no QEMU behind it; what it answers on a guest is for the tests of guests.
+    for command in COMMANDS.iter().filter(|command| command.name != "qemu") {
         let asked = |text: &&String| {
             text.starts_with(&format!("(gdb) monitor {}", command.name)) && !text.ends_with("[failed]\n")
         };

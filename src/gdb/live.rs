@@ -81,6 +81,9 @@ struct State {
     points: Vec<Placed>,
     /// Our own breakpoint where every module passes before its init (`do_init_module()` in kernel/module/main.c).
     module_hook: Option<VirtAddr>,
+    /// Whether the owner was told of the module of the last stop, and is still to be told of its own breakpoint.
+    module_told: bool,
+    owes_trap: bool,
     /// Who is to be woken by the next stop.
     waiting: HashMap<u64, UnixStream>,
     /// The kernel that is known is of an earlier boot.
@@ -147,6 +150,8 @@ impl Live {
             backward: false,
             points: Vec::new(),
             module_hook: None,
+            module_told: false,
+            owes_trap: false,
             waiting: HashMap::new(),
             news: Vec::new(),
             gone: None,
@@ -230,6 +235,7 @@ impl Live {
         }
         state.is_running = false;
         state.stop = stop;
+        (state.module_told, state.owes_trap) = (false, false);
         drop(state);
         self.hook_modules();
         self.state().wake();
@@ -269,7 +275,10 @@ impl Live {
             match happening {
                 Happening::Reset => {
                     state.is_stale = true;
-                    state.news.push("The guest was started again.\n".to_owned());
+                    // QEMU tells of a reset once for the machine and once for what the guest asked for.
+                    let news = "The guest was started again.\n".to_owned();
+                    state.news.retain(|old| *old != news);
+                    state.news.push(news);
                 }
                 Happening::Replaced(how) => {
                     state.is_stale = true;
@@ -328,28 +337,34 @@ impl Live {
         self.state().module_hook = wanted.filter(set);
     }
 
-    /// Whether `stop` is at our own breakpoint and at no client's.
-    fn is_new_module(state: &State, stop: Stop) -> bool {
-        let pc = usize::try_from(stop.cpu).ok().and_then(|index| state.machine.cpu_of_saved(index));
+    /// Whether the last stop is at our own breakpoint.
+    fn is_at_hook(state: &State) -> bool {
+        let pc = usize::try_from(state.stop.cpu).ok().and_then(|index| state.machine.cpu_of_saved(index));
         let pc = pc.and_then(|cpu| state.machine.cpu(cpu)?.regs.u64(Reg::Rip)).map(VirtAddr);
-        let is_clients = |at| {
-            let is_code = |point| matches!(point, Point::Software | Point::Hardware);
-            state.points.iter().any(|placed| is_code(placed.point) && placed.at == at)
-        };
-        stop.reason == StopReason::Signal(SIGTRAP)
-            && pc.is_some_and(|pc| Some(pc) == state.module_hook && !is_clients(pc))
+        state.stop.reason == StopReason::Signal(SIGTRAP) && pc.is_some() && pc == state.module_hook
     }
 
-    /// Takes the vCPU that stands at our own breakpoint over it: the client knows nothing of it.
-    fn pass_hook(&self) -> Result<(), LiveError> {
+    /// Whether a client has a breakpoint where ours is.
+    fn is_hook_a_clients(state: &State) -> bool {
+        let is_code = |point| matches!(point, Point::Software | Point::Hardware);
+        state.points.iter().any(|placed| is_code(placed.point) && Some(placed.at) == state.module_hook)
+    }
+
+    /// Gets the vCPU that stands at our own breakpoint over it: the client knows nothing of it. If all it does is to
+    /// step there (`steps`), the breakpoint is away until it has.
+    fn pass_hook(&self, steps: bool) -> Result<(), LiveError> {
         let (hook, stop) = {
             let state = self.state();
-            match state.module_hook.filter(|_| Self::is_new_module(&state, state.stop)) {
+            match state.module_hook.filter(|_| Self::is_at_hook(&state)) {
                 Some(hook) => (hook, state.stop),
                 None => return Ok(()),
             }
         };
         self.control.remove(Point::Software, hook, 1)?;
+        if steps {
+            self.state().module_hook = None;
+            return Ok(());
+        }
         self.control.resume(&[(Some(stop.cpu), Go::Step)])?;
         let stepped = self.control.wait_stop(STEP_PATIENCE);
         self.control.insert(Point::Software, hook, 1)?;
@@ -431,6 +446,8 @@ pub(super) struct Session {
 pub(super) enum Resumed {
     /// Its answer comes when the guest stops.
     Later,
+    /// It has stopped already, for another reason than was told.
+    Stopped,
     /// It stands where it stood.
     No(String),
 }
@@ -467,7 +484,10 @@ impl Session {
     /// How the guest stands.
     pub(super) fn last_stop(&self) -> Stopped {
         let mut state = self.live.state();
-        let new_module = Live::is_new_module(&state, state.stop);
+        // A client's own breakpoint there is reported behind the news of the module.
+        let new_module = Live::is_at_hook(&state) && !state.module_told;
+        state.module_told |= new_module;
+        state.owes_trap = new_module && Live::is_hook_a_clients(&state);
         Stopped {
             stop: state.stop,
             backward: state.backward,
@@ -574,10 +594,11 @@ impl Session {
         }
     }
 
-    /// Lets the guest run by `go`, or waits with the one that controls it.
+    /// Lets the guest run by `go`, or waits with the one that controls it. `steps` are the vCPUs that step.
     pub(super) fn resume(
         &self,
         backward: bool,
+        steps: impl Fn(u32) -> bool,
         go: impl FnOnce(&dyn LiveControl) -> Result<(), LiveError>,
     ) -> Resumed {
         if let Some(error) = self.gone() {
@@ -593,11 +614,18 @@ impl Session {
         if !self.owns() {
             return self.wait();
         }
+        let stop = {
+            let mut state = self.live.state();
+            if std::mem::take(&mut state.owes_trap) {
+                return Resumed::Stopped;
+            }
+            state.stop
+        };
         if let Resumed::No(why) = self.wait() {
             return Resumed::No(why);
         }
         self.live.state().backward = backward;
-        let passed = if backward { Ok(()) } else { self.live.pass_hook() };
+        let passed = if backward { Ok(()) } else { self.live.pass_hook(steps(stop.cpu)) };
         if let Err(error) = passed.and_then(|()| go(&*self.live.control)) {
             self.live.state().waiting.remove(&self.id);
             return Resumed::No(format!("{error}\n"));

@@ -28,11 +28,11 @@ impl Front {
                     Err(error) => Reply::Console(format!("{error}\n"), self.stop_of_now()),
                 }
             }
-            b"bc" => self.go(true, |control| control.reverse(Go::Continue)),
-            b"bs" => self.go(true, |control| control.reverse(Go::Step)),
+            b"bc" => self.go(true, Vec::new(), |control| control.reverse(Go::Continue)),
+            b"bs" => self.go(true, Vec::new(), |control| control.reverse(Go::Step)),
             [b'c' | b'C' | b's' | b'S', ..] | [b'v', b'C', b'o', b'n', b't', b';', ..] => {
                 match self.actions(body) {
-                    Ok(actions) => self.go(false, move |control| control.resume(&actions)),
+                    Ok(actions) => self.go(false, actions.clone(), move |control| control.resume(&actions)),
                     Err(why) => self.no_run(why),
                 }
             }
@@ -110,14 +110,21 @@ impl Front {
     fn go(
         &mut self,
         backward: bool,
+        actions: Actions,
         go: impl FnOnce(&dyn crate::backend::live::LiveControl) -> Result<(), LiveError>,
     ) -> Reply {
         let Some(live) = &self.live else { return Reply::Later };
-        match live.resume(backward, go) {
+        // Of several actions for a vCPU the first counts.
+        let steps = |cpu| {
+            let named = actions.iter().find(|(one, _)| one.is_none_or(|one| one == cpu));
+            named.is_some_and(|(_, go)| *go == Go::Step)
+        };
+        match live.resume(backward, steps, go) {
             Resumed::Later => {
                 self.owes_stop = true;
                 Reply::Later
             }
+            Resumed::Stopped => self.stop_reply(),
             Resumed::No(why) => self.no_run(why),
         }
     }
@@ -179,6 +186,16 @@ impl Front {
     /// What `vCont;…`, `c`, `s` and the like ask for. Signals mean nothing to a machine.
     fn actions(&self, body: &[u8]) -> Result<Actions, String> {
         let Some(actions) = body.strip_prefix(b"vCont;") else {
+            // `cADDR`, `Csig;ADDR`: from elsewhere than the pc, which would be to write it.
+            let elsewhere = match body {
+                [b'c' | b's', rest @ ..] => !rest.is_empty(),
+                _ => body.contains(&b';'),
+            };
+            if elsewhere {
+                return Err(
+                    "Going on at another address is not supported: set $rip (needs --allow-write).\n".into(),
+                );
+            }
             let go = if matches!(body.first(), Some(b's' | b'S')) { Go::Step } else { Go::Continue };
             // The old forms mean the thread of `Hc`, which clients that use them set to all or to the selected.
             return Ok(match go {

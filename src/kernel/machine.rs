@@ -6,7 +6,7 @@ use super::{Kernel, TypesFrom};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::paging::Step;
 use crate::arch::x86_64::{AddressSpace, Reg, RegisterFile, Saved, TranslateError, Translation, VirtOutcome};
-use crate::backend::{Backend, RegisterSource};
+use crate::backend::{Backend, RegisterSource, SavedCpu};
 use crate::bytes::printable;
 use crate::debuginfo::{self, DebugInfo, find};
 use crate::memory::MemoryError;
@@ -609,7 +609,9 @@ fn kernel_cpus(
     ids.dedup();
     let cpu = |id: CpuId| {
         let one = by_cpu.get(&id).and_then(|a| Some((a, saved.get(a.index)?)));
-        let certain = one.is_none_or(|(a, _)| a.certain);
+        // A guest's vCPUs come by their index, which is the number that the kernel gives them.
+        let by_index = |one: &SavedCpu| one.source == RegisterSource::Qemu && backend.live().is_some();
+        let certain = one.is_none_or(|(a, one)| a.certain || by_index(one));
         let mut regs = one.map(|(_, one)| one.regs.clone()).unwrap_or_default();
         if one.is_some_and(|(_, one)| one.source == RegisterSource::KernelPrstatus) {
             distrust_thread_bases(kernel, &mut regs);
