@@ -492,7 +492,8 @@ fn planted_edges_are_found() {
 fn an_edge_added_to_a_real_file_is_found() {
     for (file, text) in sources() {
         let module = module_of(&file);
-        let Some(own) = module.first().filter(|own| *own != "main") else { continue };
+        // The program's own files may name all of the library.
+        let Some(own) = module.first().filter(|own| row(own) <= row("server")) else { continue };
         let target = if own == "server" { "cli" } else { "server" };
         let before = check(&file, &text).len();
         let after = check(&file, &format!("{text}\nuse crate::{target}::planted;\n")).len();

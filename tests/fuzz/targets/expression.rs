@@ -24,7 +24,8 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let command =
         ["p", "p -x", "whatis", "struct", "struct task_struct", "sym", "percpu", "rd"][usize::from(how % 8)];
     let focus = Focus::default();
-    let context = Context { machine: &MACHINE, cpu: MACHINE.first_cpu(), task: None, focus: &focus, form: Form::Both };
+    let context =
+        Context { machine: &MACHINE, cpu: MACHINE.first_cpu(), task: None, focus: &focus, form: Form::Both };
     let line = format!("{command} {text}");
     // The same question has the same answer.
     let [one, other] = [(); 2].map(|()| command::run(&context, &line));
