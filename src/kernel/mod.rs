@@ -39,6 +39,7 @@ pub mod user_stack;
 pub mod vfs;
 pub mod vma;
 pub mod vmalloc;
+mod vmlinux;
 pub mod xarray;
 pub mod zone;
 
