@@ -498,21 +498,10 @@ fn run_control(vm: &Vm, guest: &Guest) {
 
 const VICTIM: &str = "KSTUB_TEST_VICTIM";
 
-/// The program that a killed session had started; `the_guest_of_a_killed_session_runs_on` does.
-#[test]
-#[ignore = "a process of another test"]
-fn guardian() {
-    let _ = guard::run();
-}
-
 /// A session that takes run control and is killed.
-#[test]
-#[ignore = "a process of another test"]
-fn victim() {
-    let Ok(address) = std::env::var(VICTIM) else { return };
-    let arguments = ["--exact", "guardian", "--ignored"].map(Into::into).to_vec();
-    guard::enable(std::env::current_exe().unwrap(), arguments);
-    let guest = Guest::connect(&QmpAddress::parse(&address).unwrap()).unwrap();
+fn victim(address: &str) -> ! {
+    guard::enable(env!("CARGO_BIN_EXE_kstub").into(), vec!["__guard".into()]);
+    let guest = Guest::connect(&QmpAddress::parse(address).unwrap()).unwrap();
     // A word: its guardian goes without one.
     guest.attach().unwrap();
     guest.detach(true).unwrap();
@@ -527,13 +516,17 @@ fn victim() {
 
 #[test]
 fn the_guest_of_a_killed_session_runs_on() {
+    // The session is this test in a process of its own.
+    if let Ok(address) = std::env::var(VICTIM) {
+        victim(&address);
+    }
     let _one = ONE_AT_A_TIME.lock();
     if !wanted(false) {
         return;
     }
     let vm = Vm::start("q35", &["-m", "64M"]);
     let mut victim = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "victim", "--ignored"])
+        .args(["--exact", "the_guest_of_a_killed_session_runs_on"])
         .env(VICTIM, vm.path("qmp"))
         .spawn()
         .unwrap();
@@ -585,51 +578,4 @@ fn breakpoints_under_kvm_are_not_read() {
     guest.remove(Point::Software, at, 1).unwrap();
     assert_eq!((byte(&guest), really(&guest)), (before, before));
     guest.detach(false).unwrap();
-}
-
-/// `cargo test --test live_backend -- --ignored --nocapture how_fast`
-#[test]
-#[ignore = "a measurement"]
-fn how_fast_reads_are() {
-    let _one = ONE_AT_A_TIME.lock();
-    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let path = directory.path().join("ram");
-    let shared = format!("memory-backend-file,id=ram,size=512M,mem-path={},share=on", path.display());
-    for (machine, more) in [("q35", vec![]), ("q35,memory-backend=ram", vec!["-object", shared.as_str()])] {
-        let vm = Vm::boot(machine, &[&["-m", "512M"], &more[..]].concat());
-        let guest = Guest::connect(&vm.address()).unwrap();
-        for still in [false, true] {
-            if still {
-                guest.pause().unwrap();
-            }
-            let machine = guest.take_snapshot().unwrap();
-            eprintln!("{}; stands still: {still}", machine.facts().last().unwrap().value);
-            let rate = |what: &str, count: u32, mut read: Box<dyn FnMut(u64) + '_>| {
-                let start = Instant::now();
-                (0..count).for_each(|i| read(u64::from(i)));
-                eprintln!("  {what}: {:?}", start.elapsed() / count);
-            };
-            let word = |at: u64| assert!(machine.read_phys_u64(PhysAddr(at & !7)).is_ok());
-            rate("8 bytes anywhere", 20_000, Box::new(|i| word(0x10_0000 + i * 0x9_4088 % (500 << 20))));
-            rate("8 bytes within 1 MiB", 200_000, Box::new(|i| word(0x100_0000 + i * 72 % (1 << 20))));
-            for (what, len) in [("4 KiB", 4 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)] {
-                let mut buf = vec![0; len];
-                let at = |i: u64| PhysAddr(0x10_0000 + i * len as u64 % (500 << 20));
-                let count = ((500 << 20) / len as u32).min(20_000);
-                rate(what, count, Box::new(|i| machine.read_phys_exact(at(i), &mut buf).unwrap()));
-            }
-            rate("a snapshot", 50, Box::new(|_| drop(guest.take_snapshot().unwrap())));
-        }
-        guest.attach().unwrap();
-        let start = Instant::now();
-        for _ in 0..100 {
-            guest.resume(&[(Some(1), Go::Step)]).unwrap();
-            guest.wait_stop(Duration::from_secs(5)).unwrap().unwrap();
-        }
-        eprintln!("  a step: {:?}", start.elapsed() / 100);
-        let start = Instant::now();
-        (0..100).for_each(|_| drop(guest.take_snapshot().unwrap()));
-        eprintln!("  a snapshot by the stub: {:?}", start.elapsed() / 100);
-        guest.detach(true).unwrap();
-    }
 }
