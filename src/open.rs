@@ -2,7 +2,7 @@
 
 use crate::wait_kernel;
 use kstub::backend::live::{LiveControl, LiveError};
-use kstub::backend::qemu::{Guest, QmpAddress};
+use kstub::backend::qemu::{Guest, QmpAddress, guard};
 use kstub::backend::{Backend, Dump};
 use kstub::cli::{self, Control, Target};
 use kstub::debuginfo::debuginfod::Debuginfod;
@@ -41,6 +41,11 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
     };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
+    // If we are killed, somebody must give the guest back.
+    match std::env::current_exe() {
+        Ok(program) => guard::enable(program, vec!["__guard".into()]),
+        Err(error) => tracing::warn!("no guardian: {error}"),
+    }
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
         let spinner = terminal(indicatif::ProgressBar::new_spinner());
         spinner.set_message("waiting for the kernel to start");
