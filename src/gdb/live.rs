@@ -14,7 +14,7 @@ use crate::arch::x86_64::Reg;
 use crate::backend::Backend;
 use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
 use crate::kernel::{Machine, OpenError};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -82,6 +82,8 @@ struct State {
     stop: Stop,
     backward: bool,
     points: Vec<Placed>,
+    /// The sessions whose clients know of modules.
+    follow_modules: HashSet<u64>,
     /// Our own breakpoint where every module passes before its init (`do_init_module()` in kernel/module/main.c).
     module_hook: Option<VirtAddr>,
     /// Whether the owner was told of the module of the last stop, and is still to be told of its own breakpoint.
@@ -141,6 +143,7 @@ impl Live {
             stop: Stop { cpu: 0, reason: StopReason::Signal(SIGTRAP) },
             backward: false,
             points: Vec::new(),
+            follow_modules: HashSet::new(),
             module_hook: None,
             module_told: false,
             owes_trap: false,
@@ -307,7 +310,7 @@ impl Live {
     fn hook_modules(&self) {
         let (machine, hook) = {
             let state = self.state();
-            if state.libraries.is_none() || state.owner.is_none() {
+            if !state.owner.is_some_and(|owner| state.follow_modules.contains(&owner)) {
                 return;
             }
             (state.machine.clone(), state.module_hook)

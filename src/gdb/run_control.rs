@@ -19,6 +19,10 @@ impl Front {
     /// The guest's part of the answers; `None` for what a guest answers as a dump does.
     pub(super) fn live_answer(&mut self, body: &[u8]) -> Option<Reply> {
         let live = self.live.as_ref()?;
+        if body.starts_with(b"qXfer:libraries:read:") {
+            live.follow_modules();
+            return None;
+        }
         Some(match body {
             b"?" => {
                 let greeted = live.greet();

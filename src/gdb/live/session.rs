@@ -71,6 +71,13 @@ impl Session {
         }
     }
 
+    /// The client has asked for the list of modules: it is told of those that come.
+    pub(in crate::gdb) fn follow_modules(&self) {
+        if self.live.state().follow_modules.insert(self.id) {
+            self.live.hook_modules();
+        }
+    }
+
     /// How the guest stands.
     pub(in crate::gdb) fn last_stop(&self) -> Stopped {
         let mut state = self.live.state();
@@ -269,7 +276,11 @@ impl AsFd for Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.live.state().waiting.remove(&self.id);
+        {
+            let mut state = self.live.state();
+            state.waiting.remove(&self.id);
+            state.follow_modules.remove(&self.id);
+        }
         self.live.give_control(self.id);
     }
 }
