@@ -22,7 +22,7 @@
 //! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
 //! - `command` renders values; it knows neither gdbstub nor stdout.
 //! - Only `gdb` names gdbstub, only `server` names tokio, only `backend` names qapi, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
-//!   `main`, `cli` and `server`.
+//!   the program's own files (rows 8 and 9), `cli` and `server`.
 
 pub mod addr;
 pub mod arch;

@@ -14,7 +14,6 @@ use super::selection::Selection;
 use super::target::{Target, errno};
 use super::threads::{Choice, Thread, Threads};
 use super::{Show, bulk, osdata};
-use crate::addr::VirtAddr;
 use crate::command::{Focus, Form};
 use crate::kernel::Machine;
 use crate::rsp::{self, Event};
@@ -375,12 +374,7 @@ impl Front {
     }
 
     fn read(&self, request: &[u8], max: usize) -> Result<Vec<u8>, u8> {
-        let mut bytes = memory::read(&self.machine, self.space(), request, max)?;
-        if let Some(live) = &self.live {
-            let at = request.split(|&byte| byte == b',').next().and_then(rsp::parse_u64);
-            at.into_iter().for_each(|at| live.unhide(VirtAddr(at), &mut bytes));
-        }
-        Ok(bytes)
+        memory::read(&self.machine, self.space(), request, max)
     }
 
     /// Appends the answer to `m` or `x` to `body`. Only gdb knows our form of `x`; an old lldb probes for another form

@@ -105,8 +105,6 @@ struct Placed {
     asked: VirtAddr,
     at: VirtAddr,
     len: u64,
-    /// The byte that a software breakpoint may hide.
-    hidden: Option<u8>,
 }
 
 /// Why a guest could not be opened.

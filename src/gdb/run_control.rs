@@ -258,15 +258,7 @@ impl Front {
             Point::Software | Point::Hardware => asked,
             Point::Write | Point::Read | Point::Access => self.per_cpu_copy(asked),
         };
-        let hidden = match point {
-            Point::Software => {
-                let mut byte = [0];
-                let cpu = self.engine.target.threads.cpu(&self.machine, self.engine.target.selected);
-                self.machine.read_virt(cpu, at, &mut byte).stopped.is_none().then_some(byte[0])
-            }
-            _ => None,
-        };
-        match live.set_point(insert, point, (asked, at), len, hidden) {
+        match live.set_point(insert, point, (asked, at), len) {
             Ok(()) => b"OK".to_vec(),
             Err(error) => self.refused(&error.to_string()),
         }

@@ -144,9 +144,8 @@ impl Session {
         point: Point,
         (asked, at): (VirtAddr, VirtAddr),
         len: u64,
-        hidden: Option<u8>,
     ) -> Result<(), LiveError> {
-        let placed = Placed { point, asked, at, len, hidden };
+        let placed = Placed { point, asked, at, len };
         let same = |other: &Placed| (other.point, other.asked, other.len) == (point, asked, len);
         if !insert {
             let found = self.live.state().points.iter().position(same);
@@ -177,18 +176,6 @@ impl Session {
         let covers = |placed: &&Placed| at.0.wrapping_sub(placed.at.0) < placed.len.max(1);
         let placed = state.points.iter().filter(|placed| placed.asked != placed.at).find(covers);
         placed.map_or(at, |placed| placed.asked.wrapping_add(at.0.wrapping_sub(placed.at.0)))
-    }
-
-    /// Shows what breakpoints have hidden in `bytes`, which were read at `at` (KVM puts instructions into memory).
-    pub(in crate::gdb) fn unhide(&self, at: VirtAddr, bytes: &mut [u8]) {
-        const INT3: u8 = 0xcc;
-        for placed in &self.live.state().points {
-            let index = usize::try_from(placed.at.0.wrapping_sub(at.0)).ok();
-            let byte = index.and_then(|index| bytes.get_mut(index)).filter(|byte| **byte == INT3);
-            if let (Some(byte), Some(hidden)) = (byte, placed.hidden) {
-                *byte = hidden;
-            }
-        }
     }
 
     /// Lets the guest run by `go`, or waits with the one that controls it. `steps` are the vCPUs that step.
