@@ -1,16 +1,22 @@
 //! A machine at the moment in which a command is run: a dump stays what it is, a guest is looked at anew.
 
+use anyhow::Context;
 use kstub::addr::{PAGE_SIZE, PhysAddr, VirtAddr};
 use kstub::backend::live::{LiveControl, LiveError, RunState};
 use kstub::backend::{Backend, Overlay};
 use kstub::command::{CommandError, Output};
 use kstub::kernel::{CpuId, Machine};
+use serde_json::Value;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often a command is run that met a contradiction while the guest ran.
-const TRIES: usize = 3;
+/// How often a command is run that met a contradiction while the guest ran: in any case, and at most.
+const TRIES: Range<usize> = 3..20;
+
+/// How long it is tried again that has been tried often enough.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// More memory than what is copied of a guest should take, in pages.
 const PAGES_MAX: usize = 1 << 16;
@@ -27,27 +33,54 @@ pub fn run(machine: &Machine, pause: bool, command: impl Fn(&Machine) -> Answer)
         }
         return Ok(command(&machine));
     }
-    let mut answer = command(&machine.again(live.snapshot()?));
-    for _ in 1..TRIES {
-        if !met_contradictions(&answer) || live.run_state()? != RunState::Running {
+    let start = Instant::now();
+    let mut tried = 0;
+    let mut best: Option<(usize, Answer)> = None;
+    while tried < TRIES.start || tried < TRIES.end && start.elapsed() < PATIENCE {
+        let answer = command(&machine.again(live.snapshot()?));
+        tried += 1;
+        let found = contradictions(&answer);
+        if found == 0 || live.run_state()? != RunState::Running {
             return Ok(answer);
         }
-        answer = command(&machine.again(live.snapshot()?));
+        if best.as_ref().is_none_or(|(fewest, _)| found < *fewest) {
+            best = Some((found, answer));
+        }
     }
-    if answer.is_ok() && met_contradictions(&answer) {
+    let (_, answer) = best.context("nothing was tried")?;
+    if answer.is_ok() {
         eprintln!(
-            "kstub: the guest went on while this was read, {TRIES} times: what does not fit together may have changed \
+            "kstub: the guest went on while this was read, {tried} times: what does not fit together may have changed \
              meanwhile (--pause stops the guest for the moment)"
         );
     }
     Ok(answer)
 }
 
-/// Whether something did not fit together. A command that failed may have: it is not known why it did.
-fn met_contradictions(answer: &Answer) -> bool {
+/// How many things did not fit together. A command that failed may have met one: it is not known why it did.
+fn contradictions(answer: &Answer) -> usize {
     match answer {
-        Ok(output) => output.json["problems"].as_array().is_some_and(|problems| !problems.is_empty()),
-        Err(_) => true,
+        Ok(output) => in_json(&output.json),
+        Err(_) => usize::MAX,
+    }
+}
+
+/// Problems that lists name, and what backtraces had to guess or are short of.
+fn in_json(json: &Value) -> usize {
+    match json {
+        Value::Array(values) => values.iter().map(in_json).sum(),
+        Value::Object(fields) => {
+            let of = |(name, value): (&String, &Value)| match (name.as_str(), value) {
+                ("problems", Value::Array(problems)) => problems.len(),
+                ("guessed", Value::Number(frames)) => {
+                    frames.as_u64().and_then(|frames| frames.try_into().ok()).unwrap_or(0)
+                }
+                ("how", Value::String(end)) if end == "broken" => 1,
+                _ => in_json(value),
+            };
+            fields.iter().map(of).sum()
+        }
+        _ => 0,
     }
 }
 

@@ -456,4 +456,40 @@ fn a_reset_is_told_with_the_next_stop() {
     let text = String::from_utf8(out).unwrap();
     let said: String = "The guest was started again".bytes().map(|b| format!("{b:02x}")).collect();
     assert!(text.contains(&format!("$O{said}")) && text.contains("$T05thread:p1.1;#"), "{text}");
+    // Once.
+    client.ask("vCont;c");
+    guest.stops(0, StopReason::Signal(5));
+    assert_eq!(client.wait(), "T05thread:p1.1;");
+}
+
+/// To gdb the first packet is the answer to `?`: words before it would be taken for it.
+#[test]
+fn what_has_happened_does_not_come_between_a_question_and_its_answer() {
+    let guest = FakeGuest::new(true);
+    let live = live(&guest, policy());
+    let (mut client, mut other) = (Client::new(&live), Client::new(&live));
+    client.ask("?");
+    other.ask("?");
+    guest.happened.lock().unwrap().push(Happening::Reset);
+    std::thread::sleep(Duration::from_millis(500));
+    for client in [&mut client, &mut other] {
+        assert_eq!(client.raw(&packet("?")).0.matches('$').count(), 1);
+    }
+    // Each hears of it, and who comes later does not.
+    let mut late = Client::new(&live);
+    late.ask("?");
+    let mut said = Vec::new();
+    for client in [&mut client, &mut other, &mut late] {
+        client.ask("vCont;c");
+    }
+    guest.stops(0, StopReason::Signal(5));
+    for client in [&mut client, &mut other, &mut late] {
+        let wake = client.front.wake().unwrap();
+        let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+        rustix::event::poll(&mut [PollFd::new(&wake, PollFlags::IN)], Some(&patience)).unwrap();
+        let mut out = Vec::new();
+        client.front.woken(&mut out);
+        said.push(String::from_utf8(out).unwrap().contains("$O"));
+    }
+    assert_eq!(said, [true, true, false]);
 }

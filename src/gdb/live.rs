@@ -93,8 +93,8 @@ struct State {
     waiting: HashMap<u64, UnixStream>,
     /// The kernel that is known is of an earlier boot.
     is_stale: bool,
-    /// What users are told with the next stop.
-    news: Vec<String>,
+    /// What the user behind each session is told with the next stop.
+    news: HashMap<u64, Vec<String>>,
     gone: Option<LiveError>,
 }
 
@@ -146,7 +146,7 @@ impl Live {
             module_told: false,
             owes_trap: false,
             waiting: HashMap::new(),
-            news: Vec::new(),
+            news: HashMap::new(),
             gone: None,
         };
         let (turn, runs) = (Mutex::new(()), Condvar::new());
@@ -179,6 +179,7 @@ impl Live {
         let mut state = self.state();
         state.sessions += 1;
         let (id, seen) = (state.sessions, state.generation);
+        state.news.insert(id, Vec::new());
         Ok(Session { live: Arc::clone(self), id, wake, waker, seen })
     }
 
@@ -200,7 +201,7 @@ impl Live {
         let mut state = self.state();
         if is_stale && let Some(kernel) = machine.kernel() {
             state.is_stale = false;
-            state.news.push(format!(
+            state.tell(&format!(
                 "A kernel was found: {} at {}. What gdb loaded before is not its: connect again.\n",
                 crate::bytes::printable(&kernel.found().release),
                 kernel.found().text
@@ -268,14 +269,11 @@ impl Live {
             match happening {
                 Happening::Reset => {
                     state.is_stale = true;
-                    // QEMU tells of a reset once for the machine and once for what the guest asked for.
-                    let news = "The guest was started again.\n".to_owned();
-                    state.news.retain(|old| *old != news);
-                    state.news.push(news);
+                    state.tell("The guest was started again.\n");
                 }
                 Happening::Replaced(how) => {
                     state.is_stale = true;
-                    state.news.push(format!("The guest's memory is another's: {how}.\n"));
+                    state.tell(&format!("The guest's memory is another's: {how}.\n"));
                 }
                 Happening::Stopped | Happening::Resumed => {}
             }
@@ -393,6 +391,14 @@ impl Live {
 }
 
 impl State {
+    /// Whoever is there now hears of it. Once: QEMU tells of a reset for the machine and again for who asked for it.
+    fn tell(&mut self, news: &str) {
+        for heard in self.news.values_mut() {
+            heard.retain(|old| old != news);
+            heard.push(news.to_owned());
+        }
+    }
+
     fn wake(&mut self) {
         for (_, mut waker) in self.waiting.drain() {
             // It fails where the session has just ended, or was woken and has not looked yet.

@@ -25,12 +25,10 @@ impl Front {
         }
         Some(match body {
             b"?" => {
-                let greeted = live.greet();
+                live.greet();
                 self.catch_up();
-                match greeted {
-                    Ok(()) => self.stop_reply(),
-                    Err(error) => Reply::Console(format!("{error}\n"), self.stop_of_now()),
-                }
+                // gdb takes the first packet for the answer, whatever it is: words wait for the next stop.
+                self.stop_reply().into()
             }
             b"bc" => self.go(true, Vec::new(), |control| control.reverse(Go::Continue)),
             b"bs" => self.go(true, Vec::new(), |control| control.reverse(Go::Step)),
@@ -77,7 +75,7 @@ impl Front {
         live.woken();
         if std::mem::take(&mut self.owes_stop) {
             self.catch_up();
-            let reply = self.stop_reply();
+            let reply = self.stop_with_news();
             self.reply(reply, b"", out);
         }
     }
@@ -128,7 +126,7 @@ impl Front {
                 self.owes_stop = true;
                 Reply::Later
             }
-            Resumed::Stopped => self.stop_reply(),
+            Resumed::Stopped => self.stop_with_news(),
             Resumed::No(why) => self.no_run(why),
         }
     }
@@ -148,18 +146,28 @@ impl Front {
         self.stopped(signal, thread)
     }
 
-    /// How the guest stopped last, on the thread that did.
-    fn stop_reply(&mut self) -> Reply {
+    /// How the guest stopped last, and behind a request to run: what else has happened.
+    fn stop_with_news(&mut self) -> Reply {
         let Some(live) = &self.live else { return Reply::Later };
-        if let Some(error) = live.gone() {
-            return Reply::Console(format!("{error}\n"), GONE.to_vec());
+        let gone = live.gone().map(|error| format!("{error}\n")).unwrap_or_default();
+        match live.news() + &gone {
+            news if news.is_empty() => self.stop_reply().into(),
+            news => Reply::Console(news, self.stop_reply()),
+        }
+    }
+
+    /// How the guest stopped last, on the thread that did.
+    fn stop_reply(&mut self) -> Vec<u8> {
+        let Some(live) = &self.live else { return Vec::new() };
+        if live.gone().is_some() {
+            return GONE.to_vec();
         }
         let stopped = live.last_stop();
         let index = usize::try_from(stopped.stop.cpu).unwrap_or(usize::MAX);
         let threads = &self.engine.target.threads;
         let thread = self.machine.cpu_of_saved(index).map(|cpu| threads.on(cpu));
         let thread = thread.filter(|&thread| threads.has(thread)).unwrap_or(self.first());
-        let mut body = match stopped.stop.reason {
+        let body = match stopped.stop.reason {
             StopReason::Signal(_) if stopped.new_module => self.stopped(b"T05library:;", thread),
             StopReason::Signal(signal) => self.stopped(format!("T{signal:02x}").as_bytes(), thread),
             StopReason::Watch(point, at) => {
@@ -180,11 +188,7 @@ impl Front {
         if self.engine.select(thread).is_err() {
             tracing::error!("{thread:?} cannot be selected");
         }
-        if stopped.news.is_empty() {
-            return body.into();
-        }
-        body.shrink_to_fit();
-        Reply::Console(stopped.news.concat(), body)
+        body
     }
 
     /// What `vCont;…`, `c`, `s` and the like ask for. Signals mean nothing to a machine.

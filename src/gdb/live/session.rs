@@ -17,8 +17,6 @@ pub(in crate::gdb) struct Stopped {
     pub(in crate::gdb) backward: bool,
     /// A module has been loaded, and has not begun to run.
     pub(in crate::gdb) new_module: bool,
-    /// What else to tell the user.
-    pub(in crate::gdb) news: Vec<String>,
 }
 
 /// One client's way to the guest. When it goes, so does its control.
@@ -62,12 +60,18 @@ impl Session {
     }
 
     /// The client wants to know how the guest stands: the first that does controls it from then on.
-    pub(in crate::gdb) fn greet(&self) -> Result<(), LiveError> {
+    pub(in crate::gdb) fn greet(&self) {
         let owner = self.live.state().owner;
-        match owner {
+        let greeted = match owner {
             None if self.live.policy.control => self.live.take_control(self.id),
             None => self.live.refresh(),
             Some(_) => Ok(()),
+        };
+        if let Err(error) = greeted {
+            tracing::warn!("{error}");
+            if let Some(news) = self.live.state().news.get_mut(&self.id) {
+                news.push(format!("{error}\n"));
+            }
         }
     }
 
@@ -85,12 +89,12 @@ impl Session {
         let new_module = Live::is_at_hook(&state) && !state.module_told;
         state.module_told |= new_module;
         state.owes_trap = new_module && Live::is_hook_a_clients(&state);
-        Stopped {
-            stop: state.stop,
-            backward: state.backward,
-            new_module,
-            news: std::mem::take(&mut state.news),
-        }
+        Stopped { stop: state.stop, backward: state.backward, new_module }
+    }
+
+    /// What else to tell the user, once.
+    pub(in crate::gdb) fn news(&self) -> String {
+        self.live.state().news.get_mut(&self.id).map(std::mem::take).unwrap_or_default().concat()
     }
 
     /// Why the guest cannot be asked any more.
@@ -267,6 +271,7 @@ impl Drop for Session {
             let mut state = self.live.state();
             state.waiting.remove(&self.id);
             state.follow_modules.remove(&self.id);
+            state.news.remove(&self.id);
         }
         self.live.give_control(self.id);
     }
