@@ -7,6 +7,7 @@
 //! empty ones too, in the order of the file); `Documentation/arch/x86/x86_64/mm.rst` (the hole at the top).
 
 use super::module_index::{Indexable, ModuleIndexes, Wanted};
+use super::private::PrivateDirectory;
 use super::threads::xml_escape;
 use crate::addr::VirtAddr;
 use crate::debuginfo::call_frames::{self, Rule};
@@ -56,7 +57,7 @@ struct Shared {
     places: Places,
     indexes: Option<ModuleIndexes>,
     /// Where files are written that there were none of; removed in the end.
-    directory: OnceLock<Option<tempfile::TempDir>>,
+    directory: OnceLock<Option<PrivateDirectory>>,
     /// Of each file in it that is not made anew each time, what it was made of.
     made_of: Mutex<HashMap<PathBuf, String>>,
     image: OnceLock<Option<PathBuf>>,
@@ -319,8 +320,9 @@ impl Shared {
     /// Where in the private directory a file of this name goes.
     fn path(&self, name: &str) -> Option<PathBuf> {
         let make = || {
-            let made = tempfile::Builder::new().prefix("kstub-").tempdir();
-            made.inspect_err(|error| tracing::warn!("no directory for files with symbols: {error}")).ok()
+            PrivateDirectory::new()
+                .inspect_err(|error| tracing::warn!("no directory for files with symbols: {error}"))
+                .ok()
         };
         // The name is the dump's word.
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);

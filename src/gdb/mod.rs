@@ -16,6 +16,7 @@ mod live;
 mod memory;
 mod module_index;
 mod osdata;
+mod private;
 mod registers;
 mod run_control;
 mod selection;
@@ -26,6 +27,7 @@ pub use files::Files;
 pub use front::{Flow, Front, MAX_REQUEST};
 pub use libraries::Libraries;
 pub use live::{Live, OnDisconnect, OpenLive, Policy};
+pub use private::PrivateDirectory;
 pub use threads::Show;
 
 /// What a server offers its clients.

@@ -5,12 +5,10 @@
 use super::Source;
 use super::listen::{Listen, Listener};
 use crate::gdb::index::set_cache;
-use crate::gdb::{Files, Libraries, Settings, Show};
+use crate::gdb::{Files, Libraries, PrivateDirectory, Settings, Show};
 use anyhow::Context;
 use std::ffi::OsString;
-use std::fs::Permissions;
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -51,11 +49,7 @@ async fn run(source: &Source, debugger: &Debugger) -> anyhow::Result<ExitStatus>
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
     // Only we and our child can reach a socket in a directory of mode 0700.
-    let private = tempfile::Builder::new()
-        .prefix("kstub-")
-        .permissions(Permissions::from_mode(0o700))
-        .tempdir()
-        .context("cannot make a private directory")?;
+    let private = PrivateDirectory::new().context("cannot make a private directory")?;
     let socket = private.path().join("gdb");
     let script = private.path().join("kstub.py");
     std::fs::write(&script, SCRIPT).context("cannot write the script for gdb")?;
