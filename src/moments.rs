@@ -87,14 +87,15 @@ fn in_json(json: &Value) -> usize {
 /// The machine with the registers and the stacks of its CPUs at one moment, for which it was stopped, and for how
 /// long; `None` if it stood anyway.
 fn frozen(machine: &Machine, live: &dyn LiveControl) -> Result<(Machine, Option<Duration>), LiveError> {
-    // What takes time and does not change is found before.
-    pages_of_cpus(machine);
+    // What takes time and does not change is found before, and what changes rarely is in caches then.
+    let mut pages = pages_of(machine, ranges_of_cpus(machine));
+    pages_of(machine, ranges_of_tasks(machine));
     let ran = live.run_state()? == RunState::Running;
     let start = Instant::now();
     if ran {
         live.pause()?;
     }
-    let copied = copy(machine, live);
+    let copied = copy(machine, live, &mut pages);
     if ran {
         live.unpause()?;
     }
@@ -102,30 +103,51 @@ fn frozen(machine: &Machine, live: &dyn LiveControl) -> Result<(Machine, Option<
     Ok((machine.again(copied?), ran.then_some(stood)))
 }
 
-fn copy(machine: &Machine, live: &dyn LiveControl) -> Result<Arc<dyn Backend>, LiveError> {
+/// Copies `pages`, and those of the tasks that the CPUs have now.
+fn copy(
+    machine: &Machine,
+    live: &dyn LiveControl,
+    pages: &mut BTreeSet<PhysAddr>,
+) -> Result<Arc<dyn Backend>, LiveError> {
     let snapshot = live.snapshot()?;
     let now = machine.again(snapshot.clone());
-    Ok(Arc::new(Overlay::copy(snapshot, pages_of_cpus(&now))))
+    pages.extend(pages_of(&now, ranges_of_tasks(&now)));
+    Ok(Arc::new(Overlay::copy(snapshot, pages.iter().copied())))
 }
 
-/// The physical pages of what backtraces of the CPUs are made of: their stacks, per-CPU variables and tasks.
-fn pages_of_cpus(machine: &Machine) -> BTreeSet<PhysAddr> {
-    let Some(kernel) = machine.kernel() else { return BTreeSet::new() };
+/// Where the CPUs' own stacks and per-CPU variables are.
+fn ranges_of_cpus(machine: &Machine) -> Vec<Range<u64>> {
+    let Some(kernel) = machine.kernel() else { return Vec::new() };
     let of_cpu = |cpu: CpuId| {
-        let task = kernel.current(cpu).map(|task| task.at);
-        let stacks = kernel.cpu_stacks(cpu).into_iter().chain(task.and_then(|task| kernel.task_stack(task)));
-        let stacks = stacks.map(|stack| stack.start..stack.end);
-        let size = kernel.types().and_then(|types| types.size(types.composite("task_struct")?));
-        let task = task.map(|task| task.0..task.0.saturating_add(size.unwrap_or(PAGE_SIZE)));
         let per_cpu = || {
             let template = kernel.per_cpu_template()?;
             let start = kernel.per_cpu_pointer(template.start, cpu)?;
             Some(start.0..start.0.saturating_add(template.end.offset_from(template.start)?))
         };
-        stacks.chain(task).chain(per_cpu()).collect::<Vec<_>>()
+        let stacks = kernel.cpu_stacks(cpu).into_iter().map(|stack| stack.start..stack.end);
+        stacks.chain(per_cpu()).collect::<Vec<_>>()
     };
-    let ranges = machine.cpus().iter().flat_map(|cpu| of_cpu(cpu.id));
+    machine.cpus().iter().flat_map(|cpu| of_cpu(cpu.id)).collect()
+}
+
+/// Where the tasks that the CPUs run are, and their stacks.
+fn ranges_of_tasks(machine: &Machine) -> Vec<Range<u64>> {
+    let Some(kernel) = machine.kernel() else { return Vec::new() };
+    let size =
+        kernel.types().and_then(|types| types.size(types.composite("task_struct")?)).unwrap_or(PAGE_SIZE);
+    let tasks = machine.cpus().iter().filter_map(|cpu| Some(kernel.current(cpu.id)?.at));
+    let of_task = |task: VirtAddr| {
+        let stack = kernel.task_stack(task).map(|stack| stack.start..stack.end);
+        stack.into_iter().chain(std::iter::once(task.0..task.0.saturating_add(size)))
+    };
+    tasks.flat_map(of_task).collect()
+}
+
+/// The physical pages of ranges of virtual addresses.
+fn pages_of(machine: &Machine, ranges: Vec<Range<u64>>) -> BTreeSet<PhysAddr> {
+    let Some(kernel) = machine.kernel() else { return BTreeSet::new() };
     let pages = ranges
+        .into_iter()
         .flat_map(|range| (range.start - range.start % PAGE_SIZE..range.end).step_by(PAGE_SIZE as usize));
     let phys = |page| {
         let found = kernel.found().space.walk(&**kernel.backend(), VirtAddr(page), &mut |_| ());

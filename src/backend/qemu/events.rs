@@ -50,6 +50,11 @@ impl Events {
         self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// The memory map may be another.
+    pub(super) fn map_changed(&self) {
+        self.map_is_old.store(true, Ordering::SeqCst);
+    }
+
     /// Whether the memory map may have changed since this was last asked.
     pub(super) fn take_map_is_old(&self) -> bool {
         self.map_is_old.swap(false, Ordering::SeqCst)
@@ -78,7 +83,7 @@ impl Events {
             }
             "RESET" => {
                 self.changed();
-                self.map_is_old.store(true, Ordering::SeqCst);
+                self.map_changed();
                 let reason = data.get("reason").and_then(Value::as_str);
                 // Since QEMU 7.2.
                 self.push(if reason == Some("snapshot-load") {
@@ -92,7 +97,7 @@ impl Events {
                 self.push(Happening::Replaced("it was migrated".into()));
             }
             "DEVICE_DELETED" | "ACPI_DEVICE_OST" | "MEMORY_DEVICE_SIZE_CHANGE" => {
-                self.map_is_old.store(true, Ordering::SeqCst);
+                self.map_changed();
             }
             _ => {}
         }

@@ -57,7 +57,6 @@ struct Map {
     text: String,
     memory: Arc<Memory>,
     seen: Instant,
-    generation: u64,
 }
 
 impl Guest {
@@ -165,10 +164,8 @@ impl Guest {
     fn memory(&self) -> Result<Arc<Memory>, LiveError> {
         let mut map = lock(&self.map);
         let old = self.events.take_map_is_old();
-        let generation = self.events.generation();
         if let Some(map) = &*map
             && !old
-            && map.generation == generation
             && map.seen.elapsed() < MAP_AGE
         {
             return Ok(Arc::clone(&map.memory));
@@ -178,11 +175,11 @@ impl Guest {
             && !old
             && map.text == text
         {
-            (map.seen, map.generation) = (Instant::now(), generation);
+            map.seen = Instant::now();
             return Ok(Arc::clone(&map.memory));
         }
         let memory = Arc::new(Memory::open(&self.qmp, &text)?);
-        *map = Some(Map { text, memory: Arc::clone(&memory), seen: Instant::now(), generation });
+        *map = Some(Map { text, memory: Arc::clone(&memory), seen: Instant::now() });
         Ok(memory)
     }
 
@@ -336,6 +333,7 @@ impl LiveControl for Guest {
         let answer = self.qmp.human_within(line, None, MONITOR_PATIENCE);
         // Whatever it was: the guest may be another.
         self.events.changed();
+        self.events.map_changed();
         answer
     }
 
