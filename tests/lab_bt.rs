@@ -15,7 +15,7 @@ use kstub::debuginfo::find::Places;
 use kstub::kernel::stack::{Ended, Start, Trace, Tracer};
 use kstub::kernel::{Kernel, Machine, Options};
 use kstub::memory::{PhysicalMemory, ReadOutcome};
-use kstub::unwind::FrameSource;
+use kstub::unwind::{Frame, FrameSource};
 use object::{Object, ObjectSection, ObjectSymbol};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -94,6 +94,20 @@ fn chains_are_found_whole() {
             "kprobe" => {
                 let restored = trace.frames().filter(|frame| frame.restored == Some("kretprobe")).count();
                 assert_eq!(restored, 1, "{}", set.name());
+            }
+            "graph" => {
+                let traced = |frame: &&Frame| frame.restored == Some("function graph tracer");
+                assert_eq!(trace.frames().filter(traced).count(), 2, "{}", set.name());
+                assert_eq!(trace.guessed(), 0, "{}", set.name());
+            }
+            "bpf" => assert_eq!(trace.guessed(), 0, "{}", set.name()),
+            // One after the other: the second interrupts what the first did, and not the entry code between them.
+            "nested" => {
+                let events: Vec<_> = trace.boundaries().map(|boundary| boundary.event.to_string()).collect();
+                assert_eq!(events.iter().filter(|event| *event == "NMI").count(), 1, "{}", set.name());
+                let torn = trace.boundaries().next().unwrap().saved.regs.pc().unwrap();
+                assert!(!name_of(kernel, torn).contains("nmi"), "{}: {torn:#x}", set.name());
+                assert_eq!(trace.guessed(), 0, "{}", set.name());
             }
             _ => {}
         }

@@ -6,6 +6,9 @@
  *   irq       an invalid access in a hard interrupt
  *   fault     an invalid access in a task
  *   kprobe    panic in a kprobe, below a function with a kretprobe
+ *   graph     panic below functions that the function graph tracer traces; waits for go=1
+ *   bpf       panic in a kprobe, in a helper of the BPF program that qemu/programs/bpf-filter.c runs
+ *   nested    panic in an NMI that came while another was handled
  *   overflow  the stack runs into its guard page
  *   locks     no panic: CPUs 4 and 5 spin for a spinlock, CPU 3 for a bit lock
  *
@@ -21,6 +24,7 @@
 #include <linux/module.h>
 #include <linux/nmi.h>
 #include <linux/spinlock.h>
+#include <linux/uaccess.h>
 #include <asm/apic.h>
 #include <asm/nmi.h>
 #include <asm/processor.h>
@@ -177,6 +181,70 @@ static int probes(void)
 	return kstub_probe_caller();
 }
 
+/* graph */
+
+static ALONE void kstub_traced_inner(void)
+{
+	panic("kstub_chain: below traced functions");
+	AFTER_CALL();
+}
+
+static ALONE int kstub_traced_outer(void)
+{
+	kstub_traced_inner();
+	AFTER_CALL();
+	return 0;
+}
+
+static ALONE int kstub_set_go(const char *value, const struct kernel_param *param)
+{
+	expect("kstub_traced_inner,kstub_traced_outer,kstub_set_go");
+	kstub_traced_outer();
+	AFTER_CALL();
+	return 0;
+}
+
+static const struct kernel_param_ops go_ops = { .set = kstub_set_go };
+module_param_cb(go, &go_ops, NULL, 0200);
+
+/* bpf */
+
+static struct kprobe helper_probe = { .symbol_name = "bpf_user_rnd_u32", .pre_handler = kstub_probe_handler };
+
+/* nested */
+
+static int nmis;
+
+static ALONE int kstub_in_nested_nmi(unsigned int type, struct pt_regs *regs)
+{
+	int nothing;
+
+	if (nmis++)
+		nmi_panic(regs, "kstub_chain: in an NMI behind another");
+	/* The return from this fault lets NMIs in again. */
+	__get_kernel_nofault(&nothing, (int *)NOWHERE, int, faulted);
+faulted:
+	apic->send_IPI(smp_processor_id(), NMI_VECTOR);
+	mdelay(20);
+	AFTER_CALL();
+	return NMI_HANDLED;
+}
+
+static ALONE int kstub_nested_task(void)
+{
+	apic->send_IPI(smp_processor_id(), NMI_VECTOR);
+	mdelay(1000);
+	AFTER_CALL();
+	return 0;
+}
+
+static int nested(void)
+{
+	register_nmi_handler(NMI_LOCAL, kstub_in_nested_nmi, NMI_FLAG_FIRST, "kstub_chain");
+	expect("kstub_in_nested_nmi,kstub_nested_task");
+	return kstub_nested_task();
+}
+
 /* overflow */
 
 static ALONE int kstub_recursion(int depth)
@@ -261,6 +329,12 @@ static int __init start(void)
 		return fault();
 	if (!strcmp(how, "kprobe"))
 		return probes();
+	if (!strcmp(how, "graph"))
+		return 0;
+	if (!strcmp(how, "bpf"))
+		return register_kprobe(&helper_probe);
+	if (!strcmp(how, "nested"))
+		return nested();
 	if (!strcmp(how, "overflow"))
 		return overflow();
 	if (!strcmp(how, "locks"))

@@ -40,7 +40,8 @@ BOOT_TIMEOUT = 300
 CROWD_TIMEOUT = 600
 NAME = re.compile(
     r"qemu-(?P<kernel>[\d.]+|newest)-(?P<levels>[45])l(?P<novmcoreinfo>-novmcoreinfo)?(?P<split>-split)?(?P<pti>-pti)?$"
-    r"|(?P<kind>kdump|qemu-panic|qemu-kexec|qemu-tasks|qemu-chain(?:-(?P<how>irq|fault|kprobe|overflow|locks))?)"
+    r"|(?P<kind>kdump|qemu-panic|qemu-kexec|qemu-tasks"
+    r"|qemu-chain(?:-(?P<how>irq|fault|kprobe|graph|bpf|nested|overflow|locks))?)"
     r"-(?P<other_kernel>[\d.]+|newest)(?P<five>-5l)?$"
 )
 
