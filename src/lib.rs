@@ -14,7 +14,7 @@
 //! 3  backend   unwind                 machines | frames from registers, tables and stack bytes
 //! 2  vmcore   arch   debuginfo        formats | page tables, registers | symbols, types
 //! 1  memory   vmcoreinfo
-//! 0  addr   bytes   rsp
+//! 0  addr   bytes   parallel   rsp
 //! ```
 //!
 //! - `vmcore` and below know no symbol names, no tasks, no sockets.
@@ -34,6 +34,7 @@ pub mod debuginfo;
 pub mod gdb;
 pub mod kernel;
 pub mod memory;
+pub mod parallel;
 pub mod rsp;
 pub mod server;
 pub mod unwind;

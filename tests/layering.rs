@@ -19,7 +19,7 @@ const LAYERS: &[(u32, &[&str])] = &[
     (3, &["backend", "unwind"]),
     (2, &["vmcore", "arch", "debuginfo"]),
     (1, &["memory", "vmcoreinfo"]),
-    (0, &["addr", "bytes", "rsp"]),
+    (0, &["addr", "bytes", "parallel", "rsp"]),
 ];
 
 /// Crates that only some modules may name.

@@ -6,10 +6,13 @@
 use super::Error;
 use super::types::{Class, IntKind, MemberDef, Shape, Type as Definition, TypeId, TypeSource};
 use crate::bytes::{cstr_at, u16_at, u32_at};
-use hashbrown::HashTable;
-use std::hash::{BuildHasher, RandomState};
+use crate::parallel;
+use hashbrown::{DefaultHashBuilder, HashTable};
+use std::hash::BuildHasher;
 use std::sync::{Arc, OnceLock};
 
+/// So many types are worth a thread.
+const BATCH: usize = 1 << 13;
 const MAGIC: u16 = 0xeb9f;
 const KIND_INT: u32 = 1;
 const KIND_PTR: u32 = 2;
@@ -44,7 +47,7 @@ pub struct Btf {
     source: u16,
     /// Whether enumerations say if their values have a sign. Since v6.0 they do; before, all values are signed.
     signs: bool,
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     /// Indexes into `types` of what [`Class`] covers, by hash of class and name.
     by_name: OnceLock<HashTable<u32>>,
 }
@@ -108,7 +111,7 @@ impl Btf {
             signs: base.as_ref().is_some_and(|base| base.signs),
             base,
             source,
-            hasher: RandomState::new(),
+            hasher: DefaultHashBuilder::default(),
             by_name: OnceLock::new(),
         };
         let (mut at, end) = (types.0, types.0 + types.1);
@@ -281,15 +284,20 @@ fn tail_len(ty: &Type) -> Option<usize> {
 
 impl TypeSource for Btf {
     fn find(&self, class: Class, name: &str) -> Result<Option<TypeId>, Error> {
-        let hash = |index: &u32| match self.classed(*index) {
-            Some((class, ty)) => self.hasher.hash_one((class, self.name(ty.name))),
-            None => 0,
-        };
         let by_name = self.by_name.get_or_init(|| {
-            let mut table = HashTable::new();
-            for index in 0..self.types.len() as u32 {
-                if self.classed(index).is_some_and(|(_, ty)| !self.name(ty.name).is_empty()) {
-                    table.insert_unique(hash(&index), index, hash);
+            let hash = |&index: &u32| {
+                let (class, ty) = self.classed(index)?;
+                Some(self.name(ty.name))
+                    .filter(|name| !name.is_empty())
+                    .map(|name| self.hasher.hash_one((class, name)))
+            };
+            let indexes: Vec<u32> = (0..self.types.len() as u32).collect();
+            let hashes = parallel::map(&indexes, BATCH, hash);
+            let again = |&index: &u32| hashes.get(index as usize).copied().flatten().unwrap_or_default();
+            let mut table = HashTable::with_capacity(hashes.iter().flatten().count());
+            for (index, hash) in indexes.iter().zip(&hashes) {
+                if let Some(hash) = *hash {
+                    table.insert_unique(hash, *index, again);
                 }
             }
             table

@@ -5,8 +5,9 @@
 //! Source: the ELF-64 object file format, "Symbol Table"; `nm(1)` (letters).
 
 use crate::bytes::{cstr_at, u16_at, u32_at, u64_at};
-use hashbrown::HashTable;
-use std::hash::{BuildHasher, RandomState};
+use crate::parallel;
+use hashbrown::{DefaultHashBuilder, HashTable};
+use std::hash::BuildHasher;
 use std::sync::OnceLock;
 
 /// A symbol at its address in the table.
@@ -40,13 +41,15 @@ pub struct SymbolTable {
     strings: Vec<u8>,
     /// Sorted by address.
     entries: Vec<Entry>,
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     /// Indexes into `entries` by hash of the name.
     by_name: OnceLock<HashTable<u32>>,
 }
 
 /// Bytes of an `Elf64_Sym`.
 const RECORD: usize = 24;
+/// So many symbols are worth a thread.
+const BATCH: usize = 1 << 13;
 const SHN_UNDEF: u16 = 0;
 const STT_OBJECT: u8 = 1;
 const STT_FUNC: u8 = 2;
@@ -79,7 +82,7 @@ impl SymbolTable {
 
     /// `entries` with their names in `strings`.
     pub(super) fn new(mut entries: Vec<Entry>, strings: Vec<u8>) -> Self {
-        entries.sort_unstable_by_key(|entry| (entry.addr, entry.name));
+        parallel::sort_by_key(&mut entries, BATCH, |entry| (entry.addr, entry.name));
         Self { strings, entries, ..Self::default() }
     }
 
@@ -100,17 +103,18 @@ impl SymbolTable {
 
     /// A symbol called `name`; of several (static functions share names) the one at the lowest address.
     pub fn lookup(&self, name: &str) -> Option<Symbol<'_>> {
-        let hash = |i: &u32| self.hasher.hash_one(self.entries.get(*i as usize).map(|e| self.name(e)));
         let by_name = self.by_name.get_or_init(|| {
-            let mut table = HashTable::with_capacity(self.entries.len());
-            for i in 0..u32::try_from(self.entries.len()).unwrap_or(u32::MAX) {
+            let hashes = parallel::map(&self.entries, BATCH, |entry| self.hasher.hash_one(self.name(entry)));
+            let hash = |i: &u32| hashes.get(*i as usize).copied().unwrap_or_default();
+            let mut table = HashTable::with_capacity(hashes.len());
+            for i in 0..u32::try_from(hashes.len()).unwrap_or(u32::MAX) {
                 table.insert_unique(hash(&i), i, hash);
             }
             table
         });
         let named =
             |i: &&u32| self.entries.get(**i as usize).is_some_and(|e| self.name(e) == name.as_bytes());
-        let wanted = self.hasher.hash_one(Some(name.as_bytes()));
+        let wanted = self.hasher.hash_one(name.as_bytes());
         let first = by_name.iter_hash(wanted).filter(named).min()?;
         self.entries.get(*first as usize).and_then(|entry| self.symbol(entry))
     }

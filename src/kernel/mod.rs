@@ -18,7 +18,6 @@ pub mod module;
 pub mod nmi;
 pub mod object;
 pub mod page;
-pub mod parallel;
 pub mod percpu;
 pub mod printk;
 pub mod rbtree;

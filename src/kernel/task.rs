@@ -2,9 +2,10 @@
 
 use super::cpus::POSSIBLE;
 use super::list::ENTRIES_MAX;
-use super::{Kernel, Object, ObjectError, parallel};
+use super::{Kernel, Object, ObjectError};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::AddressSpace;
+use crate::parallel;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// `TASK_COMM_LEN`, the size of `comm` on all kernels; used only where the types do not tell.

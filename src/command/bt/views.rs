@@ -5,9 +5,10 @@ use super::{Subject, group, remains, subjects, user};
 use crate::addr::VirtAddr;
 use crate::command::args::Options;
 use crate::command::{CommandError, Context, Output, foreach};
+use crate::kernel::CpuId;
 use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{BATCH, Tracer};
-use crate::kernel::{CpuId, parallel};
+use crate::parallel;
 
 /// Options that are about one task at a time.
 const OF_TASKS: [&str; 4] = ["t", "T", "e", "u"];

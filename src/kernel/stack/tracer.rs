@@ -9,7 +9,8 @@ use crate::addr::VirtAddr;
 use crate::arch::x86_64::{Reg, Saved};
 use crate::backend::RegisterSource;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::{Cpu, CpuId, Kernel, Machine, parallel};
+use crate::kernel::{Cpu, CpuId, Kernel, Machine};
+use crate::parallel;
 use crate::unwind::{Frame, FrameSource, Regs};
 use std::collections::HashMap;
 

@@ -45,6 +45,22 @@ pub fn map_with<T: Sync, S, R: Send>(
     batches.into_iter().flat_map(|(_, done)| done).collect()
 }
 
+/// Sorts by a key that no two items share, or whose order among equals does not matter. `batch`: as for [`map`].
+pub fn sort_by_key<T: Send, K: Ord>(items: &mut [T], batch: usize, key: impl Fn(&T) -> K + Sync) {
+    let workers =
+        std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(batch.max(1)));
+    if workers <= 1 {
+        return items.sort_unstable_by_key(key);
+    }
+    std::thread::scope(|scope| {
+        for part in items.chunks_mut(items.len().div_ceil(workers)) {
+            scope.spawn(|| part.sort_unstable_by_key(&key));
+        }
+    });
+    // The stable sort finds runs that are sorted, and only merges them.
+    items.sort_by_key(key);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +73,17 @@ mod tests {
             for batch in [0, 1, 32, 20_000] {
                 assert_eq!(map(&items, batch, |item| item * 3), wanted, "{len} {batch}");
             }
+        }
+    }
+
+    #[test]
+    fn sorted_in_parts_is_sorted() {
+        for len in [0usize, 1, 2, 31, 1000, 10_007] {
+            let mut items: Vec<usize> = (0..len).map(|item| item * 7919 % 10_007).collect();
+            let mut wanted = items.clone();
+            wanted.sort_unstable();
+            sort_by_key(&mut items, 16, |item| *item);
+            assert_eq!(items, wanted);
         }
     }
 }
