@@ -54,7 +54,8 @@ pub(super) struct Walk<'k> {
 struct StackMemory<'k> {
     kernel: &'k Kernel,
     known: Vec<StackBounds>,
-    pages: RefCell<Vec<(u64, Vec<u8>)>>,
+    /// Parts of pages that go up to their pages' ends: where each starts, where its page ends, its bytes.
+    pages: RefCell<Vec<(u64, u64, Vec<u8>)>>,
 }
 
 impl Stack for StackMemory<'_> {
@@ -62,17 +63,21 @@ impl Stack for StackMemory<'_> {
         if !at.is_multiple_of(8) || !self.known.iter().any(|stack| stack.contains(at)) {
             return None;
         }
-        let page = at & !(PAGE_SIZE - 1);
-        let offset = (at - page) as usize;
+        let end = (at | (PAGE_SIZE - 1)).wrapping_add(1);
         let mut pages = self.pages.borrow_mut();
-        if let Some((_, bytes)) = pages.iter().rev().find(|(start, _)| *start == page) {
-            return u64_at(bytes, offset);
+        let place = |start: u64| at.checked_sub(start).filter(|offset| *offset < PAGE_SIZE);
+        let held = pages.iter().rev().find_map(|(start, of, bytes)| {
+            place(*start).filter(|_| *of == end).map(|offset| u64_at(bytes, offset as usize))
+        });
+        if let Some(word) = held {
+            return word;
         }
-        let mut bytes = vec![0; PAGE_SIZE as usize];
-        let filled = self.kernel.read(VirtAddr(page), &mut bytes).filled;
+        // Walks go up: what is below, most of the page, is not asked for.
+        let mut bytes = vec![0; (end.wrapping_sub(at)) as usize];
+        let filled = self.kernel.read(VirtAddr(at), &mut bytes).filled;
         bytes.truncate(filled);
-        let word = u64_at(&bytes, offset);
-        pages.push((page, bytes));
+        let word = u64_at(&bytes, 0);
+        pages.push((at, end, bytes));
         word
     }
 }
