@@ -395,3 +395,32 @@ fn gdb_says_the_same_of_modules_by_an_index_made_on_another_dump() {
         assert!(wrong.starts_with("No line number information"), "{}: {wrong}", gdb.display());
     }
 }
+
+/// The letters of the vmlinux's symbols are those that the kernel was given by nm, but for the few that say more there.
+#[test]
+fn letters_of_a_vmlinux_are_the_guests() {
+    let mut checked = 0;
+    for set in lab::sets().unwrap_or_default() {
+        let Some(path) = set.json["vmlinux"].as_str().map(|path| lab::root().join(path)) else {
+            continue;
+        };
+        let theirs: BTreeMap<String, char> =
+            told_by_guest(&set).into_iter().map(|(_, letter, name)| (name, letter)).collect();
+        let info = kstub::debuginfo::DebugInfo::open(&path).unwrap();
+        let ours: Vec<(char, char)> = info
+            .symbols()
+            .unwrap()
+            .iter()
+            .filter_map(|symbol| Some((symbol.letter, *theirs.get(symbol.name)?)))
+            .collect();
+        let other = ours.iter().filter(|(ours, theirs)| !ours.eq_ignore_ascii_case(theirs)).count();
+        assert!(ours.len() > 50_000 && other * 500 < ours.len(), "{}: {other} of {}", set.name(), ours.len());
+        let swapped = ours.iter().filter(|(ours, theirs)| {
+            let wrong = if *ours == 't' { 'd' } else { *ours };
+            !wrong.eq_ignore_ascii_case(theirs)
+        });
+        assert!(swapped.count() * 5 > ours.len(), "{}: data in place of text must fail", set.name());
+        checked += 1;
+    }
+    assert!(lab::sets().is_none() || checked > 0);
+}
