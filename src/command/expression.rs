@@ -137,6 +137,14 @@ pub fn address(context: &Context<'_>, text: &str) -> Result<VirtAddr, CommandErr
     }
 }
 
+/// The same, or `phys:ADDR`.
+pub fn place(context: &Context<'_>, text: &str) -> Result<args::Address, CommandError> {
+    match text.starts_with("phys:") {
+        true => args::address(context, text),
+        false => address(context, text).map(args::Address::Virtual),
+    }
+}
+
 /// The same, of several CPUs if `text` names them.
 pub fn addresses(context: &Context<'_>, text: &str) -> Result<Vec<(Option<CpuId>, VirtAddr)>, CommandError> {
     let plain = match args::address(context, text) {
