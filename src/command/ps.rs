@@ -181,7 +181,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let mut output = match what {
         What::Table | What::Stacks => table(&tasks, &chosen, what == What::Stacks, context.form)?,
         What::LastRun | What::SinceLastRun => last_run(&tasks, &chosen, what == What::SinceLastRun),
-        What::Times => times(&tasks, &chosen)?,
+        What::Times => times(&tasks, &chosen),
         What::Arguments => command_lines(&tasks, &chosen),
         What::Parents => parents(&tasks, &chosen),
         What::Children => children(&tasks, &chosen),
@@ -321,18 +321,23 @@ fn last_run(tasks: &Tasks<'_>, chosen: &[&TaskInfo], since: bool) -> Output {
     Output { text, json: json!({ "tasks": rows }) }
 }
 
-fn times(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Result<Output, CommandError> {
-    let clock = tasks.kernel.clock()?;
+fn times(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Output {
+    let clock = tasks.kernel.clock();
     let (mut text, mut rows) = (String::new(), Vec::new());
+    if let Err(error) = &clock {
+        let _ = writeln!(text, "what time it is is not known: {}", printable(&error.to_string()));
+    }
+    let clock = clock.ok();
     for task in chosen {
-        let run = task.start.map(|start| clock.monotonic.saturating_sub(start));
-        let began = run.map(|run| clock.real.saturating_sub(run));
+        let run = clock.zip(task.start).map(|(clock, start)| clock.monotonic.saturating_sub(start));
+        let began = clock.zip(run).map(|(clock, run)| clock.real.saturating_sub(run));
         let line = |text: &mut String, what: &str, value: Option<String>| {
             let _ = writeln!(text, "{what:>11}: {}", shown(value));
         };
         let _ = writeln!(text, "{}", one_line(task));
         line(&mut text, "RUN TIME", run.map(|run| Span(run).to_string()));
-        let start = task.start.zip(began).map(|(start, began)| format!("{start} ({})", Date(began)));
+        let date = began.map_or_else(String::new, |began| format!(" ({})", Date(began)));
+        let start = task.start.map(|start| format!("{start}{date}"));
         line(&mut text, "START TIME", start);
         line(&mut text, "UTIME", task.utime.map(|t| t.to_string()));
         line(&mut text, "STIME", task.stime.map(|t| t.to_string()));
@@ -342,7 +347,7 @@ fn times(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Result<Output, CommandError
         });
         rows.push(with(task_json(tasks, task), more));
     }
-    Ok(Output { text, json: json!({ "tasks": rows }) })
+    Output { text, json: json!({ "tasks": rows }) }
 }
 
 fn command_lines(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Output {
