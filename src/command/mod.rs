@@ -27,6 +27,7 @@ mod rd;
 mod regs;
 mod runq;
 mod set;
+mod source;
 mod structure;
 mod sym;
 mod sys;
