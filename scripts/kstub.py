@@ -42,8 +42,9 @@ def send(packet):
     connection = gdb.selected_inferior().connection
     if not isinstance(connection, gdb.RemoteTargetConnection):
         raise gdb.GdbError("not connected to kstub; use 'target remote' first")
-    answer = connection.send_packet(packet)
-    if not answer:
+    answer = connection.send_packet(packet) or b""
+    # Nothing is also what a command with nothing to say answers.
+    if not answer and not connection.send_packet("qkstub.supported"):
         raise gdb.GdbError("the remote side is not kstub")
     if re.fullmatch(rb"E[0-9a-f]{2}", answer):
         raise gdb.GdbError("kstub refused the request: errno %d" % int(answer[1:], 16))

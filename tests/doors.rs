@@ -272,3 +272,18 @@ fn the_source_of_a_function() {
     let nowhere = out(&run(&[DUMP, "dis -s panic"]));
     assert!(nowhere.contains("panic.c") && nowhere.contains("--debug-dir DIR"), "{nowhere}");
 }
+
+/// What has no known type is not passed off as a value, and gdb's spelling of options is taken.
+#[test]
+fn habits_from_gdb() {
+    let text = |line: &str| out(&run(&[DUMP, line]));
+    assert_eq!(text("p/x 255"), "255 = 0xff\n");
+    assert_eq!(text("p/d 0x10"), text("p -d 0x10"));
+    assert!(said(&run(&[DUMP, "p/t 1"])).contains("unknown command 'p/t'"));
+    // BTF has no types of most variables.
+    let untyped = out(&run(&[DUMP, "--types", "btf", "p console_printk"]));
+    assert!(untyped.contains("type that is not known") && untyped.contains("*(TYPE *)&"), "{untyped}");
+    assert!(text("p schedule").contains("<schedule>"));
+    let missing = said(&run(&[DUMP, "p no_such_name"]));
+    assert!(missing.contains("'sym -q TEXT'"), "{missing}");
+}

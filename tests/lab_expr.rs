@@ -788,8 +788,13 @@ fn wide_numbers_are_gdbs() {
         if machine.kernel().unwrap().types().unwrap().parse("freelist_full_t").is_none() {
             return;
         }
+        // gdb's Python cannot make an int of one.
+        const PROGRAM: &str = "
+at = int(gdb.parse_and_eval('(unsigned long)linux_banner'))
+print('%#x' % int.from_bytes(gdb.selected_inferior().read_memory(at, 16), 'little'))
+";
         let expression = "*(freelist_full_t *)linux_banner";
-        let theirs = python(dump, &format!("print('%#x' % int(gdb.parse_and_eval('{expression}')))\n"));
+        let theirs = python(dump, PROGRAM);
         let ours = ask(machine, &format!("p {expression}"))["values"][0]["value"].clone();
         assert_eq!(ours, theirs[0].as_str(), "{}", set.name());
         assert_ne!(

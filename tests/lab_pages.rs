@@ -676,6 +676,28 @@ fn what_an_address_belongs_to() {
     });
 }
 
+/// Marks of include/linux/poison.h are named: that of compound pages' tails, and of what was freed with poisoning on.
+#[test]
+fn poison_is_named() {
+    let mut checked = 0;
+    for_each_set(false, &mut |set, _, machine, what| {
+        let pages = set.planted("memory.txt").map(|_| lines(set, "planted/memory.txt", "page"));
+        let pages = pages.unwrap_or_default();
+        let Some(huge) = pages.iter().filter(|page| page["name"] == "transparent-huge").nth(5) else {
+            return;
+        };
+        checked += 1;
+        let page = json(machine, &format!("page phys:{}", huge["physical"].trim_start_matches("0x")));
+        let at = hex(page["page"].as_str().unwrap());
+        let words = |option: &str| json(machine, &format!("rd {option} {at:x} 8"));
+        let (values, names) = (words("-S")["values"].clone(), words("-S")["symbols"].clone());
+        let marked = values.as_array().unwrap().iter().position(|value| value == "0xdead000000000400");
+        assert_eq!(names[marked.unwrap()], "TAIL_MAPPING", "{what}: {values} {names}");
+        assert_eq!(words("-s")["symbols"][marked.unwrap()], Value::Null, "{what}");
+    });
+    assert!(lab::sets().is_none() || checked > 3);
+}
+
 /// A page that vmalloc has given out says where it is mapped, and for whom.
 #[test]
 fn pages_of_vmalloc_name_their_holders() {

@@ -642,3 +642,25 @@ fn flags_of_tasks_have_the_names_of_the_headers() {
         assert!(has("flags_names", "KTHREAD") && !has("flags_names", "RANDOMIZE"), "{what}: {kthreadd}");
     });
 }
+
+/// The kernel's own real-time threads are FIFO at the top, and what the guest ran is not.
+#[test]
+fn tasks_by_policy() {
+    for_each_set(&mut |set, what, machine| {
+        let names = |line: &str| -> Vec<String> {
+            let answer = json(machine, line);
+            answer["tasks"].as_array().unwrap().iter().map(|task| text(task, "comm").to_owned()).collect()
+        };
+        let (fifo, normal, all) = (names("ps -y FIFO"), names("ps -y normal"), names("ps -y all"));
+        for cpu in 0..2 {
+            let migration = format!("migration/{cpu}");
+            assert!(fifo.contains(&migration) && !normal.contains(&migration), "{what}: {fifo:?}");
+        }
+        assert!(normal.contains(&"init".to_owned()) && !fifo.contains(&"init".to_owned()), "{what}");
+        assert_eq!(all.len(), names("ps").len(), "{what}");
+        // stop_machine's threads have the highest real-time priority there is.
+        assert!(run(machine, "ps -y fifo").unwrap().text.contains("FIFO 0 "), "{what}");
+        assert!(run(machine, "ps -y speedy").unwrap_err().contains("there are: NORMAL, FIFO"), "{what}");
+        let _ = set;
+    });
+}

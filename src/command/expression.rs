@@ -276,8 +276,12 @@ impl<'k> Evaluation<'_, 'k> {
             Some(at) => Ok(Value::Symbol(at)),
             None => {
                 let hex = u64::from_str_radix(name, 16).is_ok();
-                let cure = if hex { "; write 0x before a hexadecimal number" } else { "" };
-                fail(format!("there is neither a symbol nor an enumerator '{}'{cure}", printable(name)))
+                let cure = if hex {
+                    "write 0x before a hexadecimal number"
+                } else {
+                    "'sym -q TEXT' looks for names"
+                };
+                fail(format!("there is neither a symbol nor an enumerator '{}'; {cure}", printable(name)))
             }
         }
     }
