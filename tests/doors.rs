@@ -221,6 +221,9 @@ fn without_a_vmlinux_only_what_misses_it_says_so() {
         assert!(text.contains("no vmlinux with debug info") && text.contains("'info'"), "{line}: {text}");
         assert!(!out(&run(&[DUMP, line])).contains("no vmlinux"), "{line}");
     }
+    // BTF has no types of most variables, and an address is not passed off as a value.
+    let untyped = out(&run_alone("p console_printk"));
+    assert!(untyped.contains("type that is not known") && untyped.contains("*(TYPE *)&"), "{untyped}");
     let info = out(&run_alone("info"));
     assert!(info.contains("no vmlinux with debug info") && info.contains("--vmlinux FILE"), "{info}");
 }
@@ -273,16 +276,13 @@ fn the_source_of_a_function() {
     assert!(nowhere.contains("panic.c") && nowhere.contains("--debug-dir DIR"), "{nowhere}");
 }
 
-/// What has no known type is not passed off as a value, and gdb's spelling of options is taken.
+/// gdb's spelling of options is taken, and what is misspelt has a cure.
 #[test]
 fn habits_from_gdb() {
     let text = |line: &str| out(&run(&[DUMP, line]));
     assert_eq!(text("p/x 255"), "255 = 0xff\n");
     assert_eq!(text("p/d 0x10"), text("p -d 0x10"));
     assert!(said(&run(&[DUMP, "p/t 1"])).contains("unknown command 'p/t'"));
-    // BTF has no types of most variables.
-    let untyped = out(&run(&[DUMP, "--types", "btf", "p console_printk"]));
-    assert!(untyped.contains("type that is not known") && untyped.contains("*(TYPE *)&"), "{untyped}");
     assert!(text("p schedule").contains("<schedule>"));
     let missing = said(&run(&[DUMP, "p no_such_name"]));
     assert!(missing.contains("'sym -q TEXT'"), "{missing}");

@@ -406,7 +406,8 @@ fn letters_of_a_vmlinux_are_the_guests() {
         };
         // Static functions and variables share names.
         let mut theirs: BTreeMap<String, BTreeSet<char>> = BTreeMap::new();
-        for (_, letter, name) in told_by_guest(&set) {
+        // Absolute ones are the per-CPU variables of an image that has them at 0; nm calls them data.
+        for (_, letter, name) in told_by_guest(&set).into_iter().filter(|line| line.1 != 'A') {
             theirs.entry(name).or_default().insert(letter.to_ascii_lowercase());
         }
         let info = kstub::debuginfo::DebugInfo::open(&path).unwrap();
