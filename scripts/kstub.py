@@ -42,8 +42,9 @@ def send(packet):
     connection = gdb.selected_inferior().connection
     if not isinstance(connection, gdb.RemoteTargetConnection):
         raise gdb.GdbError("not connected to kstub; use 'target remote' first")
-    answer = connection.send_packet(packet)
-    if not answer:
+    answer = connection.send_packet(packet) or b""
+    # Nothing is also what a command with nothing to say answers.
+    if not answer and not connection.send_packet("qkstub.supported"):
         raise gdb.GdbError("the remote side is not kstub")
     if re.fullmatch(rb"E[0-9a-f]{2}", answer):
         raise gdb.GdbError("kstub refused the request: errno %d" % int(answer[1:], 16))
@@ -133,9 +134,38 @@ def address_of(value):
 def evaluated(text):
     """An expression's value in the selected frame, in hex; the text itself where it means nothing to gdb."""
     try:
-        return "%#x" % address_of(gdb.parse_and_eval(text))
+        number = address_of(gdb.parse_and_eval(text))
     except (gdb.error, TypeError, ValueError):
         return text
+    # Of a per-CPU variable gdb knows the template only; kstub knows the copies.
+    return text if is_template(number) else "%#x" % number
+
+
+def is_template(number):
+    """Whether an address is in what the CPUs' copies of per-CPU variables are made of."""
+    try:
+        start, end = (int(gdb.parse_and_eval("&__per_cpu_" + name)) & U64 for name in ("start", "end"))
+    except gdb.error:
+        return False
+    return start < end and start <= number < end
+
+
+def per_cpu_argument(words):
+    """What 'percpu' is asked: kstub knows per-CPU variables, the selected frame the rest, whose type is needed, too."""
+    options = []
+    while words and words[0].startswith("-"):
+        options.append(words.pop(0))
+    cpus = [words.pop()] if len(words) > 1 and re.fullmatch(r"a|all|[0-9][-,0-9]*", words[-1]) else []
+    text = " ".join(words)
+    try:
+        # Of a per-CPU variable gdb knows the template only.
+        known = re.search(r"\$\w", text) or gdb.lookup_symbol(re.match(r"\w*", text)[0])[0].needs_frame
+        value = gdb.parse_and_eval(text) if known else None
+    except (gdb.error, AttributeError):
+        value = None
+    if value is not None and value.type.strip_typedefs().code == gdb.TYPE_CODE_PTR:
+        text = "(%s)%#x" % (value.type.unqualified(), address_of(value))
+    return " ".join(options + [text] + cpus)
 
 
 def prepare(command, argument):
@@ -151,6 +181,8 @@ def prepare(command, argument):
         # kstub's own spellings (pfn:12, phys:1000) and plain numbers, which are hexadecimal, go as they are.
         plain = not rest or re.fullmatch(r"[a-z]+:\S+|(0x)?[0-9a-fA-F]+", rest)
         return " ".join([command, *options, rest if plain else evaluated(rest)])
+    if command == "percpu":
+        return " ".join([command, per_cpu_argument(words)])
     # Elsewhere only what cannot be a name or an option: registers, dereferences, addresses of locals.
     is_expression = re.compile(r"\$\w|->|^&|^\(|^\*\(")
     return " ".join([command] + [evaluated(word) if is_expression.search(word) else word for word in words])

@@ -138,7 +138,15 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -
         None => anyhow::bail!(Usage("no command behind the dump; try: kstub run DUMP help")),
     };
     let machine = open::machine(&target)?;
-    report_problems(&machine);
+    // Commands that miss source lines say so; types are in the kernel's own memory.
+    let has_types = machine.kernel().is_some_and(|kernel| kernel.types().is_some());
+    let about_gdb = machine.no_vmlinux().filter(|_| has_types);
+    for problem in machine.problems() {
+        match about_gdb == Some(&problem) {
+            true => tracing::info!("{problem}"),
+            false => eprintln!("kstub: {}", command::printable(&problem)),
+        }
+    }
     let cpu = cpu.map_or(machine.first_cpu(), CpuId);
     if machine.cpu(cpu).is_none() {
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");

@@ -199,3 +199,91 @@ fn tables_of_info_os() {
         crashed.any(|words| words.contains(&fact("crash.pid").as_str()) && words.contains(&"panicked"));
     assert!(here, "{printed}");
 }
+
+/// Types are in the kernel's own memory: without a vmlinux commands answer the same, and only those that miss the source
+/// say so, with the cure.
+#[test]
+fn without_a_vmlinux_only_what_misses_it_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let alone = dir.path().join("vmcore");
+    std::fs::copy(DUMP, &alone).unwrap();
+    let run_alone = |line: &str| {
+        let mut kstub = Command::new(KSTUB);
+        kstub.arg("run").arg(&alone).arg(line).env_remove("DEBUGINFOD_URLS").env_remove("KSTUB_DEBUG_DIR");
+        kstub.env("XDG_CACHE_HOME", dir.path()).output().unwrap()
+    };
+    for line in ["ps", "log", "files 1", "struct list_head"] {
+        let output = run_alone(line);
+        assert_eq!((out(&output), said(&output).as_str()), (out(&run(&[DUMP, line])), ""), "{line}");
+    }
+    for line in ["dis -l schedule 2", "bt -l"] {
+        let text = out(&run_alone(line));
+        assert!(text.contains("no vmlinux with debug info") && text.contains("'info'"), "{line}: {text}");
+        assert!(!out(&run(&[DUMP, line])).contains("no vmlinux"), "{line}");
+    }
+    // BTF has no types of most variables, and an address is not passed off as a value.
+    let untyped = out(&run_alone("p console_printk"));
+    assert!(untyped.contains("type that is not known") && untyped.contains("*(TYPE *)&"), "{untyped}");
+    let info = out(&run_alone("info"));
+    assert!(info.contains("no vmlinux with debug info") && info.contains("--vmlinux FILE"), "{info}");
+}
+
+/// A page, an area and a walk of the tables are of whatever an expression points at.
+#[test]
+fn addresses_may_be_expressions() {
+    let json = |line: &str| {
+        let output = run(&[DUMP, "--json", line]);
+        assert_eq!(output.status.code(), Some(0), "{line}: {}", said(&output));
+        lines(&output)[0]["result"].clone()
+    };
+    let address = fact("kallsyms.init_task");
+    assert_eq!(json("vtop &init_task")[0]["virtual"], address.as_str());
+    assert_eq!(json("page &init_task")["pfn"], json(&format!("page {address}"))["pfn"]);
+    assert_eq!(json("kmem &init_task")[0]["symbol"]["name"], "init_task");
+    assert_eq!(json("why &init_task")["virtual"], address.as_str());
+    let stack = json("p init_task.stack")["values"][0]["value"].clone();
+    assert_eq!(json("vtop init_task.stack")[0]["virtual"], stack);
+    assert_ne!(stack, address.as_str());
+    let failed = run(&[DUMP, "page init_task.nosuch"]);
+    assert!(said(&failed).contains("has no member 'nosuch'"), "{}", said(&failed));
+}
+
+/// The source of a function begins where gdb has its declaration; it is found below a directory that was named.
+#[test]
+fn the_source_of_a_function() {
+    let gdb = ["-nx", "-batch", "-ex", "info functions -q ^panic$", "tests/data/sample/vmlinux"];
+    let Ok(told) = Command::new("gdb").args(gdb).output() else { return };
+    let told = String::from_utf8(told.stdout).unwrap();
+    let line = told.lines().find_map(|line| line.strip_suffix(");")?.split_once(":\t")).unwrap();
+    let line: u64 = line.0.parse().unwrap();
+    let tree = tempfile::tempdir().unwrap();
+    std::fs::create_dir(tree.path().join("kernel")).unwrap();
+    let text: String = (1..2000).map(|line| format!("this is line {line}\n")).collect();
+    std::fs::write(tree.path().join("kernel/panic.c"), text).unwrap();
+    let ask = |line: &str| {
+        let output = run(&["--debug-dir", tree.path().to_str().unwrap(), DUMP, "--json", line]);
+        lines(&output)[0]["result"].clone()
+    };
+    let whole = ask("dis -s panic");
+    assert_eq!((&whole["source"][0]["line"], &whole["line"]), (&Value::from(line), &Value::Null), "{whole}");
+    assert_eq!(whole["source"][0]["text"], format!("this is line {line}"));
+    let part = ask("dis -s panic+0x40");
+    let marked = part["line"].as_u64().unwrap();
+    assert!(marked > line, "{part}");
+    assert_eq!(part["source"].as_array().unwrap().last().unwrap()["line"], marked);
+    assert!(part["source"].as_array().unwrap().len() < whole["source"].as_array().unwrap().len());
+    let nowhere = out(&run(&[DUMP, "dis -s panic"]));
+    assert!(nowhere.contains("panic.c") && nowhere.contains("--debug-dir DIR"), "{nowhere}");
+}
+
+/// gdb's spelling of options is taken, and what is misspelt has a cure.
+#[test]
+fn habits_from_gdb() {
+    let text = |line: &str| out(&run(&[DUMP, line]));
+    assert_eq!(text("p/x 255"), "255 = 0xff\n");
+    assert_eq!(text("p/d 0x10"), text("p -d 0x10"));
+    assert!(said(&run(&[DUMP, "p/t 1"])).contains("unknown command 'p/t'"));
+    assert!(text("p schedule").contains("<schedule>"));
+    let missing = said(&run(&[DUMP, "p no_such_name"]));
+    assert!(missing.contains("'sym -q TEXT'"), "{missing}");
+}

@@ -157,7 +157,7 @@ const MONITOR: &[(&str, &str)] = &[
     ("list", "list task_struct.tasks -s task_struct.pid,comm -h init_task"),
     ("list-unreadable", "list 0"),
     ("tree", "tree vmap_area_root"),
-    ("tree-no-type", "tree -t xarray init_pid_ns.idr"),
+    ("tree-xarray", "tree -t xarray init_pid_ns.idr"),
     ("tree-type", "tree -t oak 0"),
     ("dis", "dis schedule 6"),
     ("dis-to", "dis -r schedule+0x10"),

@@ -150,8 +150,14 @@ fn gather(set: &Set, gdb: &Path, dump: &Path) -> Value {
     let pid = set.planted("threads.txt").unwrap()["pid"].clone();
     let os =
         ["", "tasks", "cpus", "modules", "log", "mounts", &format!("files {pid}"), "files 4000000", "nosuch"];
-    let head =
-        format!("TYPED, PIDS, OS = {}, {}, {}\n", Value::from(TYPED), Value::from(pids), Value::from(os));
+    let planted = set.planted("kstub_plant.txt").unwrap_or_default();
+    let dynamic = planted.get("percpu.dynamic").map_or("0", String::as_str);
+    let head = format!(
+        "TYPED, PIDS, OS, DYNAMIC = {}, {}, {}, {dynamic}\n",
+        Value::from(TYPED),
+        Value::from(pids),
+        Value::from(os)
+    );
     let printed = python(gdb, dump, &[], &(head + GATHER));
     let line = printed.lines().find_map(|line| line.strip_prefix("@@@"));
     serde_json::from_str(line.unwrap_or_else(|| panic!("{}: {printed}", set.name()))).unwrap()
@@ -163,6 +169,10 @@ fn commands_functions_and_tables_in_gdb() {
         let got = gather(set, gdb, dump);
         typed_commands(set, dump, &got, what);
         threads_and_cpus(set, &got, what);
+        per_cpu_commands(set, &got, what);
+        if set.json["kind"] == "qemu" {
+            answers_without_a_line(&got, what);
+        }
         python_functions(set, &got, what);
         os_tables(set, &got, what);
     });
@@ -262,6 +272,32 @@ fn python_functions(set: &Set, got: &Value, what: &str) {
         facts(set, "proc/modules").lines().map(|line| line.split(' ').next().unwrap().to_owned()).collect();
     want.sort();
     assert_eq!(names, want, "{what}");
+}
+
+/// An answer without a line is no error. None of the guests said anything at level emerg.
+fn answers_without_a_line(got: &Value, what: &str) {
+    assert_eq!(got["nothing"], serde_json::json!(["", [], ""]), "{what}");
+}
+
+/// gdb's own commands take per-CPU variables by name, address and pointer.
+fn per_cpu_commands(set: &Set, got: &Value, what: &str) {
+    let said = &got["percpu"];
+    let text = |key: &str| said[key].as_str().unwrap().to_owned();
+    let copies = numbers(&said["copies"]);
+    assert!(copies.len() > 1 && copies[0] != copies[1], "{what}: {copies:x?}");
+    for (line, copy) in text("address").lines().zip(&copies) {
+        assert!(line.contains(&format!("{copy:#x} <runqueues cpu ")), "{what}: {line}");
+    }
+    assert_eq!(text("address").lines().count(), copies.len(), "{what}");
+    let values: Vec<String> =
+        text("member").lines().map(|line| line.rsplit(' ').next().unwrap().to_owned()).collect();
+    assert_eq!(values, ["0", "1"], "{what}");
+    assert_eq!(said["page"][0], said["page"][1], "{what}: the page of the copy");
+    let Some(planted) = set.planted("kstub_plant.txt") else { return };
+    for (cpu, line) in text("pointer").lines().enumerate() {
+        let keys = [".address", ""].map(|end| planted[&format!("percpu.dynamic.{cpu}{end}")].clone());
+        assert_eq!(line, format!("CPU {cpu} at {}: {}", keys[0], keys[1]), "{what}");
+    }
 }
 
 fn hex_text(bytes: &[u8]) -> String {

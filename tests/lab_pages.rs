@@ -543,6 +543,13 @@ fn planted_objects_are_allocated_and_freed() {
             assert_eq!(found["slab"]["cache"], planted["slab.cache.name"].as_str(), "{what}: {found}");
             assert_eq!(found["slab"]["object"].as_str().map(hex), Some(at), "{what}: {found}");
             assert_eq!(found["slab"]["state"], "allocated", "{what}: {found}");
+            let page = &json(machine, &format!("page {:x}", at + 8))["object"];
+            assert_eq!(page, &found["slab"], "{what}");
+            assert_eq!(
+                (page["object"].as_str().map(hex), page["offset"].as_i64()),
+                (Some(at), Some(8)),
+                "{what}"
+            );
         }
         for &at in &freed {
             assert_ne!(walk.state(VirtAddr(at)), ObjectState::Allocated, "{what}: {at:#x}");
@@ -662,12 +669,62 @@ fn what_an_address_belongs_to() {
             assert_eq!(at["percpu"]["cpu"].as_u64(), Some(cpu.into()), "{what}: {at}");
             assert_eq!(at["page"]["kind"], "percpu", "{what}: {at}");
         }
-        if let Some(at) = planted.get("vmalloc.address").or(planted.get("vmalloc.0")) {
-            let found = ask(at);
-            assert!(hex(found["vmalloc"]["start"].as_str().unwrap()) <= hex(at), "{what}: {found}");
-            assert_eq!(found["page"]["kind"], "vmalloc", "{what}: {found}");
+        let Some(start) = planted.get("vmalloc").map(|at| hex(at)) else { return };
+        let found = ask(&format!("{start:x}"));
+        assert_eq!(found["vmalloc"]["start"].as_str().map(hex), Some(start), "{what}: {found}");
+        assert_eq!(found["page"]["kind"], "vmalloc", "{what}: {found}");
+    });
+}
+
+/// Marks of include/linux/poison.h are named: that of compound pages' tails, and of what was freed with poisoning on.
+#[test]
+fn poison_is_named() {
+    let mut checked = 0;
+    for_each_set(false, &mut |set, _, machine, what| {
+        let pages = set.planted("memory.txt").map(|_| lines(set, "planted/memory.txt", "page"));
+        let pages = pages.unwrap_or_default();
+        let Some(huge) = pages.iter().filter(|page| page["name"] == "transparent-huge").nth(5) else {
+            return;
+        };
+        checked += 1;
+        let page = json(machine, &format!("page phys:{}", huge["physical"].trim_start_matches("0x")));
+        let at = hex(page["page"].as_str().unwrap());
+        let words = |option: &str| json(machine, &format!("rd {option} {at:x} 8"));
+        let (values, names) = (words("-S")["values"].clone(), words("-S")["symbols"].clone());
+        let marked = values.as_array().unwrap().iter().position(|value| value == "0xdead000000000400");
+        assert_eq!(names[marked.unwrap()], "TAIL_MAPPING", "{what}: {values} {names}");
+        assert_eq!(words("-s")["symbols"][marked.unwrap()], Value::Null, "{what}");
+    });
+    assert!(lab::sets().is_none() || checked > 3);
+}
+
+/// A page that vmalloc has given out says where it is mapped, and for whom.
+#[test]
+fn pages_of_vmalloc_name_their_holders() {
+    let mut checked = 0;
+    for_each_set(false, &mut |set, _, machine, what| {
+        let area = |page: &str| json(machine, &format!("page {page}"))["area"].clone();
+        let pid: i32 = set.planted("memory.txt").unwrap()["pid"].parse().unwrap();
+        let task = machine.kernel().unwrap().find_task(pid).unwrap().unwrap();
+        let stack = task.get("stack").unwrap();
+        let found = area(&format!("{:x}", stack + 0x1008));
+        assert_eq!(found["stack_of"]["pid"], pid, "{what}: {found}");
+        assert_eq!(found["at"].as_str().map(hex), Some(stack + 0x1000), "{what}: {found}");
+        let Some(planted) = set.planted("kstub_plant.txt") else { return };
+        let (module, start) = (&planted["module"], planted.get("vmalloc").map(|at| hex(at)));
+        assert_eq!(area(module)["module"], "kstub_plant", "{what}");
+        assert_eq!(area("init_task"), Value::Null, "{what}: the image is not of vmalloc");
+        let Some(start) = start else { return };
+        for page in 0.. {
+            let Some(pfn) = planted.get(&format!("vmalloc.{page}.pfn")) else { break };
+            let found = area(&format!("pfn:{}", pfn.trim_start_matches("0x")));
+            assert_eq!(found["at"].as_str().map(hex), Some(start + 4096 * page), "{what}: {found}");
+            assert_eq!(found["start"].as_str().map(hex), Some(start), "{what}: {found}");
+            assert_eq!((&found["stack_of"], &found["module"]), (&Value::Null, &Value::Null), "{what}");
+            checked += 1;
         }
     });
+    assert!(lab::sets().is_none() || checked > 3);
 }
 
 /// The census and the list of all pages are two ways to the same.

@@ -395,3 +395,33 @@ fn gdb_says_the_same_of_modules_by_an_index_made_on_another_dump() {
         assert!(wrong.starts_with("No line number information"), "{}: {wrong}", gdb.display());
     }
 }
+
+/// The letters of the vmlinux's symbols are those that the kernel was given by nm, but for the few that say more there.
+#[test]
+fn letters_of_a_vmlinux_are_the_guests() {
+    let mut checked = 0;
+    for set in lab::sets().unwrap_or_default() {
+        let Some(path) = set.json["vmlinux"].as_str().map(|path| lab::root().join(path)) else {
+            continue;
+        };
+        // Static functions and variables share names.
+        let mut theirs: BTreeMap<String, BTreeSet<char>> = BTreeMap::new();
+        // Absolute ones are the per-CPU variables of an image that has them at 0; nm calls them data.
+        for (_, letter, name) in told_by_guest(&set).into_iter().filter(|line| line.1 != 'A') {
+            theirs.entry(name).or_default().insert(letter.to_ascii_lowercase());
+        }
+        let info = kstub::debuginfo::DebugInfo::open(&path).unwrap();
+        let ours: Vec<(char, &BTreeSet<char>)> = info
+            .symbols()
+            .iter()
+            .filter_map(|symbol| Some((symbol.letter.to_ascii_lowercase(), theirs.get(symbol.name)?)))
+            .collect();
+        let other = ours.iter().filter(|(ours, theirs)| !theirs.contains(ours)).count();
+        assert!(ours.len() > 50_000 && other < 10, "{}: {other} of {}", set.name(), ours.len());
+        let no_data =
+            ours.iter().filter(|(ours, theirs)| !theirs.contains(if *ours == 'd' { &'t' } else { ours }));
+        assert!(no_data.count() > 1000, "{}: text in place of data must fail", set.name());
+        checked += 1;
+    }
+    assert!(lab::sets().is_none() || checked > 0);
+}

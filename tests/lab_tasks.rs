@@ -593,3 +593,74 @@ fn a_command_for_each_task() {
         }
     });
 }
+
+/// `#define PREFIX_NAME NUMBER` in the headers that go with a set's kernel.
+fn defined(set: &Set, prefix: &str, headers: &[&str]) -> Vec<(String, u64)> {
+    let sources = lab::root().join("headers").join(text(&set.json, "release")).join("usr/src");
+    let common = std::fs::read_dir(&sources).into_iter().flatten().flatten().map(|entry| entry.path());
+    let Some(common) = common.into_iter().find(|path| path.to_string_lossy().ends_with("-common")) else {
+        eprintln!("{}: no headers", set.name());
+        return Vec::new();
+    };
+    let files = headers.iter().filter_map(|header| std::fs::read_to_string(common.join(header)).ok());
+    let lines: Vec<String> =
+        files.flat_map(|file| file.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+    let define = |line: &String| {
+        let mut words = line.trim_start_matches('#').split_whitespace();
+        let (Some("define"), Some(name), Some(number)) = (words.next(), words.next(), words.next()) else {
+            return None;
+        };
+        let number = match number.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).ok()?,
+            None => number.parse().ok()?,
+        };
+        Some((name.strip_prefix(prefix).filter(|name| !name.starts_with("_HOLE"))?.to_owned(), number))
+    };
+    lines.iter().filter_map(define).collect()
+}
+
+/// Every flag that the kernel's headers define has their name; shifted by a bit it has another.
+#[test]
+fn flags_of_tasks_have_the_names_of_the_headers() {
+    const THREAD: [&str; 2] = ["arch/x86/include/asm/thread_info.h", "include/asm-generic/thread_info_tif.h"];
+    for_each_set(&mut |set, what, machine| {
+        let kernel = machine.kernel().unwrap();
+        let process = defined(set, "PF_", &["include/linux/sched.h"]);
+        for (name, mask) in &process {
+            assert_eq!(kernel.process_flags(*mask), [name.as_str()], "{what}: PF_{name} {mask:#x}");
+            assert_ne!(kernel.process_flags(*mask << 1), [name.as_str()], "{what}: PF_{name}");
+        }
+        let thread = defined(set, "TIF_", &THREAD);
+        for (name, bit) in &thread {
+            let of = |bit: u64| kernel.thread_flags(1 << bit);
+            assert_eq!(of(*bit), Some(vec![name.clone()]), "{what}: TIF_{name} {bit}");
+            assert_ne!(of(*bit + 1), Some(vec![name.clone()]), "{what}: TIF_{name}");
+        }
+        assert!(process.is_empty() || process.len() > 20 && thread.len() > 15, "{what}");
+        let kthreadd = json(machine, "task 2")["tasks"][0].clone();
+        let has = |key: &str, name: &str| kthreadd[key].as_array().unwrap().iter().any(|one| one == name);
+        assert!(has("flags_names", "KTHREAD") && !has("flags_names", "RANDOMIZE"), "{what}: {kthreadd}");
+    });
+}
+
+/// The kernel's own real-time threads are FIFO at the top, and what the guest ran is not.
+#[test]
+fn tasks_by_policy() {
+    for_each_set(&mut |set, what, machine| {
+        let names = |line: &str| -> Vec<String> {
+            let answer = json(machine, line);
+            answer["tasks"].as_array().unwrap().iter().map(|task| text(task, "comm").to_owned()).collect()
+        };
+        let (fifo, normal, all) = (names("ps -y FIFO"), names("ps -y normal"), names("ps -y all"));
+        for cpu in 0..2 {
+            let migration = format!("migration/{cpu}");
+            assert!(fifo.contains(&migration) && !normal.contains(&migration), "{what}: {fifo:?}");
+        }
+        assert!(normal.contains(&"init".to_owned()) && !fifo.contains(&"init".to_owned()), "{what}");
+        assert_eq!(all.len(), names("ps").len(), "{what}");
+        // stop_machine's threads have the highest real-time priority there is.
+        assert!(run(machine, "ps -y fifo").unwrap().text.contains("FIFO 0 "), "{what}");
+        assert!(run(machine, "ps -y speedy").unwrap_err().contains("there are: NORMAL, FIFO"), "{what}");
+        let _ = set;
+    });
+}

@@ -2,7 +2,7 @@
 
 use super::args::{Options, count};
 use super::expression::address;
-use super::{Command, CommandError, Context, Output, printable};
+use super::{Command, CommandError, Context, Output, printable, source};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::disasm::{self, Instruction, LEN_MAX, Reference, Syntax};
 use crate::kernel::Kernel;
@@ -11,7 +11,7 @@ use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "dis",
-    arguments: "[-r|-f] [-l] [-u] [-d] [-i] ADDR|SYMBOL [COUNT]",
+    arguments: "[-r|-f] [-l|-s] [-u] [-d] [-i] ADDR|SYMBOL [COUNT]",
     summary: "disassemble a function or what is at an address",
     help: "A function by name is shown as a whole, an address alone as one instruction, unless COUNT says how many. The \
            code is what the memory holds: with alternatives, static keys, ftrace and breakpoints as they are.\n\n\
@@ -19,11 +19,13 @@ pub const COMMAND: Command = Command {
            behind one relative to gs.\n\n\
            -r   from the start of the function to ADDR\n\
            -f   from ADDR to the end of the function\n\
-           -l   source lines, by the vmlinux's DWARF\n\
+           -l   source lines, by the vmlinux's DWARF, or that of the module's debug file\n\
+           -s   the function's source in place of code: to the line of ADDR, or all of it. Sources are looked for in \
+           the directories of --debug-dir, beside the dump and in /usr/src\n\
            -u   ADDR is in the user memory of the task on the selected CPU\n\
            -d   offsets in decimal, as crash has them (-x: in hexadecimal, the default)\n\
            -i   Intel's syntax\n\n\
-           Examples:\n  dis schedule\n  dis schedule+0x20 5\n  dis -r $rip\n",
+           Examples:\n  dis schedule\n  dis schedule+0x20 5\n  dis -r $rip\n  dis -s $rip\n",
     run,
 };
 
@@ -33,7 +35,7 @@ const COUNT_MAX: usize = 1 << 16;
 const PIECE: u64 = 4096;
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    let options = Options::read("dis", &["r", "f", "l", "u", "x", "d", "i"], true, arguments)?;
+    let options = Options::read("dis", &["r", "f", "l", "s", "u", "x", "d", "i"], true, arguments)?;
     let (place, wanted) = match options.rest.as_slice() {
         [] => return Err(CommandError("disassemble what? try 'help dis'".into())),
         [place @ .., last] if !place.is_empty() && last.bytes().all(|b| b.is_ascii_digit()) => {
@@ -49,7 +51,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let function =
         || start.ok_or_else(|| CommandError(format!("{at} is in no function that is known; give a COUNT")));
     let is_name = kernel.symbol_anywhere(&place) == Some(at);
+    let source = options.has("s") && !code.user;
     let (from, wanted) = match (options.has("r"), options.has("f"), wanted) {
+        _ if source => (function()?, COUNT_MAX),
         (true, ..) => (function()?, COUNT_MAX),
         (false, true, _) => (at, COUNT_MAX),
         (false, false, Some(wanted)) => {
@@ -71,15 +75,21 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     if let (Some(why), true) = (&problem, instructions.is_empty()) {
         return Err(CommandError(why.clone()));
     }
+    if source {
+        let all: Vec<VirtAddr> = instructions.iter().map(|one| VirtAddr(one.at)).collect();
+        return source::show(kernel, &all, (start != Some(at)).then_some(at));
+    }
     let mut text = String::new();
     let mut rows = Vec::new();
     let mut line = None;
+    let mut any_line = false;
     for one in &instructions {
         if options.has("l") {
             let here = if code.user { None } else { source_line(kernel, VirtAddr(one.at)) };
             if let (Some(here), true) = (&here, here != line) {
                 let _ = writeln!(text, "{}", printable(here));
             }
+            any_line |= here.is_some();
             line = here;
         }
         let symbol = if code.user { None } else { code.name(VirtAddr(one.at), options.has("d")) };
@@ -106,7 +116,11 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     if let Some(why) = &problem {
         let _ = writeln!(text, "{why}");
     }
-    Ok(Output { text, json: json!({ "instructions": rows, "problem": problem }) })
+    let note = (options.has("l") && !any_line && !code.user).then(|| kernel.why_no_lines(from));
+    if let Some(note) = &note {
+        let _ = writeln!(text, "{note}");
+    }
+    Ok(Output { text, json: json!({ "instructions": rows, "problem": problem, "note": note }) })
 }
 
 /// `FILE: LINE` of an instruction of the kernel, as crash has it.

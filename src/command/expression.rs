@@ -137,6 +137,14 @@ pub fn address(context: &Context<'_>, text: &str) -> Result<VirtAddr, CommandErr
     }
 }
 
+/// The same, or `phys:ADDR`.
+pub fn place(context: &Context<'_>, text: &str) -> Result<args::Address, CommandError> {
+    match text.starts_with("phys:") {
+        true => args::address(context, text),
+        false => address(context, text).map(args::Address::Virtual),
+    }
+}
+
 /// The same, of several CPUs if `text` names them.
 pub fn addresses(context: &Context<'_>, text: &str) -> Result<Vec<(Option<CpuId>, VirtAddr)>, CommandError> {
     let plain = match args::address(context, text) {
@@ -268,8 +276,12 @@ impl<'k> Evaluation<'_, 'k> {
             Some(at) => Ok(Value::Symbol(at)),
             None => {
                 let hex = u64::from_str_radix(name, 16).is_ok();
-                let cure = if hex { "; write 0x before a hexadecimal number" } else { "" };
-                fail(format!("there is neither a symbol nor an enumerator '{}'{cure}", printable(name)))
+                let cure = if hex {
+                    "write 0x before a hexadecimal number"
+                } else {
+                    "'sym -q TEXT' looks for names"
+                };
+                fail(format!("there is neither a symbol nor an enumerator '{}'; {cure}", printable(name)))
             }
         }
     }

@@ -33,14 +33,16 @@ struct Style {
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
-    let mut style = Style::default();
+    let (mut style, mut note) = (Style::default(), String::new());
     let mut words = arguments.iter();
     while let Some(&word) = words.next() {
         match word {
-            "-T" => {
-                let clock = kernel.clock()?;
-                style.booted = Some(clock.real.saturating_sub(clock.monotonic));
-            }
+            "-T" => match kernel.clock() {
+                Ok(clock) => style.booted = Some(clock.real.saturating_sub(clock.monotonic)),
+                Err(error) => {
+                    note = format!("the time of boot is not known, so these are seconds since it: {error}\n");
+                }
+            },
             "-t" => style.no_times = true,
             "-m" => style.priority = true,
             "-c" => style.caller = true,
@@ -55,7 +57,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     }
     let mut records = kernel.log().map_err(|error| CommandError(error.to_string()))?;
     records.retain(|record| style.levels.as_ref().is_none_or(|levels| levels.contains(&record.level)));
-    let text = records.iter().map(|record| lines(record, &style)).collect();
+    let text = note + &records.iter().map(|record| lines(record, &style)).collect::<String>();
     let json = records.iter().map(|record| {
         json!({
             "ts_nsec": record.ts_nsec,

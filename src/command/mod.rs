@@ -27,6 +27,7 @@ mod rd;
 mod regs;
 mod runq;
 mod set;
+mod source;
 mod structure;
 mod sym;
 mod sys;
@@ -203,7 +204,13 @@ pub fn run(context: &Context<'_>, line: &str) -> Result<Output, CommandError> {
     };
     let mut words = star.into_iter().chain(line.split_whitespace());
     let name = words.next().unwrap_or("help");
-    let arguments: Vec<&str> = words.collect();
+    // gdb's spelling of -x and -d: `p/x jiffies`.
+    let (name, style) = match name.split_once('/') {
+        Some((name, "x")) => (name, Some("-x")),
+        Some((name, "d")) => (name, Some("-d")),
+        _ => (name, None),
+    };
+    let arguments: Vec<&str> = style.into_iter().chain(words).collect();
     let Output { text, json } = (find(name)?.run)(context, &arguments)?;
     // Most commands make both.
     Ok(Output::of(context.form, || text, || json))

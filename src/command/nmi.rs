@@ -4,7 +4,9 @@ use super::args::Options;
 use super::{Command, CommandError, Context, Output, cpu_argument, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
-use crate::kernel::nmi::{Context as Kind, Level, LoggedBacktrace, OldNmi, Report, Times, TornBy};
+use crate::kernel::nmi::{
+    Context as Kind, Level, LoggedBacktrace, OldNmi, PreemptCount, Report, Times, TornBy,
+};
 use crate::kernel::spin::{Owner, Spin, Verdict, Word};
 use crate::kernel::stack::{Event, Tracer};
 use crate::kernel::{Cpu, Kernel};
@@ -255,16 +257,7 @@ impl Show<'_> {
             "parked_in": report.trace.parked,
             "was_in": report.interrupted().map(level),
             "contexts": report.levels.iter().map(level).collect::<Vec<_>>(),
-            "preempt_count": report.preempt_count.map(|count| json!({
-                "raw": format!("{:#x}", count.raw),
-                "preempt": count.preempt,
-                "softirqs_off": count.softirqs_off,
-                "in_softirq": count.in_softirq,
-                "irqs_off": count.irqs_off,
-                "hardirq": count.hardirq,
-                "nmi": count.nmi,
-                "needs_resched": count.needs_resched,
-            })),
+            "preempt_count": report.preempt_count.map(preempt_count),
             "times_ns": {
                 "since_schedule": report.times.since_schedule,
                 "since_tick": report.times.since_tick,
@@ -343,4 +336,18 @@ fn times(times: &Times) -> Option<String> {
         said.push(format!("run queue's clock {}", ago(time)));
     }
     (!said.is_empty()).then(|| said.join(", "))
+}
+
+/// A `preempt_count()` for JSON.
+pub fn preempt_count(count: PreemptCount) -> Value {
+    json!({
+        "raw": format!("{:#x}", count.raw),
+        "preempt": count.preempt,
+        "softirqs_off": count.softirqs_off,
+        "in_softirq": count.in_softirq,
+        "irqs_off": count.irqs_off,
+        "hardirq": count.hardirq,
+        "nmi": count.nmi,
+        "needs_resched": count.needs_resched,
+    })
 }

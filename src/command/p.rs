@@ -66,6 +66,11 @@ pub fn node(
                 (integer(one.bits, one.size, one.signed, style), Some(plain(one.size, one.signed).into()))
             }
         },
+        Value::Symbol(at) if !kernel.is_text(*at) => {
+            let name = kernel.describe_address(*at).unwrap_or_default();
+            let text = format!("<of a type that is not known, at {at} ({name}); say *(TYPE *)&SYMBOL>");
+            (Node::Leaf(text, json!(at.to_string())), None)
+        }
         Value::Symbol(at) => {
             let name = kernel.describe_address(*at).map_or(String::new(), |name| format!(" <{name}>"));
             (Node::Leaf(format!("{at}{name}"), json!(at.to_string())), None)

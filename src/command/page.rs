@@ -1,10 +1,11 @@
 //! `page`: what a page of memory is used for, and by whom.
 
 use super::args::{self, Address};
-use super::page_owner;
 use super::{Command, CommandError, Context, Output, printable};
+use super::{expression, kmem, page_owner};
 use crate::addr::{PAGE_SIZE, Pfn, PhysAddr, VirtAddr};
 use crate::kernel::page::about::{About, Pages};
+use crate::kernel::page::holder::{Holder, Holders};
 use crate::kernel::page::mapping::{Held, Mapping};
 use crate::kernel::page::page_owner::PageOwners;
 use crate::kernel::page::users::{self, Users};
@@ -18,12 +19,13 @@ pub const COMMAND: Command = Command {
     arguments: "[-c PID] [-n COUNT] ADDR",
     summary: "what a page is used for, and by whom",
     help: "ADDR is a struct page (an address in the vmemmap, or page:ADDR), pfn:N, phys:ADDR, or any virtual address: \
-           kernel, or user of the task after -c (a pid or the address of its task_struct; else the task chosen with \
+           kernel (or an expression that points there: init_task.stack), or user of the task after -c (a pid or the address of its task_struct; else the task chosen with \
            'set' or running on the selected CPU). Numbers are hexadecimal; -n shows COUNT pages from there on, in \
            decimal.\n\n\
            Flags have one name each, by what the page is. A tail page shows its head's use; its own flags word holds \
            mostly other things. 'held' says what the page cache has at the page's index: this page, or something \
-           else, which is damage. Each user was looked up in the page tables. On a kernel with page_owner=on 'page_owner' \
+           else, which is damage. Of a slab 'object' is the object that ADDR lies in; of a page of vmalloc's, a \
+           module's or a stack's 'vmalloc' is where it is mapped. Each user was looked up in the page tables. On a kernel with page_owner=on 'page_owner' \
            says who allocated the page or, if it is free, who freed it, and where.\n\n\
            Examples:\n  page $rdi\n  page pfn:3eb64\n  page phys:3bd7000\n  page -c 150 7f98b2864000\n  \
            page -n 5 0xffffea0000fad900\n",
@@ -51,10 +53,11 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     }
     let wanted = wanted.ok_or_else(|| usage("which page?"))?;
     let map = kernel.page_map()?;
-    let first = find(context, map, wanted, task)?;
+    let (first, inside) = find(context, map, wanted, task)?;
     let (mut text, mut json) = (String::new(), Vec::new());
     let pages = Pages::new(kernel, map);
     let owners = PageOwners::new(kernel, map);
+    let holders = Holders::new(kernel, map);
     for i in 0..count {
         let about = pages.about(Pfn(first.0.saturating_add(i)))?;
         let users = users::of(kernel, &about.mapping, &about.indexes(), PhysAddr(about.phys()));
@@ -63,10 +66,20 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         }
         let owner = page_owner::find(&owners, about.pfn);
         text.push_str(&render(kernel, map, &about, &users));
-        text.push_str(&page_owner::render(kernel, owner.as_ref()));
+        let inside = inside.filter(|_| i == 0).map(|inside| map.direct(about.pfn).wrapping_add(inside));
+        let object = about.slab.as_ref().zip(inside).map(|(slab, at)| kmem::slab::object(map, slab, at));
+        if let Some((line, ..)) = &object {
+            let _ = writeln!(text, "  {:<10} {}", "", printable(line));
+        }
+        let holder =
+            matches!(about.kind, Kind::Stack | Kind::Vmalloc).then(|| holders.of(about.pfn)).flatten();
         let mut value = to_json(map, &about, &users);
-        if let Some(object) = value.as_object_mut() {
-            object.insert("page_owner".to_owned(), page_owner::to_json(kernel, owner.as_ref()));
+        text.push_str(&holder.as_ref().map_or_else(String::new, held_by));
+        text.push_str(&page_owner::render(kernel, owner.as_ref()));
+        if let Some(members) = value.as_object_mut() {
+            members.insert("object".to_owned(), object.map_or(Value::Null, |(_, json, _)| json));
+            members.insert("area".to_owned(), holder.as_ref().map_or(Value::Null, held_by_json));
+            members.insert("page_owner".to_owned(), page_owner::to_json(kernel, owner.as_ref()));
         }
         json.push(value);
     }
@@ -85,32 +98,61 @@ fn usage(what: &str) -> CommandError {
     CommandError(format!("page: {what}; try 'help page'"))
 }
 
-/// The page frame that the user means.
+/// Whom a page of vmalloc's is for.
+fn held_by(holder: &Holder<'_>) -> String {
+    let mut text =
+        format!("  {:<10} {} in the area {}-{}", "vmalloc", holder.at, holder.area.start, holder.area.end);
+    if let Some(caller) = holder.area.caller() {
+        let _ = write!(text, ", from {}", printable(&caller));
+    }
+    text.push('\n');
+    if let Some((pid, comm)) = &holder.stack_of {
+        let _ = writeln!(text, "  {:<10} of task {pid} ({})", "stack", printable(comm));
+    }
+    if let Some(module) = &holder.module {
+        let _ = writeln!(text, "  {:<10} {}", "module", printable(module));
+    }
+    text
+}
+
+fn held_by_json(holder: &Holder<'_>) -> Value {
+    let (start, end) = (holder.area.start.to_string(), holder.area.end.to_string());
+    json!({
+        "at": holder.at.to_string(),
+        "start": start,
+        "end": end,
+        "caller": holder.area.caller(),
+        "stack_of": holder.stack_of.as_ref().map(|(pid, comm)| json!({ "pid": pid, "comm": comm })),
+        "module": holder.module,
+    })
+}
+
+/// The page frame that the user means and, if he means a byte in it, which.
 pub fn find(
     context: &Context<'_>,
     map: &PageMap,
     text: &str,
     task: Option<Object<'_>>,
-) -> Result<Pfn, CommandError> {
+) -> Result<(Pfn, Option<u64>), CommandError> {
     let number = |digits: &str| {
         u64::from_str_radix(digits.strip_prefix("0x").unwrap_or(digits), 16)
             .map_err(|_| CommandError(format!("'{}' is not a hexadecimal number", printable(digits))))
     };
     if let Some(pfn) = text.strip_prefix("pfn:") {
-        return Ok(Pfn(number(pfn)?));
+        return Ok((Pfn(number(pfn)?), None));
     }
     let (text, is_page) = match text.strip_prefix("page:") {
         Some(rest) => (rest, true),
         None => (text, false),
     };
-    let at = match args::address(context, text)? {
-        Address::Physical(at) => return Ok(at.pfn()),
+    let at = match expression::place(context, text)? {
+        Address::Physical(at) => return Ok((at.pfn(), Some(at.0 % PAGE_SIZE))),
         Address::Virtual(at) => at,
     };
     match map.pfn(at) {
-        Some(pfn) => Ok(pfn),
+        Some(pfn) => Ok((pfn, None)),
         None if is_page => Err(CommandError(format!("{at} is not the address of a struct page"))),
-        None => Ok(physical(context, at, task)?.pfn()),
+        None => Ok((physical(context, at, task)?.pfn(), Some(at.page_offset()))),
     }
 }
 

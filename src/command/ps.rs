@@ -16,7 +16,7 @@ use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "ps",
-    arguments: "[-k|-u|-G|-A] [-C CPU] [-s|-l|-m|-t|-a|-p|-c|-S] [PID|TASK|NAME]...",
+    arguments: "[-k|-u|-G|-A] [-C CPU] [-y POLICY,...] [-s|-l|-m|-t|-a|-p|-c|-S] [PID|TASK|NAME]...",
     summary: "processes, threads and idle tasks",
     help: "'>' stands before what runs on a CPU. ST is the state: RU running or ready, IN interruptible sleep, UN \
            uninterruptible sleep, ID idle kernel thread, ST stopped, TR traced, ZO zombie, DE dead, PA parked, WA \
@@ -26,7 +26,9 @@ pub const COMMAND: Command = Command {
            \x20 -k, -u         the kernel's own threads; user tasks\n\
            \x20 -G             the first thread of each process only\n\
            \x20 -A             those that run on a CPU\n\
-           \x20 -C CPU         those whose CPU is this\n\n\
+           \x20 -C CPU         those whose CPU is this\n\
+           \x20 -y POLICY,...  those of these scheduling policies: NORMAL, FIFO, RR, BATCH, IDLE, DEADLINE, EXT, or all; \
+           with policy and priority (below 100 is real time) in place of TASK\n\n\
            What of them:\n\
            \x20 -s  kernel stack pointers\n\
            \x20 -l  when each was last given a CPU, in nanoseconds of the scheduler's clock, latest first\n\
@@ -36,7 +38,7 @@ pub const COMMAND: Command = Command {
            \x20 -p  the parents of each, oldest first\n\
            \x20 -c  the children of each\n\
            \x20 -S  how many tasks are in each state\n\n\
-           Examples:\n  ps\n  ps -u\n  ps -S\n  ps -m bash\n  ps -p 1234\n",
+           Examples:\n  ps\n  ps -u\n  ps -S\n  ps -m bash\n  ps -p 1234\n  ps -y fifo,rr\n",
     run,
 };
 
@@ -120,6 +122,7 @@ fn shown<T: ToString>(value: Option<T>) -> String {
 enum What {
     Table,
     Stacks,
+    Policies,
     LastRun,
     SinceLastRun,
     Times,
@@ -159,6 +162,14 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
                 let cpu = number_of_cpu(context, words.next().copied().unwrap_or_default())?;
                 keep.push(Box::new(move |task| task.cpu == Some(cpu)));
             }
+            "-y" => {
+                what = What::Policies;
+                let wanted = policies(words.next().copied().unwrap_or_default())?;
+                keep.push(Box::new(move |task| {
+                    wanted.is_empty()
+                        || task.policy.is_some_and(|policy| wanted.contains(&policy_name(policy)))
+                }));
+            }
             option if option.starts_with('-') => {
                 let option = printable(option);
                 return Err(CommandError(format!("'ps' has no option '{option}'; try 'help ps'")));
@@ -180,9 +191,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     };
     let chosen: Vec<&TaskInfo> = tasks.all.iter().filter(wanted).collect();
     let mut output = match what {
-        What::Table | What::Stacks => table(&tasks, &chosen, what == What::Stacks, context.form)?,
+        What::Table | What::Stacks | What::Policies => table(&tasks, &chosen, what, context.form)?,
         What::LastRun | What::SinceLastRun => last_run(&tasks, &chosen, what == What::SinceLastRun),
-        What::Times => times(&tasks, &chosen)?,
+        What::Times => times(&tasks, &chosen),
         What::Arguments => command_lines(&tasks, &chosen),
         What::Parents => parents(&tasks, &chosen),
         What::Children => children(&tasks, &chosen),
@@ -195,6 +206,23 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         object.insert("problems".into(), json!(tasks.problems));
     }
     Ok(output)
+}
+
+/// The policies in a list such as `fifo,rr`; none if it says all.
+fn policies(list: &str) -> Result<Vec<&'static str>, CommandError> {
+    let known: Vec<&'static str> = (0..=7).map(policy_name).filter(|name| *name != "?").collect();
+    if list.eq_ignore_ascii_case("all") {
+        return Ok(Vec::new());
+    }
+    let one = |word: &str| known.iter().copied().find(|name| name.eq_ignore_ascii_case(word));
+    list.split(',')
+        .map(|word| {
+            one(word).ok_or_else(|| {
+                let (word, known) = (printable(word), known.join(", "));
+                CommandError(format!("'{word}' is no scheduling policy; there are: {known}, and all"))
+            })
+        })
+        .collect()
 }
 
 /// What every task's JSON has.
@@ -221,11 +249,15 @@ fn with(mut object: serde_json::Map<String, Value>, more: Value) -> Value {
     Value::Object(object)
 }
 
-fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], stacks: bool, form: Form) -> Result<Output, CommandError> {
+fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], what: What, form: Form) -> Result<Output, CommandError> {
     let reader = tasks.kernel.mm_reader()?;
     let mut sizes = HashMap::new();
     let total = tasks.kernel.total_ram().filter(|&total| total > 0);
-    let third = if stacks { "KSTACKP" } else { "TASK" };
+    let third = match what {
+        What::Stacks => "KSTACKP",
+        What::Policies => "POLICY",
+        _ => "TASK",
+    };
     let titles = [" ", ">PID", ">PPID", ">CPU", third, "ST", ">%MEM", ">VSZ", ">RSS", "COMM"];
     let mut table = Table::new(&titles);
     let mut rows = Vec::new();
@@ -234,10 +266,11 @@ fn table(tasks: &Tasks<'_>, chosen: &[&TaskInfo], stacks: bool, form: Form) -> R
         let percent = size.resident.zip(total).map(|(rss, total)| rss as f64 * 100.0 / total as f64);
         let kib = |bytes: Option<u64>| shown(bytes.map(|bytes| bytes / 1024));
         let parent = tasks.parent(task);
-        let third = match (stacks, task.stack, task.sp) {
-            (false, ..) => bare(task.at),
-            (true, None, _) => "(stack released)".to_owned(),
-            (true, _, sp) => shown(sp.map(bare)),
+        let third = match (what, task.stack, task.sp) {
+            (What::Stacks, None, _) => "(stack released)".to_owned(),
+            (What::Stacks, _, sp) => shown(sp.map(bare)),
+            (What::Policies, ..) => format!("{} {}", shown(task.policy.map(policy_name)), shown(task.prio)),
+            _ => bare(task.at),
         };
         table.row([
             if tasks.is_running(task) { ">" } else { "" }.to_owned(),
@@ -322,18 +355,23 @@ fn last_run(tasks: &Tasks<'_>, chosen: &[&TaskInfo], since: bool) -> Output {
     Output { text, json: json!({ "tasks": rows }) }
 }
 
-fn times(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Result<Output, CommandError> {
-    let clock = tasks.kernel.clock()?;
+fn times(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Output {
+    let clock = tasks.kernel.clock();
     let (mut text, mut rows) = (String::new(), Vec::new());
+    if let Err(error) = &clock {
+        let _ = writeln!(text, "what time it is is not known: {}", printable(&error.to_string()));
+    }
+    let clock = clock.ok();
     for task in chosen {
-        let run = task.start.map(|start| clock.monotonic.saturating_sub(start));
-        let began = run.map(|run| clock.real.saturating_sub(run));
+        let run = clock.zip(task.start).map(|(clock, start)| clock.monotonic.saturating_sub(start));
+        let began = clock.zip(run).map(|(clock, run)| clock.real.saturating_sub(run));
         let line = |text: &mut String, what: &str, value: Option<String>| {
             let _ = writeln!(text, "{what:>11}: {}", shown(value));
         };
         let _ = writeln!(text, "{}", one_line(task));
         line(&mut text, "RUN TIME", run.map(|run| Span(run).to_string()));
-        let start = task.start.zip(began).map(|(start, began)| format!("{start} ({})", Date(began)));
+        let date = began.map_or_else(String::new, |began| format!(" ({})", Date(began)));
+        let start = task.start.map(|start| format!("{start}{date}"));
         line(&mut text, "START TIME", start);
         line(&mut text, "UTIME", task.utime.map(|t| t.to_string()));
         line(&mut text, "STIME", task.stime.map(|t| t.to_string()));
@@ -343,7 +381,7 @@ fn times(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Result<Output, CommandError
         });
         rows.push(with(task_json(tasks, task), more));
     }
-    Ok(Output { text, json: json!({ "tasks": rows }) })
+    Output { text, json: json!({ "tasks": rows }) }
 }
 
 fn command_lines(tasks: &Tasks<'_>, chosen: &[&TaskInfo]) -> Output {

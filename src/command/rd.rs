@@ -19,7 +19,7 @@ pub const COMMAND: Command = Command {
            -p               ADDR is physical\n\
            -u               ADDR is in the user memory of the task on the selected CPU, or of the one chosen with set\n\
            -s               symbols in place of numbers that are their addresses\n\
-           -S               as -s, and the slab cache of those that point at an object\n\
+           -S               as -s, and the slab cache of those that point at an object; poison by its name\n\
            -d, -D           signed or unsigned decimal numbers\n\
            -a               text, to the first byte that is none\n\
            -x               no text behind the numbers\n\
@@ -162,8 +162,10 @@ impl Numbers<'_, '_> {
                     true => slab_cache(kernel, VirtAddr(value)).map(|name| format!("[{name}]")),
                     false => None,
                 };
-                let name = kernel
-                    .and_then(|kernel| kernel.describe_address(VirtAddr(value)).or_else(|| slab(kernel)));
+                let poison = || poison(value).filter(|_| self.options.has("S")).map(str::to_owned);
+                let name = kernel.and_then(|kernel| {
+                    kernel.describe_address(VirtAddr(value)).or_else(|| slab(kernel)).or_else(poison)
+                });
                 let shown = match &name {
                     Some(name) => name.clone(),
                     None => self.number(value),
@@ -211,6 +213,30 @@ impl Numbers<'_, '_> {
             format!("{value:0w$x}", w = self.width as usize * 2)
         }
     }
+}
+
+/// What a word was overwritten with, if it is one of the kernel's marks (`include/linux/poison.h`).
+fn poison(word: u64) -> Option<&'static str> {
+    /// `CONFIG_ILLEGAL_POINTER_VALUE`.
+    const DELTA: u64 = 0xdead_0000_0000_0000;
+    let bytes = word.to_le_bytes();
+    Some(match (word.wrapping_sub(DELTA), bytes.first()) {
+        (0x100, _) => "LIST_POISON1",
+        // 0x200 until about v4.15.
+        (0x122 | 0x200, _) => "LIST_POISON2",
+        (0x300, _) => "TIMER_ENTRY_STATIC",
+        (0x400, _) => "TAIL_MAPPING",
+        (0x800, _) => "SKB_LIST_POISON_NEXT",
+        (_, Some(first)) if bytes.iter().all(|byte| byte == first) => match first {
+            0x5a => "POISON_INUSE",
+            0x6b => "POISON_FREE",
+            0xaa => "PAGE_POISON",
+            0xbb => "SLUB_RED_INACTIVE",
+            0xcc => "SLUB_RED_ACTIVE",
+            _ => return None,
+        },
+        _ => return None,
+    })
 }
 
 /// The name of the cache that the object at `at` is of, escaped.

@@ -3,7 +3,7 @@
 use super::args::Options;
 use super::dis::source_line;
 use super::expression::address;
-use super::{Command, CommandError, Context, Output, printable};
+use super::{Command, CommandError, Context, Form, Output, printable};
 use crate::addr::VirtAddr;
 use crate::debuginfo::Symbol;
 use crate::kernel::Kernel;
@@ -60,7 +60,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         if rows.is_empty() {
             return Err(CommandError("there is no such symbol; 'sym -l' lists all".into()));
         }
-        return Ok(output(kernel, &rows, false));
+        return Ok(output(kernel, &rows, false, context.form));
     }
     if options.rest.is_empty() {
         return Err(CommandError("which symbol? try 'help sym'".into()));
@@ -83,7 +83,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
             rows.extend(all(kernel)?.filter(|row| row.at > at).min_by_key(|row| row.at));
         }
     }
-    Ok(output(kernel, &rows, true))
+    Ok(output(kernel, &rows, true, context.form))
 }
 
 /// Every symbol of the image, by address, then those of the modules.
@@ -112,37 +112,41 @@ fn by_address(kernel: &Kernel, at: VirtAddr) -> Result<Row<'_>, CommandError> {
     }
 }
 
-fn output(kernel: &Kernel, rows: &[Row<'_>], with_lines: bool) -> Output {
+fn output(kernel: &Kernel, rows: &[Row<'_>], with_lines: bool, form: Form) -> Output {
     let mut text = String::new();
     let mut json = Vec::new();
     for row in rows {
         let line = if with_lines && row.cpu.is_none() { source_line(kernel, row.at) } else { None };
-        let letter = row.letter.map_or(String::new(), |letter| format!("({letter}) "));
-        let _ = write!(text, "{:x} {letter}{}", row.at.0, printable(row.name));
-        if row.offset != 0 {
-            let _ = write!(text, "+{:#x}", row.offset);
+        if form.has_text() {
+            let letter = row.letter.map_or(String::new(), |letter| format!("({letter}) "));
+            let _ = write!(text, "{:x} {letter}{}", row.at.0, printable(row.name));
+            if row.offset != 0 {
+                let _ = write!(text, "+{:#x}", row.offset);
+            }
+            if let Some(cpu) = row.cpu {
+                let _ = write!(text, " cpu {cpu}");
+            } else if kernel.is_per_cpu(row.at) {
+                text.push_str(" (per-CPU)");
+            }
+            if let Some(module) = row.module {
+                let _ = write!(text, " [{}]", printable(module));
+            }
+            if let Some(line) = &line {
+                let _ = write!(text, " {}", printable(line));
+            }
+            text.push('\n');
         }
-        if let Some(cpu) = row.cpu {
-            let _ = write!(text, " cpu {cpu}");
-        } else if kernel.is_per_cpu(row.at) {
-            text.push_str(" (per-CPU)");
+        if form.has_json() {
+            json.push(json!({
+                "address": row.at.to_string(),
+                "name": row.name,
+                "offset": row.offset,
+                "module": row.module,
+                "letter": row.letter.map(String::from),
+                "cpu": row.cpu,
+                "line": line,
+            }));
         }
-        if let Some(module) = row.module {
-            let _ = write!(text, " [{}]", printable(module));
-        }
-        if let Some(line) = &line {
-            let _ = write!(text, " {}", printable(line));
-        }
-        text.push('\n');
-        json.push(json!({
-            "address": row.at.to_string(),
-            "name": row.name,
-            "offset": row.offset,
-            "module": row.module,
-            "letter": row.letter.map(String::from),
-            "cpu": row.cpu,
-            "line": line,
-        }));
     }
     Output { text, json: json!({ "symbols": Value::Array(json) }) }
 }

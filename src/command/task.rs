@@ -1,10 +1,11 @@
 //! `task`: the members of a task's `struct task_struct` that say most, or those asked for.
 
 use super::ps::{bare, name};
-use super::{Command, CommandError, Context, Output, args, printable};
+use super::{Command, CommandError, Context, Output, args, nmi, printable};
 use crate::debuginfo::types::{IntKind, Shape};
+use crate::kernel::nmi::PreemptCount;
 use crate::kernel::sched::{State, TaskInfo, policy_name};
-use crate::kernel::{Object, ObjectError};
+use crate::kernel::{Kernel, Object, ObjectError};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -13,7 +14,8 @@ pub const COMMAND: Command = Command {
     arguments: "[-R MEMBER[,MEMBER]...] [PID|TASK]...",
     summary: "the members of a task that say most, or those asked for",
     help: "Without PID or TASK (the address of a task_struct): the task chosen with 'set', else the one on the CPU \
-           selected in gdb.\n\n\
+           selected in gdb. Behind 'flags' stand their names, without PF_, and those of the thread's, without TIF_; a \
+           task on a CPU has that CPU's preempt count.\n\n\
            -R names members of struct task_struct, as deep as wanted: se.vruntime, thread.sp, \
            signal. The whole structure: 'struct task_struct ADDRESS'.\n\n\
            Examples:\n  task\n  task 1\n  task -R se.vruntime,prio,comm 1\n",
@@ -26,6 +28,7 @@ const MEMBERS: &[&[&str]] = &[
     &["exit_state"],
     &["exit_code"],
     &["flags"],
+    &["thread_info.flags"],
     &["stack"],
     &["thread.sp"],
     &["on_cpu"],
@@ -99,7 +102,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         words => (MEMBERS.iter().map(|names| names.to_vec()).collect::<Vec<_>>(), words),
     };
     let asked_for = matches!(arguments, ["-R", ..]);
-    let reader = context.kernel()?.task_reader()?;
+    let kernel = context.kernel()?;
+    let reader = kernel.task_reader()?;
     let (mut text, mut rows) = (String::new(), Vec::new());
     for task in chosen(context, words)? {
         let info = reader.read(task.at);
@@ -112,6 +116,10 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
             if info.stack.is_none() {
                 text.push_str("  its kernel stack has been released\n");
             }
+            if let Some(count) = preempt_count(context, &info) {
+                let _ = writeln!(text, "  preempt count {count}");
+                json.insert("preempt_count".into(), nmi::preempt_count(count));
+            }
         }
         let mut values = serde_json::Map::new();
         for names in &members {
@@ -123,10 +131,14 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
                 continue;
             };
             let path = names.iter().find(|name| task.has(name)).copied().unwrap_or_default();
-            let (shown, value) = match value(&member) {
+            let (mut shown, value) = match value(&member) {
                 Ok(found) => found,
                 Err(error) => (format!("({error})"), Value::Null),
             };
+            if let Some(names) = value.as_u64().and_then(|value| flag_names(kernel, path, value)) {
+                let _ = write!(shown, ": {}", if names.is_empty() { "none".into() } else { names.join(" ") });
+                json.insert(format!("{}_names", path.replace('.', "_")), json!(names));
+            }
             let _ = writeln!(text, "  {} = {}", printable(path), printable(&shown));
             values.insert(path.to_owned(), value);
         }
@@ -135,6 +147,22 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         rows.push(Value::Object(json));
     }
     Ok(Output { text, json: json!({ "tasks": rows }) })
+}
+
+/// Names of the bits of a member that holds flags.
+fn flag_names(kernel: &Kernel, path: &str, value: u64) -> Option<Vec<String>> {
+    match path {
+        "flags" => Some(kernel.process_flags(value)),
+        "thread_info.flags" => kernel.thread_flags(value),
+        _ => None,
+    }
+}
+
+/// That of the CPU the task is on.
+fn preempt_count(context: &Context<'_>, task: &TaskInfo) -> Option<PreemptCount> {
+    let kernel = context.machine.kernel()?;
+    let cpu = task.cpu.filter(|&cpu| kernel.current(cpu).is_some_and(|current| current.at == task.at))?;
+    kernel.preempt_count(cpu)
 }
 
 /// A member in short: structures by their address only.

@@ -114,6 +114,8 @@ impl<'k> Reader<'k> {
                 Node::Members(nodes)
             }
             Shape::Array { element, count } => self.array(object, *element, *count, depth),
+            // freelist_full_t and its kin: two words that are exchanged at once.
+            Shape::Int { size: 16, signed, .. } => self.wide(object, *signed),
             Shape::Int { signed, .. } | Shape::Enum { signed, .. } => {
                 let bits = if *signed { object.i64().map(|n| n as u64) } else { object.u64() };
                 bits.map_or_else(unreadable, |bits| self.scalar(&ty, bits))
@@ -132,6 +134,23 @@ impl<'k> Reader<'k> {
                 unreadable("incomplete type")
             }
         }
+    }
+
+    /// A number of 16 bytes; for scripts in hexadecimal.
+    fn wide(&self, object: &Object<'k>, signed: bool) -> Node {
+        let bytes = match object.bytes() {
+            Ok(bytes) => bytes,
+            Err(error) => return unreadable(error),
+        };
+        let Ok(bytes) = <[u8; 16]>::try_from(bytes) else { return unreadable("its size is not known") };
+        let number = u128::from_le_bytes(bytes);
+        let hex = format!("{number:#x}");
+        let text = match (self.style.hex, signed) {
+            (true, _) => hex.clone(),
+            (false, true) => (number as i128).to_string(),
+            (false, false) => number.to_string(),
+        };
+        Node::Leaf(text, json!(hex))
     }
 
     /// Why nothing of a structure can be read; `None` if some of it can, and its members say what not.

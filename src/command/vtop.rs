@@ -1,7 +1,7 @@
 //! `vtop`: virtual to physical, every level of the page tables decoded.
 
 use super::args::{self, Address};
-use super::{Command, CommandError, Context, Output, page, printable};
+use super::{Command, CommandError, Context, Output, expression, page, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::AddressSpace;
 use crate::arch::x86_64::entry::{self, HighBits};
@@ -53,7 +53,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     }
     let (mut text, mut json) = (String::new(), Vec::new());
     for word in wanted {
-        let Address::Virtual(at) = args::address(context, word)? else {
+        let Address::Virtual(at) = expression::place(context, word)? else {
             return Err(usage("a physical address has no page tables"));
         };
         let is_user = user.unwrap_or(at.0 >> 63 == 0);

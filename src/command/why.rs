@@ -1,6 +1,7 @@
 //! `why`: where an address leads, level by level, and why it cannot be read.
 
-use super::args::{Address, address};
+use super::args::{self, Address};
+use super::expression::place;
 use super::{Command, CommandError, Context, Output, about, cpu, cpu_argument};
 use crate::kernel::Why;
 use serde_json::json;
@@ -10,7 +11,7 @@ pub const COMMAND: Command = Command {
     name: "why",
     arguments: "[-c CPU] ADDR",
     summary: "where an address leads, and why it cannot be read",
-    help: "ADDR is a hexadecimal address, SYMBOL, SYMBOL+OFFSET, $REGISTER or phys:ADDR. User addresses and registers \
+    help: "ADDR is a hexadecimal address, SYMBOL, SYMBOL+OFFSET, $REGISTER, phys:ADDR or an expression. User addresses and registers \
            are those of the CPU selected in gdb, or of the one after -c.\n\n\
            An unreadable page is one of: excluded by the dump's filter; zero or excluded (makedumpfile's ELF \
            cannot tell); not RAM; corrupt; truncated; not mapped, at the level named.\n\n\
@@ -27,7 +28,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         }
     };
     let context = &Context { cpu: cpu.id, task: context.task.filter(|_| cpu.id == context.cpu), ..*context };
-    match address(context, argument)? {
+    match place(context, argument)? {
         Address::Physical(at) => {
             let error = context.machine.why_phys(at);
             let verdict = error.as_ref().map_or_else(|| format!("{at} is readable"), ToString::to_string);
@@ -38,7 +39,8 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         Address::Virtual(at) => {
             let why = context.machine.why(context.cpu, at);
             let in_kernel = context.machine.kernel().is_some() && at.0 >> 63 == 1;
-            let depends_on_cpu = argument.starts_with('$') || !in_kernel;
+            let is_fixed = args::address(context, argument) == Ok(Address::Virtual(at));
+            let depends_on_cpu = argument.starts_with('$') || !in_kernel || !is_fixed;
             let headline = if depends_on_cpu { about(cpu) } else { String::new() };
             let text = headline + &render(context, at, &why);
             let status = match (&why.translation, &why.unreadable) {

@@ -24,6 +24,8 @@ pub struct Sections {
     path: PathBuf,
     file: Arc<File>,
     by_name: HashMap<String, Section>,
+    /// What `nm` calls symbols in the section of each index, from 0.
+    letters: Vec<u8>,
     /// Where the sections of a file that is not linked are in memory.
     loaded_at: Option<SectionAddresses>,
 }
@@ -101,7 +103,10 @@ impl Sections {
         let relocatable = elf.kind() == object::ObjectKind::Relocatable;
         let loaded_at = relocatable.then(|| loaded_at.unwrap_or_default());
         let mut by_name = HashMap::new();
+        let mut letters = Vec::new();
         for section in elf.sections() {
+            letters.resize(section.index().0.min(usize::from(u16::MAX)), b'?');
+            letters.push(letter(&section));
             // A stripped or separated file keeps headers of sections whose bytes it lacks.
             let (Ok(name), Some((offset, size))) = (section.name(), section.file_range()) else { continue };
             // Sizes are the file's word; nothing is allocated for bytes that are not there.
@@ -113,7 +118,12 @@ impl Sections {
                 .is_ok_and(|range| range.format != object::CompressionFormat::None);
             by_name.insert(name.to_owned(), Section { offset, size, compressed, address: section.address() });
         }
-        Ok(Self { path: path.to_owned(), file: Arc::new(file), by_name, loaded_at })
+        Ok(Self { path: path.to_owned(), file: Arc::new(file), by_name, letters, loaded_at })
+    }
+
+    /// The letter that `nm` has for symbols in the section of this index, in lower case.
+    pub fn letter(&self, index: u16) -> Option<u8> {
+        self.letters.get(usize::from(index)).copied().filter(|&letter| letter != b'?')
     }
 
     pub fn path(&self) -> &Path {
@@ -237,6 +247,20 @@ fn relocate_symbols(elf: &Elf<'_>, loaded_at: &SectionAddresses, symtab: &mut [u
         {
             place.copy_from_slice(&value.wrapping_add(*base).to_le_bytes());
         }
+    }
+}
+
+/// By flags; a file of debug info alone has all of the image's sections without bytes, so `.bss` goes by its name.
+fn letter<'a>(section: &impl ObjectSection<'a>) -> u8 {
+    let object::SectionFlags::Elf { sh_flags, .. } = section.flags() else { return b'?' };
+    let has = |flag: elf::SectionFlags| sh_flags & flag == flag;
+    let is_bss = section.name().is_ok_and(|name| name.starts_with(".bss") || name.starts_with(".brk"));
+    match (has(elf::SHF_ALLOC), has(elf::SHF_EXECINSTR), has(elf::SHF_WRITE)) {
+        (false, ..) => b'?',
+        (true, true, _) => b't',
+        (true, false, true) if is_bss => b'b',
+        (true, false, true) => b'd',
+        (true, false, false) => b'r',
     }
 }
 

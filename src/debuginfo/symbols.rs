@@ -58,23 +58,29 @@ const STT_FILE: u8 = 4;
 
 impl SymbolTable {
     /// The defined, named symbols in the bytes of a `.symtab` section and of the string table it links to.
-    /// Sections' and source files' own symbols are left out; a cut last record is dropped.
-    pub fn from_elf(symtab: &[u8], strings: Vec<u8>) -> Self {
-        Self::from_elf_with_letters(symtab, strings, &[])
+    /// Sections' and source files' own symbols are left out; a cut last record is dropped. `of_section` tells the letter
+    /// for symbols in the section of an index; where it does not, ELF's types serve.
+    pub fn from_elf(symtab: &[u8], strings: Vec<u8>, of_section: &dyn Fn(u16) -> Option<u8>) -> Self {
+        Self::from_records(symtab, strings, &|_, section| of_section(section))
     }
 
     /// The same, with letters like `nm`'s, one for each record, whose case does not count; where they end, ELF's
     /// types serve.
     pub fn from_elf_with_letters(symtab: &[u8], strings: Vec<u8>, letters: &[u8]) -> Self {
+        Self::from_records(symtab, strings, &|record, _| letters.get(record).copied())
+    }
+
+    fn from_records(symtab: &[u8], strings: Vec<u8>, letter_of: &dyn Fn(usize, u16) -> Option<u8>) -> Self {
         let entry = |(index, record): (usize, &[u8])| {
             let kind = record.get(4)? & 0xf;
             let name = u32_at(record, 0)?;
-            let wanted = u16_at(record, 6)? != SHN_UNDEF && kind != STT_SECTION && kind != STT_FILE;
+            let section = u16_at(record, 6)?;
+            let wanted = section != SHN_UNDEF && kind != STT_SECTION && kind != STT_FILE;
             (wanted && strings.get(name as usize).is_some_and(|&first| first != 0)).then_some(Entry {
                 addr: u64_at(record, 8)?,
                 size: u64_at(record, 16)?,
                 name,
-                letter: letter(*record.get(4)?, letters.get(index).copied()),
+                letter: letter(*record.get(4)?, letter_of(index, section)),
             })
         };
         Self::new(symtab.chunks_exact(RECORD).enumerate().filter_map(entry).collect(), strings)
@@ -182,7 +188,7 @@ mod tests {
             symtab.extend(size.to_le_bytes());
             strings.extend(name.bytes().chain([0]));
         }
-        SymbolTable::from_elf(&symtab, strings)
+        SymbolTable::from_elf(&symtab, strings, &|_| None)
     }
 
     #[test]

@@ -196,7 +196,8 @@ impl DebugInfo {
 
     fn read_symbols(&self) -> Result<SymbolTable, Error> {
         let symtab = self.sections.whole(".symtab")?.unwrap_or_default();
-        Ok(SymbolTable::from_elf(&symtab, self.sections.whole(".strtab")?.unwrap_or_default()))
+        let strings = self.sections.whole(".strtab")?.unwrap_or_default();
+        Ok(SymbolTable::from_elf(&symtab, strings, &|section| self.sections.letter(section)))
     }
 
     /// BTF if it is there: it is a fiftieth of the size of DWARF.

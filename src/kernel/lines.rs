@@ -7,7 +7,8 @@
 use super::Kernel;
 use super::module::Module;
 use crate::addr::VirtAddr;
-use crate::debuginfo::find::ModuleFiles;
+use crate::bytes::printable;
+use crate::debuginfo::find::{self, ModuleFiles};
 use crate::debuginfo::{DebugInfo, Location, SectionAddresses};
 
 /// Number of a module's file as a source of types, of which it is asked for none here; 0 is the image's.
@@ -21,6 +22,35 @@ impl Kernel {
             Some(module) => self.module_debug_info(module)?.locate(at.0),
             None => self.debug_info()?.locate(at.0.checked_sub(self.found.kaslr_offset)?),
         }
+    }
+
+    /// Where the function that has the code at `at` is declared: its name, before the line where its code begins.
+    pub fn declared(&self, at: VirtAddr) -> Option<Location> {
+        match self.modules().at(at) {
+            Some(module) => self.module_debug_info(module)?.declared(at.0),
+            None => self.debug_info()?.declared(at.0.checked_sub(self.found.kaslr_offset)?),
+        }
+    }
+
+    /// Why [`Kernel::locate`] tells nothing of `at`, and what would help.
+    pub fn why_no_lines(&self, at: VirtAddr) -> String {
+        match self.modules().at(at) {
+            Some(module) if self.module_debug_info(module).is_none() => {
+                let name = printable(&module.name);
+                format!(
+                    "no source lines: no debug file of module {name} was found; pass --debug-dir DIR that has {name}.ko.debug"
+                )
+            }
+            None if self.debug_info().is_none() => {
+                "no source lines: there is no vmlinux with debug info; 'info' tells how to get one".to_owned()
+            }
+            _ => "no source lines: the debug info has none there".to_owned(),
+        }
+    }
+
+    /// The text of the source that debug info calls `file`, or why there is none and what would help.
+    pub fn source_text(&self, file: &str) -> Result<String, String> {
+        find::source_text(file, &self.found.release, &self.types.places)
     }
 
     /// The module's own file, at the addresses that its sections have in memory; `None` if none with its build-id is

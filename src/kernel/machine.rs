@@ -79,6 +79,7 @@ pub struct Machine {
     /// Which of the backend's saved registers are whose.
     saved: Vec<(CpuId, usize)>,
     problems: Vec<String>,
+    no_vmlinux: Option<String>,
 }
 
 /// Where the user addresses of the task on a CPU lead; `Err` says why nowhere.
@@ -107,7 +108,7 @@ impl Machine {
         options: &Options,
         progress: Progress<'_>,
     ) -> Result<Self, OpenError> {
-        let mut problems = Vec::new();
+        let (mut problems, mut no_vmlinux) = (Vec::new(), None);
         let found = discover::discover(&*backend, progress);
         let kernel = match found {
             Ok(mut found) => {
@@ -120,7 +121,9 @@ impl Machine {
                     found.space.root
                 );
                 problems.append(&mut found.problems);
-                let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?;
+                let debug_info = choose_debug_info(&*backend, &mut found, options, &mut problems)?
+                    .map_err(|why| no_vmlinux = Some(why))
+                    .ok();
                 let (beside, debug_dirs) = (options.places.beside.clone(), options.places.debug_dirs.clone());
                 let places = find::Places { beside, debug_dirs, ..find::Places::default() };
                 let kernel =
@@ -137,7 +140,7 @@ impl Machine {
                 Err(Some(error))
             }
         };
-        Ok(Self::with_kernel(backend, kernel, problems))
+        Ok(Self { no_vmlinux, ..Self::with_kernel(backend, kernel, problems) })
     }
 
     /// The same machine at another moment, which `backend` has memory and registers of: the kernel is known, and not
@@ -201,7 +204,8 @@ impl Machine {
         }
         let user_spaces = cpus.iter().map(|cpu| cr3_space(&cpu.regs)).collect();
         let (saved, problems) = (Vec::new(), Vec::new());
-        Self { backend, kernel: Err(None), cpus, first, text_base, user_spaces, saved, problems }
+        let no_vmlinux = None;
+        Self { backend, kernel: Err(None), cpus, first, text_base, user_spaces, saved, problems, no_vmlinux }
     }
 
     /// The memory and saved registers underneath.
@@ -216,7 +220,13 @@ impl Machine {
 
     /// What is missing or doubtful, one sentence each, with the cure: the source's problems and our own.
     pub fn problems(&self) -> Vec<String> {
-        self.backend.problems().into_iter().chain(self.problems.iter().cloned()).collect()
+        let own = self.no_vmlinux.iter().chain(&self.problems).cloned();
+        self.backend.problems().into_iter().chain(own).collect()
+    }
+
+    /// That of the problems which is about the vmlinux: many commands do as well without one.
+    pub fn no_vmlinux(&self) -> Option<&str> {
+        self.no_vmlinux.as_deref()
     }
 
     /// The CPUs in ascending order of number; never empty (a source without registers has one CPU with none).

@@ -31,6 +31,7 @@ pub mod stack_depot;
 mod switched_out;
 pub mod taint;
 mod task;
+mod task_flags;
 pub mod time;
 mod types;
 mod user_image;

@@ -136,21 +136,30 @@ impl Kernel {
                 .and_then(|at| self.symbolize(VirtAddr(at)))
                 .map_or("", |found| found.name);
             let is_stack = stacks.contains(&area.start.0) || STACK_CALLERS.contains(&caller);
-            let array = vm.get("pages").unwrap_or(0);
-            if array != 0 {
+            if vm.get("pages").unwrap_or(0) != 0 {
                 let kind = if is_stack { Kind::Stack } else { Kind::Vmalloc };
-                let count = vm.get("nr_pages").unwrap_or(0).min(PAGES_MAX);
-                let mut words = vec![0; count as usize * 8];
-                let filled = self.read(VirtAddr(array), &mut words).filled;
-                words.truncate(filled);
-                let structs = words.chunks_exact(8).filter_map(|word| u64_at(word, 0));
-                pages.extend(structs.filter_map(|page| Some((map.pfn(VirtAddr(page))?, kind))));
+                pages.extend(self.area_pages(map, &area).into_iter().map(|(pfn, _)| (pfn, kind)));
             } else if caller == "pcpu_get_vm_areas" {
                 // Chunks of per-CPU memory are mapped a page at a time, and keep no array.
                 pages.extend(self.mapped(map, area.start, area.end).map(|pfn| (pfn, Kind::PerCpu)));
             }
         }
         pages
+    }
+
+    /// The pages in an area's own list, each with its address; none of an area without a list.
+    pub fn area_pages(&self, map: &PageMap, area: &Area<'_>) -> Vec<(Pfn, VirtAddr)> {
+        let member = |path: &str| area.vm.and_then(|vm| vm.get(path).ok()).unwrap_or(0);
+        let array = member("pages");
+        if array == 0 {
+            return Vec::new();
+        }
+        let mut words = vec![0; member("nr_pages").min(PAGES_MAX) as usize * 8];
+        let filled = self.read(VirtAddr(array), &mut words).filled;
+        words.truncate(filled);
+        let addresses = (0..).map(|page: u64| area.start.wrapping_add(page.wrapping_mul(PAGE_SIZE)));
+        let structs = words.chunks_exact(8).map(|word| u64_at(word, 0)).zip(addresses);
+        structs.filter_map(|(page, at)| Some((map.pfn(VirtAddr(page?))?, at))).collect()
     }
 
     /// The RAM that `start..end` is mapped to.

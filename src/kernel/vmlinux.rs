@@ -10,13 +10,13 @@ use crate::arch::x86_64::AddressSpace;
 use crate::backend::Backend;
 use crate::debuginfo::{self, DebugInfo, find};
 
-/// The vmlinux to use: the one asked for if it fits, or the first that is found and fits.
+/// The vmlinux to use: the one asked for if it fits, or the first that is found and fits; else what to do about it.
 pub(super) fn choose_debug_info(
     backend: &dyn Backend,
     found: &mut Found,
     options: &Options,
     problems: &mut Vec<String>,
-) -> Result<Option<DebugInfo>, OpenError> {
+) -> Result<Result<DebugInfo, String>, OpenError> {
     let by_page_tables = found.by == discover::FoundBy::PageTables;
     let fits = |info: &DebugInfo| {
         let at = |text: VirtAddr| {
@@ -40,18 +40,18 @@ pub(super) fn choose_debug_info(
             let path = path.display().to_string();
             fits(&info).map_err(|why| OpenError::Mismatch { path, why })?;
             find::remember(&options.places, &info);
-            Some(info)
+            Ok(info)
         }
         None => {
             let wanted = find::Wanted { release: &found.release, build_id: found.build_id.as_deref() };
             let search = find::vmlinux(&wanted, &options.places, &|info| fits(info).map(|_| ()));
-            if search.found.is_none() {
-                report_search(&search, found, problems);
+            match search.found {
+                Some(info) => Ok(info),
+                None => Err(report_search(&search, found, problems)),
             }
-            search.found
         }
     };
-    if let Some(info) = &chosen {
+    if let Ok(info) = &chosen {
         tracing::info!("'{}' is this kernel's vmlinux", info.path().display());
         if let Ok((text, kaslr_offset)) = fits(info) {
             let moved = text != found.text;
@@ -123,8 +123,8 @@ pub(super) fn types_missing(kernel: &Kernel, from: TypesFrom) -> Option<String> 
     kernel.types().is_none().then(|| wanted.to_owned())
 }
 
-/// Why there is no vmlinux, and the cures.
-fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String>) {
+/// Why there is no vmlinux, and the cures; what is wrong with files and servers is a problem in any case.
+fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String>) -> String {
     let rejected = search.rejected.iter();
     problems.extend(rejected.map(|r| format!("'{}' was not used: it {}", r.path.display(), r.why)));
     problems.extend(search.failures.iter().cloned());
@@ -134,11 +134,11 @@ fn report_search(search: &find::Search, found: &Found, problems: &mut Vec<String
         Some(id) => (", or set DEBUGINFOD_URLS", format!(" for build-id {id}")),
         None => ("", String::new()),
     };
-    problems.push(format!(
+    format!(
         "no vmlinux with debug info for {release}: gdb has no types, source lines or locals; install the kernel's debug package \
          (Debian: linux-image-{release}-dbg), pass --vmlinux FILE or --debug-dir DIR{servers} (searched{by}: {})",
         search.searched.join(", ")
-    ));
+    )
 }
 
 /// Whether `info` is the debug info of the kernel at `found`: by build-id or, where the kernel does not tell its

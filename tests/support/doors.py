@@ -59,6 +59,16 @@ answer["own"] = {
 answer["rq_cpu"] = [number("$percpu(&runqueues, %d)->cpu" % cpu) for cpu in cpus]
 answer["rq_pid"] = [number("$percpu(&runqueues, %d)->curr->pid" % cpu) for cpu in cpus]
 answer["no_cpu"] = typed("p $percpu(&runqueues, %d)" % len(cpus))
+copies = [number("$percpu(&runqueues, %d)" % cpu) for cpu in cpus]
+gdb.set_convenience_variable("planted", gdb.Value(DYNAMIC).cast(gdb.lookup_type("unsigned long").pointer()))
+answer["percpu"] = {
+    "copies": copies,
+    "address": typed("percpu &runqueues"),
+    "member": typed("percpu runqueues.cpu 0-1"),
+    "pointer": typed("percpu -x $planted") if DYNAMIC else None,
+    "page": [typed("page &runqueues"), typed("page %#x" % copies[first.ptid[1] - 1])],
+}
+answer["nothing"] = [typed("log -l emerg"), kstub.run("log -l emerg"), list(kstub.read_many([(0, 8)]))[0].hex()]
 answer["task"] = {str(pid): gdb.parse_and_eval("$task(%d)->comm" % pid).string() for pid in PIDS}
 answer["no_task"] = typed("p $task(4000000)")
 

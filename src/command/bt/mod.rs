@@ -57,7 +57,12 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let answers = request.answers(&request.subjects);
     let (text, json): (Vec<String>, Vec<Value>) =
         answers.into_iter().flatten().map(|answer| (answer.text, answer.json)).unzip();
-    Ok(Output { text: text.join("\n"), json: object([("traces", Value::Array(json))]) })
+    let mut text = text.join("\n");
+    if request.style.lines && request.kernel.debug_info().is_none() {
+        text += &request.kernel.why_no_lines(request.kernel.found().text);
+        text.push('\n');
+    }
+    Ok(Output { text, json: object([("traces", Value::Array(json))]) })
 }
 
 /// `foreach ... bt`: the answers for many tasks, in their order; `None` for those that -R leaves out.

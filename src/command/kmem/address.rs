@@ -1,14 +1,14 @@
 //! `kmem ADDR`: what an address belongs to.
 
-use super::slab::state_name;
+use super::slab;
 use crate::addr::VirtAddr;
-use crate::command::args::{self, Address};
-use crate::command::{CommandError, Context, Output, page, printable};
+use crate::command::args::Address;
+use crate::command::{CommandError, Context, Output, expression, page, printable};
+use crate::kernel::Kernel;
 use crate::kernel::page::about::About;
 use crate::kernel::page::{Kind, PageMap};
 use crate::kernel::percpu::PerCpuOwner;
-use crate::kernel::slab::{Cache, Slab};
-use crate::kernel::{Kernel, ObjectError};
+use crate::kernel::slab::Cache;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
@@ -17,7 +17,7 @@ pub fn identify(context: &Context<'_>, addresses: &[&str]) -> Result<Output, Com
     let map = kernel.page_map()?;
     let (mut text, mut json) = (String::new(), Vec::new());
     for word in addresses {
-        let address = args::address(context, word)?;
+        let address = expression::place(context, word)?;
         let at = match address {
             Address::Virtual(at) => at,
             Address::Physical(phys) => map.direct(phys.pfn()).wrapping_add(phys.0 % 4096),
@@ -109,7 +109,7 @@ impl Found {
             Ok(about) => {
                 if !is_struct && about.kind == Kind::Slab {
                     let memory = map.direct(pfn).wrapping_add(at.page_offset());
-                    self.slab(map, &about, memory)?;
+                    self.slab(map, &about, memory);
                 }
                 let json =
                     json!({ "page": format!("{}", about.at), "pfn": pfn.0, "kind": about.kind.name() });
@@ -147,30 +147,16 @@ impl Found {
         }
     }
 
-    fn slab(&mut self, map: &PageMap, about: &About<'_>, at: VirtAddr) -> Result<(), ObjectError> {
-        let Some((cache, slab)) = &about.slab else { return Ok(()) };
-        let Some((index, object)) = cache.object_at(slab, at) else {
-            self.add(
-                "slab",
-                json!({ "cache": cache.name, "object": null }),
-                format!("slab cache {}: behind the last object", cache.name),
-            );
-            return Ok(());
-        };
-        let walk = cache.walk(map, Some(&[slab.at]));
-        let state = state_name(walk.state(object));
-        let offset = at.0.wrapping_sub(object.0) as i64;
-        let line = format!(
-            "slab cache {}: object {object} (number {index} in its slab), {state}, offset {offset:#x}",
-            cache.name
-        );
-        let json = json!({ "cache": cache.name, "object": format!("{object}"), "index": index, "state": state, "offset": offset });
-        self.add("slab", json, line);
-        self.tracks(cache, slab, object);
-        Ok(())
+    fn slab(&mut self, map: &PageMap, about: &About<'_>, at: VirtAddr) {
+        let Some(both) = &about.slab else { return };
+        let (line, json, object) = slab::object(map, both, at);
+        self.add("slab", json, format!("slab cache {}: {line}", both.0.name));
+        if let Some(object) = object {
+            self.tracks(&both.0, object);
+        }
     }
 
-    fn tracks(&mut self, cache: &Cache<'_>, _slab: &Slab, object: VirtAddr) {
+    fn tracks(&mut self, cache: &Cache<'_>, object: VirtAddr) {
         let mut all = Vec::new();
         for track in cache.tracks(object) {
             let symbol = cache.cache.kernel().symbolize(track.addr).map(|found| found.to_string());

@@ -2,7 +2,7 @@
 
 mod address;
 mod pages;
-mod slab;
+pub mod slab;
 mod stat;
 mod vmalloc;
 mod zones;

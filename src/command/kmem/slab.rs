@@ -1,8 +1,10 @@
 //! `kmem -s` and `-S`: slab caches, their slabs and their free lists.
 
+use crate::addr::VirtAddr;
 use crate::bytes::ByteSize;
 use crate::command::{CommandError, Context, Output, printable};
-use crate::kernel::slab::{BadPointer, Cache, CacheWalk, ObjectState, Place};
+use crate::kernel::page::PageMap;
+use crate::kernel::slab::{BadPointer, Cache, CacheWalk, ObjectState, Place, Slab};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -108,6 +110,23 @@ fn placed(cache: &Cache<'_>, walk: &CacheWalk) -> String {
 fn objects(cache: &Cache<'_>, walk: &CacheWalk, slab: crate::kernel::slab::Slab) -> Vec<(u64, ObjectState)> {
     let at = |index: u64| cache.object_at(&slab, slab.base.wrapping_add(index.wrapping_mul(cache.size)));
     (0..slab.objects).filter_map(at).map(|(_, object)| (object.0, walk.state(object))).collect()
+}
+
+/// The object of a slab that `at` (in the direct map) lies in: as a line, for JSON, and its address.
+pub fn object(
+    map: &PageMap,
+    (cache, slab): &(Cache<'_>, Slab),
+    at: VirtAddr,
+) -> (String, Value, Option<VirtAddr>) {
+    let Some((index, object)) = cache.object_at(slab, at) else {
+        let json = json!({ "cache": cache.name, "object": null });
+        return ("behind the last object".to_owned(), json, None);
+    };
+    let state = state_name(cache.walk(map, Some(&[slab.at])).state(object));
+    let offset = at.0.wrapping_sub(object.0) as i64;
+    let line = format!("object {object} (number {index} in its slab), {state}, offset {offset:#x}");
+    let json = json!({ "cache": cache.name, "object": format!("{object}"), "index": index, "state": state, "offset": offset });
+    (line, json, Some(object))
 }
 
 /// Whose free object it is, in words.

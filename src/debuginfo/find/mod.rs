@@ -6,6 +6,7 @@
 
 mod module;
 mod remember;
+mod source;
 mod walk;
 
 use super::DebugInfo;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use walk::{Bounds, Walk};
 
 pub use module::{LoadedSection, ModuleFile, ModuleFiles};
+pub use source::source_text;
 
 /// Where distributions put debug info.
 const SYSTEM: &str = "/usr/lib/debug";

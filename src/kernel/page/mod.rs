@@ -7,6 +7,7 @@
 pub mod about;
 pub mod census;
 pub mod flags;
+pub mod holder;
 pub mod kind;
 pub mod mapping;
 pub mod owners;
