@@ -1,0 +1,757 @@
+//! A guest and its dump are one machine: every command answers the same on both, but for what the table here names with
+//! its reason. And how `dump` treats the guest, the file, and those who use the guest meanwhile.
+//!
+//! Truth is QEMU: its own copy of RAM (`pmemsave`), its registers, its events, the guest's heartbeat, and what the guest
+//! says that it has planted.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use kstub::addr::PhysAddr;
+use kstub::backend::Dump;
+use kstub::command::COMMANDS;
+use kstub::memory::PhysicalMemory;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use support::gdb_session::KSTUB;
+use support::live::{Ended, Gdb, Guest, PATIENCE, Plan, checks, finish, number, wait_until};
+
+/// Several CPUs, RAM in a file, two page tables for each process.
+#[test]
+fn four_cpus_and_their_dumps() {
+    let Some(guest) = Plan::new("6.1").cpus(4).pti(true).shared_ram().boot() else { return };
+    checks(
+        &guest,
+        &[
+            ("the same guest", same_guest),
+            ("a guest that runs", running),
+            ("refusals", refusals),
+            ("no room", no_room),
+            ("gdb", in_gdb),
+            ("gdb --no-stop", no_stop),
+            ("clients", clients),
+        ],
+    );
+}
+
+/// One CPU, RAM in QEMU's own memory; a QMP socket that passes no descriptors.
+#[test]
+fn one_cpu_and_its_dumps() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let plan =
+        Plan::new("6.12").argument("-qmp").argument(&format!("tcp:127.0.0.1:{port},server=on,wait=off"));
+    let Some(guest) = plan.boot() else { return };
+    checks(&guest, &[("the same guest", same_guest), ("a guest that runs", running)]);
+    guest.settle();
+    by_tcp(&guest, &format!("127.0.0.1:{port}"));
+}
+
+/// What the command lines are made of.
+struct Planted {
+    magic: u64,
+    /// A process with sleeping threads, and a kernel thread's `struct task_struct`.
+    pid: u64,
+    task: u64,
+    cpus: u32,
+}
+
+/// Arguments for every command, but those of [`EXCLUDED`]. `set` comes last: what it chooses counts for those behind.
+fn command_lines(planted: &Planted) -> Vec<String> {
+    let Planted { magic, pid, task, .. } = planted;
+    let mut lines: Vec<String> = [
+        "bt",
+        "bt -a",
+        "bt -a -l",
+        "bt -c 0 --why",
+        "bt -f 1",
+        "bt -g 1",
+        "bt -e",
+        "bt -E",
+        "bt -t",
+        "bt -r",
+        "bt -v",
+        "bt --group",
+        "dis schedule",
+        "dis -l schedule 20",
+        "dis -r schedule+20",
+        "files 1",
+        "foreach bt",
+        "foreach files",
+        "foreach user vm",
+        "foreach task -R pid,comm,mm",
+        "help",
+        "help dump",
+        "info",
+        "info version",
+        "kmem -i",
+        "kmem --census",
+        "kmem -s",
+        "kmem -S kmalloc-64",
+        "kmem -z",
+        "kmem -f",
+        "kmem -F",
+        "kmem -V",
+        "kmem -v",
+        "kmem -h",
+        "list task_struct.tasks -s task_struct.pid,comm -h init_task",
+        "list -H modules -o module.list -s module.name",
+        "log",
+        "log -T -m",
+        "mod",
+        "mod -t",
+        "mod -s kstub_live",
+        "mount",
+        "nmi",
+        "nmi -l",
+        "p jiffies",
+        "p init_task",
+        "p -x init_mm",
+        "p *(u64 *)((char *)&kstub_live + 8)",
+        "percpu runqueues.nr_running",
+        "percpu kstub_live_percpu a",
+        "percpu runqueues",
+        "ps",
+        "ps -A",
+        "ps -s",
+        "ps -l",
+        "ps -m",
+        "ps -t",
+        "ps -a",
+        "ps -p",
+        "ps -c 1",
+        "ps -S",
+        "ps -G",
+        "rd -a linux_banner",
+        "rd -p 1000 200",
+        "runq",
+        "runq -t",
+        "runq -T",
+        "runq -m",
+        "runq -g",
+        "runq -c 0",
+        "struct -o task_struct",
+        "struct task_struct init_task",
+        "struct rq.nr_running runqueues:a",
+        "sym schedule",
+        "sym -m kstub_live",
+        "sym -q kstub_live",
+        "sys",
+        "task 1",
+        "tree -t maple -s vm_area_struct.vm_start &init_mm.mm_mt",
+        "union futex_key",
+        "vm 1",
+        "vm -v 1",
+        "vtop init_task linux_banner",
+        "whatis jiffies",
+        "whatis struct file",
+        "why 0",
+        "why init_task",
+        "why 7ffffffff000",
+        "why ffff800000000000",
+        "why phys:100000000000",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    lines.extend([
+        format!("bt -u {pid}"),
+        format!("files {pid}"),
+        format!("kmem {task:x}"),
+        format!("kmem {magic:x}"),
+        format!("mount -n {pid}"),
+        format!("page {task:x}"),
+        format!("page -n 4 {task:x}"),
+        format!("rd {magic:x} 64"),
+        format!("rd -8 {magic:x} 512"),
+        format!("rd -S {task:x} 200"),
+        format!("struct task_struct.comm,pid {task:x}"),
+        format!("sym {magic:x}"),
+        format!("task {task:x}"),
+        format!("vm -v {pid}"),
+        format!("vtop -c {pid} {magic:x}"),
+        format!("why {magic:x}"),
+    ]);
+    lines.extend((0..planted.cpus).map(|cpu| format!("regs {cpu}")));
+    lines.extend((0..planted.cpus).map(|cpu| format!("why -c {cpu} $rsp")));
+    lines.extend(["set", "set -c 0", "vm", "files", "set 1", "bt"].map(str::to_owned));
+    lines.push(format!("set {pid}"));
+    lines.push("vm".to_owned());
+    lines
+}
+
+/// Commands that cannot be compared, and why.
+const EXCLUDED: &[(&str, &str)] = &[
+    ("dump", "writes the dump that is compared; on a dump it is refused, which is checked apart"),
+    ("qemu", "asks QEMU itself, which a dump has none of"),
+];
+
+/// Differences between a guest and its dump that are as they should be.
+struct Known {
+    command: &'static str,
+    /// Keys and indexes; `*` is any one, `**` at the end any more.
+    path: &'static str,
+    /// The format that it is about, or all of them.
+    format: Option<&'static str>,
+    why: &'static str,
+    holds: fn(&Value, &Value) -> bool,
+}
+
+const KNOWN: &[Known] = &[
+    Known {
+        command: "info",
+        path: "source/**",
+        format: None,
+        why: "the header of the source: a guest has a state and ways to its memory, a file a format and a size",
+        holds: |_, _| true,
+    },
+    Known {
+        command: "sys",
+        path: "dump",
+        format: None,
+        why: "names the source",
+        holds: |live, _| live.as_str().is_some_and(|text| text.starts_with("live guest of QEMU ")),
+    },
+    Known {
+        command: "info",
+        path: "ram/**",
+        format: Some("elf --paging"),
+        why: "has only what page tables map: not what firmware keeps at the end of RAM",
+        holds: |live, dump| dump.is_null() || live.is_null() || live.as_str() > dump.as_str(),
+    },
+    Known {
+        command: "info",
+        path: "ram#length",
+        format: Some("elf --paging"),
+        why: "has only what page tables map: not the firmware's ROM",
+        holds: |live, dump| live.as_u64() > dump.as_u64(),
+    },
+    Known {
+        command: "info",
+        path: "cpus/*/derived/k_gs_base",
+        format: None,
+        why: "QEMU's notes have the inactive gs base, its monitor does not show it; that the derived value is the same \
+              is seen by 'regs'",
+        holds: |live, dump| live.is_string() && dump.is_null(),
+    },
+    Known {
+        command: "regs",
+        path: "registers/k_gs_base/*",
+        format: None,
+        why: "the same",
+        holds: |live, dump| {
+            live == "derived" && dump == "known"
+                || live == "not saved" && dump == "known"
+                || dump.is_null()
+                || live.is_null()
+        },
+    },
+    Known {
+        command: "regs",
+        path: "registers/*/*",
+        format: None,
+        why: "QEMU's notes have no efer, x87 and SSE state",
+        holds: |live, dump| live == "known" && dump == "not saved" || live.is_string() && dump.is_null(),
+    },
+];
+
+/// The registers that no note of QEMU's has; all others are compared.
+fn not_in_notes(register: &str) -> bool {
+    let numbered =
+        |prefix: &str| register.strip_prefix(prefix).is_some_and(|number| number.parse::<u8>().is_ok());
+    matches!(
+        register,
+        "efer" | "fctrl" | "fstat" | "ftag" | "fiseg" | "fioff" | "foseg" | "fooff" | "fop" | "mxcsr"
+    ) || numbered("st")
+        || numbered("xmm")
+}
+
+fn is_known(command: &str, path: &str, format: &str, live: &Value, dump: &Value) -> bool {
+    let segments: Vec<&str> = path.split('/').collect();
+    let fits = |pattern: &str| {
+        let wanted: Vec<&str> = pattern.split('/').collect();
+        let (wanted, open) = match wanted.split_last() {
+            Some((&"**", first)) => (first.to_vec(), true),
+            _ => (wanted, false),
+        };
+        (segments.len() == wanted.len() || open && segments.len() > wanted.len())
+            && wanted.iter().zip(&segments).all(|(want, has)| *want == "*" || want == has)
+    };
+    let about_register = |known: &Known| {
+        known.path != "registers/*/*" || segments.get(1).is_some_and(|register| not_in_notes(register))
+    };
+    KNOWN.iter().any(|known| {
+        known.command == command
+            && known.format.is_none_or(|only| only == format)
+            && fits(known.path)
+            && about_register(known)
+            && (known.holds)(live, dump)
+    })
+}
+
+/// Where two values differ.
+fn differences(path: &str, live: &Value, dump: &Value, found: &mut Vec<(String, Value, Value)>) {
+    let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}/{key}") };
+    match (live, dump) {
+        (Value::Object(a), Value::Object(b)) => {
+            for key in a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))) {
+                let value = |of: &serde_json::Map<String, Value>| of.get(key).cloned().unwrap_or_default();
+                differences(&below(key), &value(a), &value(b), found);
+            }
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            if a.len() != b.len() {
+                found.push((format!("{path}#length"), a.len().into(), b.len().into()));
+            }
+            for (index, (a, b)) in a.iter().zip(b).enumerate() {
+                differences(&below(&index.to_string()), a, b, found);
+            }
+        }
+        (a, b) if a != b => found.push((path.to_owned(), a.clone(), b.clone())),
+        _ => {}
+    }
+}
+
+/// What is not as it should be: of each command line the differences that nobody has a reason for.
+fn unexplained(lines: &[String], format: &str, live: &[Value], dump: &[Value]) -> Vec<String> {
+    let mut all = Vec::new();
+    for ((line, live), dump) in lines.iter().zip(live).zip(dump) {
+        let command = line.split(' ').next().unwrap();
+        let mut found = Vec::new();
+        differences("", live, dump, &mut found);
+        let unknown = found.iter().filter(|(path, live, dump)| !is_known(command, path, format, live, dump));
+        all.extend(unknown.map(|(path, live, dump)| {
+            let short = |value: &Value| value.to_string().chars().take(200).collect::<String>();
+            format!("{line}: {path}: {} on the guest, {} in {format}", short(live), short(dump))
+        }));
+    }
+    all
+}
+
+/// The results of command lines; none may fail.
+fn results(said: Ended, lines: &[String]) -> Vec<Value> {
+    let answers: Vec<Value> = said.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers.len(), lines.len(), "{}", said.err);
+    let failed: Vec<&Value> = answers.iter().filter(|answer| answer.get("error").is_some()).collect();
+    assert!(failed.is_empty() && said.succeeded(), "{failed:#?} {}", said.err);
+    answers.into_iter().map(|mut answer| answer["result"].take()).collect()
+}
+
+fn on_guest(guest: &Guest, lines: &[String]) -> Vec<Value> {
+    results(finish(guest.kstub("run").arg("--json").args(lines)), lines)
+}
+
+/// kstub on a dump, with the files that the guest has.
+fn on_dump(guest: &Guest, dump: &Path) -> Command {
+    let of_guest = guest.kstub("run");
+    let mut kstub = Command::new(KSTUB);
+    kstub.env_remove("DEBUGINFOD_URLS").arg("run").arg(dump);
+    // All but the command and the guest.
+    kstub.args(of_guest.get_args().skip(3));
+    kstub
+}
+
+fn offered(guest: &Guest) -> Vec<String> {
+    let answer = guest.qmp("query-dump-guest-memory-capability", serde_json::json!({}));
+    let formats = answer["formats"].as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned());
+    formats.filter(|name| name != "win-dmp").collect()
+}
+
+/// `kstub run --json 'dump …'`.
+fn dump(guest: &Guest, path: &Path, options: &str) -> Ended {
+    finish(guest.kstub("run").arg("--json").arg(format!("dump {} {options}", path.display())))
+}
+
+/// What it answers if it succeeds.
+fn account(ended: Ended) -> Value {
+    let text = ended.expect("dump");
+    let mut answer: Value = serde_json::from_str(&text).unwrap();
+    answer["result"].take()
+}
+
+/// Why it failed.
+fn refusal(ended: &Ended) -> String {
+    assert_eq!(ended.status.and_then(|status| status.code()), Some(1), "{ended:?}");
+    let answer: Value = serde_json::from_str(&ended.out).unwrap();
+    answer["error"].as_str().unwrap_or_else(|| panic!("{ended:?}")).to_owned()
+}
+
+/// A directory for dumps, which must have these files in the end.
+fn assert_files(directory: &Path, names: &[&str]) {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let there: BTreeSet<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(there, names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>());
+}
+
+/// The guest's answers and those of its dumps, one guest at one moment.
+fn same_guest(guest: &Guest) {
+    let threads = guest.ask_facts("plant threads");
+    let last = guest.plan.cpus - 1;
+    guest.ask(&format!("plant spin-user {last}"));
+    if guest.plan.cpus > 2 {
+        guest.ask("plant spin-kernel 2");
+        guest.ask("plant syscalls 1 busy");
+    }
+    let (magic, task) = (guest.number("magic.at"), guest.number("tick.task"));
+    let planted = Planted { magic, task, pid: number(&threads["pid"]), cpus: guest.plan.cpus };
+    let lines = command_lines(&planted);
+    let asked: BTreeSet<&str> = lines.iter().map(|line| line.split(' ').next().unwrap()).collect();
+    for command in COMMANDS {
+        let excluded = EXCLUDED.iter().any(|(name, _)| *name == command.name);
+        assert_ne!(
+            asked.contains(command.name),
+            excluded,
+            "'{}': give it arguments, or a reason",
+            command.name
+        );
+    }
+
+    guest.stop();
+    let live = on_guest(guest, &lines);
+    assert_eq!(on_guest(guest, &lines), live, "a guest that stands answers the same again");
+    let (ram, registers) = (guest.ram(), guest.registers());
+    let mut formats = offered(guest);
+    assert!(formats.iter().any(|name| name == "elf") && formats.len() > 1, "{formats:?}");
+    formats.insert(1, "elf --paging".to_owned());
+    let directory = tempfile::tempdir().unwrap();
+    for format in &formats {
+        let path = directory.path().join("vmcore");
+        guest.events();
+        let said = account(dump(guest, &path, &format!("--force --format {format}")));
+        assert_eq!(guest.events(), ["DUMP_COMPLETED"], "{format}: the guest was let run");
+        assert_eq!(guest.run_state(), "paused");
+        assert_eq!(said["bytes"], path.metadata().unwrap().len());
+        assert_eq!(said["kernel"]["release"], guest.release(), "{said}");
+        assert_eq!(said["cpus"], guest.plan.cpus);
+        assert_eq!(said["guest"]["ran"], false);
+        assert_files(directory.path(), &["vmcore"]);
+
+        let (read, unread) = holds(&path, &ram);
+        assert_eq!(read, [0; 0], "{format}: offsets in RAM that the dump has otherwise");
+        assert!(
+            unread == 0 || format == "elf --paging" && unread < 1 << 20,
+            "{format}: {unread:#x} bytes missing"
+        );
+        let in_dump = results(finish(on_dump(guest, &path).arg("--json").args(&lines)), &lines);
+        let wrong = unexplained(&lines, format, &live, &in_dump);
+        assert!(
+            wrong.is_empty(),
+            "{} differences:\n{}",
+            wrong.len(),
+            wrong[..wrong.len().min(60)].join("\n")
+        );
+        for (cpu, registers) in registers.iter().enumerate() {
+            let line = lines.iter().position(|line| *line == format!("regs {cpu}")).unwrap();
+            let rip = &in_dump[line]["registers"]["rip"]["value"];
+            assert_eq!(number(rip.as_str().unwrap()), registers["rip"], "{format}: CPU {cpu}");
+        }
+        let word = lines.iter().position(|line| line.starts_with("rd ") && line.ends_with(" 64")).unwrap();
+        assert_eq!(number(in_dump[word]["values"][0].as_str().unwrap()), guest.number("magic"));
+        if format == "elf" {
+            a_changed_byte_is_seen(guest, &path, &lines, &live, &ram);
+        }
+    }
+    guest.cont();
+    guest.assert_alive("after its dumps");
+}
+
+/// Where RAM is otherwise in a dump, and how much of it the dump does not have.
+fn holds(path: &Path, ram: &[u8]) -> (Vec<usize>, u64) {
+    const PIECE: usize = 4096;
+    let dump = Dump::open(path).unwrap();
+    let (mut wrong, mut missing, mut buf) = (Vec::new(), 0, vec![0; PIECE]);
+    for (index, page) in ram.chunks(PIECE).enumerate() {
+        let outcome = dump.read_phys(PhysAddr((index * PIECE) as u64), &mut buf);
+        missing += (PIECE - outcome.filled) as u64;
+        let here = &buf[..outcome.filled];
+        // Below 1 MiB QEMU saves what the CPU sees, which is also ROM, and dumps RAM.
+        if here != &page[..outcome.filled]
+            && !(0xa0000..0x100000).contains(&(index * PIECE))
+            && wrong.len() < 20
+        {
+            wrong.push(index * PIECE + here.iter().zip(page).take_while(|(a, b)| a == b).count());
+        }
+    }
+    (wrong, missing)
+}
+
+/// The comparison sees one bit of the planted page, in memory and in what commands answer, and another CPU's registers.
+fn a_changed_byte_is_seen(guest: &Guest, path: &Path, lines: &[String], live: &[Value], ram: &[u8]) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let magic = guest.number("magic").to_le_bytes();
+    let places: Vec<usize> = memchr::memmem::find_iter(&bytes, &magic).collect();
+    assert!(!places.is_empty());
+    places.iter().for_each(|&place| bytes[place] ^= 1);
+    let changed = path.with_file_name("changed");
+    std::fs::write(&changed, bytes).unwrap();
+    assert!(!holds(&changed, ram).0.is_empty());
+    let only: Vec<usize> = (0..lines.len()).filter(|&index| lines[index].starts_with("rd ")).collect();
+    let some: Vec<String> = only.iter().map(|&index| lines[index].clone()).collect();
+    let of_guest: Vec<Value> = only.iter().map(|&index| live[index].clone()).collect();
+    let in_dump = results(finish(on_dump(guest, &changed).arg("--json").args(&some)), &some);
+    let wrong = unexplained(&some, "elf", &of_guest, &in_dump);
+    assert!(wrong.iter().any(|text| text.starts_with("rd ") && text.contains("values/0:")), "{wrong:?}");
+    std::fs::remove_file(changed).unwrap();
+    // Registers of another CPU, or one that the dump should have and has not.
+    let regs = |cpu: u32| lines.iter().position(|line| *line == format!("regs {cpu}")).unwrap();
+    let (first, last) = (&live[regs(0)], &live[regs(guest.plan.cpus - 1)]);
+    let line = ["regs 0".to_owned()];
+    if guest.plan.cpus > 1 {
+        assert!(
+            !unexplained(&line, "elf", std::slice::from_ref(first), std::slice::from_ref(last)).is_empty()
+        );
+    }
+    let mut lacking = first.clone();
+    lacking["registers"]["rip"] = serde_json::json!({ "status": "not saved" });
+    assert!(!unexplained(&line, "elf", std::slice::from_ref(first), &[lacking]).is_empty());
+}
+
+/// A guest that runs is stopped for its dump, once, and runs again; the dump is of one moment.
+fn running(guest: &Guest) {
+    guest.ask("plant load 2");
+    let directory = tempfile::tempdir().unwrap();
+    for (format, pause) in [("elf", false), ("kdump-zlib", true)] {
+        let path = directory.path().join(format);
+        let beat = guest.beat();
+        guest.events();
+        let line = format!("dump {} --format {format}", path.display());
+        let mut kstub = guest.kstub("run");
+        let ended = finish(kstub.args(pause.then_some("--pause")).arg("--json").arg(&line));
+        let (took, said) = (ended.took, account(ended));
+        assert_eq!(guest.events(), ["STOP", "DUMP_COMPLETED", "RESUME"]);
+        assert_eq!((&said["guest"]["ran"], &said["guest"]["state"]), (&true.into(), &"running".into()));
+        let stood = said["guest"]["stood_ms"].as_f64().unwrap();
+        assert!(stood > 0.0 && stood < took.as_secs_f64() * 1e3, "{stood} ms of {took:?}");
+        eprintln!("  {format}: the guest stood for {stood:.0} ms");
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        let commands = ["ps", "info"].map(str::to_owned);
+        let answers = results(finish(on_dump(guest, &path).arg("--json").args(&commands)), &commands);
+        let tasks = answers[0]["tasks"].as_array().unwrap();
+        assert!(tasks.iter().any(|task| task["comm"] == "kstub-tick"), "{}", answers[0]);
+        assert_eq!(answers[0]["problems"].as_array().map_or(0, Vec::len), 0, "{}", answers[0]["problems"]);
+        guest.assert_alive("after its dump");
+        assert!(guest.beat() > beat);
+    }
+    assert_files(directory.path(), &["elf", "kdump-zlib"]);
+    // For people.
+    let text = finish(guest.kstub("run").arg(format!("dump {}/again", directory.path().display())));
+    let text = text.expect("dump in words");
+    for words in ["the guest stood for ", " and runs again", guest.release(), "next: kstub gdb "] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+}
+
+/// What cannot be done is said, once, before the guest is stopped; nothing is left behind, in QEMU neither.
+fn refusals(guest: &Guest) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("there");
+    std::fs::write(&path, "mine").unwrap();
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", guest.pid)).unwrap().count();
+    let before = descriptors();
+    guest.events();
+    let new = directory.path().join("new");
+    for (file, options, words) in [
+        (path.as_path(), "", "the file exists; --force replaces it"),
+        (link.as_path(), "--force", "no plain file"),
+        (Path::new("/dev/full"), "--force", "no plain file"),
+        (directory.path(), "--force", "no plain file"),
+        (Path::new("/no/such/place"), "", "No such file"),
+        (new.as_path(), "--format zip", "it has: elf, kdump-zlib"),
+        (new.as_path(), "--format win-dmp", "it has: elf, kdump-zlib"),
+        (new.as_path(), "--format kdump-zlib --paging", "--paging is for the format elf only"),
+        (new.as_path(), "another", "one file"),
+        (new.as_path(), "--what", "no option '--what'"),
+    ] {
+        let ended = dump(guest, file, options);
+        let said = refusal(&ended);
+        assert!(said.contains(words), "{options}: {said}");
+        assert!(ended.err.is_empty(), "{}", ended.err);
+    }
+    assert_eq!(guest.events(), [""; 0]);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+    assert_files(directory.path(), &["there", "link"]);
+    account(dump(guest, &path, "--force --format kdump-zlib"));
+    assert_eq!(on_dump(guest, &path).arg("sys").status().unwrap().code(), Some(0));
+    // A dump has nothing to dump.
+    let said = finish(on_dump(guest, &path).arg("--json").arg(format!("dump {}", new.display())));
+    assert!(refusal(&said).contains("a crash dump already"), "{said:?}");
+    assert_files(directory.path(), &["there", "link"]);
+    assert!(wait_until(PATIENCE, || descriptors() == before), "QEMU has {} for {before}", descriptors());
+}
+
+/// A filesystem that is too small, by far and by a little.
+fn no_room(guest: &Guest) {
+    let enough = Command::new("unshare").args(["-rm", "true"]).status();
+    if !enough.is_ok_and(|status| status.success()) {
+        eprintln!("  skipped: no namespaces of one's own here, so no small filesystem");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", guest.pid)).unwrap().count();
+    let before = descriptors();
+    for (format, words) in
+        [("elf", "there is room for 8.0 MiB"), ("kdump-zlib", "the filesystem is full: make room")]
+    {
+        guest.events();
+        let kstub = guest.kstub("run");
+        let script = r#"mount -t tmpfs -o size=8m none "$1" && shift && { "$@"; code=$?; ls -A "$DIR" >&2; exit $code; }"#;
+        let mut unshare = Command::new("unshare");
+        unshare.env("DIR", directory.path()).env_remove("DEBUGINFOD_URLS");
+        unshare.args(["-rm", "sh", "-c", script, "sh"]).arg(directory.path());
+        unshare.arg(kstub.get_program()).args(kstub.get_args()).arg("--json");
+        unshare.arg(format!("dump {}/vmcore --format {format}", directory.path().display()));
+        let ended = finish(&mut unshare);
+        let said = refusal(&ended);
+        assert!(said.contains(words) && said.contains("--format kdump-zlib"), "{said}");
+        assert!(!ended.err.contains("vmcore"), "a half file is left: {}", ended.err);
+        let events = guest.events();
+        match format {
+            "elf" => assert_eq!(events, [""; 0], "stopped in vain"),
+            // Once, and not again for the error.
+            _ => assert_eq!(events, ["STOP", "DUMP_COMPLETED", "RESUME"]),
+        }
+        guest.assert_alive("after a dump that failed");
+    }
+    assert!(wait_until(PATIENCE, || descriptors() == before), "QEMU has {} for {before}", descriptors());
+    account(dump(guest, &directory.path().join("vmcore"), "--format kdump-zlib"));
+    assert_files(directory.path(), &["vmcore"]);
+}
+
+/// Under gdb the guest stands before and after; breakpoints go on counting, and are not in the dump.
+fn in_gdb(guest: &Guest) {
+    guest.ask("plant syscalls 0 busy");
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name);
+    let mut gdb = Gdb::start(guest, &[]);
+    gdb.ask("set breakpoint always-inserted on");
+    gdb.ask("break do_sysinfo");
+    let hit = gdb.ask("continue");
+    assert!(hit.contains("do_sysinfo"), "{hit}");
+    let (registers, ram) = (guest.registers(), guest.ram());
+    guest.events();
+    let said = gdb.ask(&format!("monitor dump {} --format kdump-zlib", file("vmcore").display()));
+    assert!(said.contains("the guest stood before, and still does"), "{said} {}", gdb.everything());
+    assert!(said.contains(&format!("kernel {} found", guest.release())), "{said}");
+    assert_eq!(guest.events(), ["DUMP_COMPLETED"]);
+    guest.assert_stands("after a dump in gdb");
+    assert_eq!(guest.registers(), registers);
+    assert_eq!(holds(&file("vmcore"), &ram).0, [0; 0]);
+    // Where the breakpoint is there is what the vmlinux has.
+    let here = ["sym do_sysinfo", "rd -8 do_sysinfo 5"].map(str::to_owned);
+    let answers = results(finish(on_dump(guest, &file("vmcore")).arg("--json").args(&here)), &here);
+    assert_ne!(answers[1]["values"][0], "0xcc", "{answers:?}");
+    // It is put back.
+    let again = gdb.ask("continue");
+    assert!(again.contains("Breakpoint 1, "), "{again}");
+    // gdb's own `dump` is gdb's; kstub's is also behind the prefix.
+    gdb.ask(&format!("dump binary memory {} linux_banner (char*)linux_banner+13", file("banner").display()));
+    assert_eq!(std::fs::read(file("banner")).unwrap(), b"Linux version");
+    let said = gdb.ask(&format!("kstub dump {}", file("elf").display()));
+    assert!(said.contains("still does"), "{said}");
+    let said = gdb.ask(&format!("monitor dump {}", file("elf").display()));
+    assert!(said.contains("--force replaces it"), "{said}");
+    assert_files(directory.path(), &["vmcore", "banner", "elf"]);
+    gdb.quit();
+    assert!(wait_until(PATIENCE, || guest.run_state() == "running"));
+    guest.assert_alive("after gdb has left");
+}
+
+fn no_stop(guest: &Guest) {
+    let directory = tempfile::tempdir().unwrap();
+    guest.events();
+    let mut gdb = Gdb::start(guest, &["--no-stop"]);
+    let said = gdb.ask(&format!("monitor dump {}/vmcore", directory.path().display()));
+    assert!(said.contains("QEMU stops the guest") && said.contains("--no-stop"), "{said}");
+    gdb.quit();
+    assert_eq!(guest.events(), [""; 0]);
+    assert_files(directory.path(), &[]);
+}
+
+/// Who reads while another's guest runs can have it dumped, and the other notices nothing; who comes by TCP cannot.
+fn clients(guest: &Guest) {
+    let directory = tempfile::tempdir().unwrap();
+    let (socket, path) = (guest.path("kstub-dump"), directory.path().join("vmcore"));
+    let gdb = || {
+        let mut gdb = Command::new("gdb");
+        gdb.args(["-nx", "-q", "-ex", "set confirm off", "-ex", "set pagination off"]);
+        gdb
+    };
+    {
+        let mut server = Served::start(guest, &format!("unix:{}", socket.display()));
+        assert!(wait_until(PATIENCE, || socket.exists() || !server.runs()));
+        let mut owner = Gdb::spawn(gdb().args(["-ex", &format!("target remote {}", socket.display())]));
+        owner.send("continue");
+        assert!(wait_until(PATIENCE, || guest.run_state() == "running"));
+        guest.assert_alive("let run");
+        guest.events();
+        let mut other = gdb();
+        other.args(["-batch", "-ex", &format!("target remote {}", socket.display())]);
+        let said =
+            finish(other.args(["-ex", &format!("monitor dump {} --format kdump-zlib", path.display())]));
+        assert!(said.out.contains(" and runs again"), "{} {}", said.out, said.err);
+        assert_eq!(guest.events(), ["STOP", "DUMP_COMPLETED", "RESUME"]);
+        guest.assert_alive("after another's dump");
+        owner.interrupt();
+        let stop = owner.wait().unwrap();
+        assert!(stop.contains("SIGINT") || stop.contains("Program received"), "{stop}");
+        owner.quit();
+        assert!(wait_until(PATIENCE, || guest.run_state() == "running"));
+    }
+    assert_files(directory.path(), &["vmcore"]);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut server = Served::start(guest, &format!("127.0.0.1:{port}"));
+    let up = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
+    assert!(wait_until(PATIENCE, || up() || !server.runs()));
+    let mut anybody = gdb();
+    anybody.args(["-batch", "-ex", &format!("target remote 127.0.0.1:{port}")]);
+    let said = finish(anybody.args(["-ex", &format!("monitor dump {} --force", path.display())]));
+    assert!(said.out.contains("clients of a TCP port may be anybody"), "{} {}", said.out, said.err);
+    drop(server);
+    guest.assert_alive("after all");
+}
+
+/// `kstub serve`, which ends as a user ends it.
+struct Served(std::process::Child);
+
+impl Served {
+    fn start(guest: &Guest, listen: &str) -> Self {
+        let log = std::fs::File::create(guest.path("serve.log")).unwrap();
+        let mut kstub = guest.kstub("serve");
+        kstub.args(["--listen", listen]).stdin(std::process::Stdio::null()).stdout(log.try_clone().unwrap());
+        Self(kstub.stderr(log).spawn().unwrap())
+    }
+
+    fn runs(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        support::live::kill(self.0.id(), "TERM");
+        let _ = self.0.wait();
+    }
+}
+
+/// Where no descriptor can be passed QEMU opens the file itself.
+fn by_tcp(guest: &Guest, address: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vmcore");
+    let run = |file: &Path| {
+        let of_guest = guest.kstub("run");
+        let mut kstub = Command::new(KSTUB);
+        kstub.env_remove("DEBUGINFOD_URLS").args(["run", "--qemu", address]);
+        kstub.args(of_guest.get_args().skip(3)).arg("--json");
+        finish(kstub.arg(format!("dump {} --format kdump-zlib", file.display())))
+    };
+    let said = account(run(&path));
+    assert_eq!(said["kernel"]["release"], guest.release());
+    assert_eq!(said["bytes"], path.metadata().unwrap().len());
+    assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(refusal(&run(&path)).contains("--force"));
+    assert_files(directory.path(), &["vmcore"]);
+    guest.assert_alive("after a dump by TCP");
+}
