@@ -161,7 +161,7 @@ def prepare(command, argument):
 def say(command, argument):
     """Prints what a command answers."""
     if command in LONG:
-        gdb.execute("monitor %s %s" % (command, argument))
+        gdb.execute("with remotetimeout 86400 -- monitor %s %s" % (command, argument))
     else:
         gdb.write(ask("text", prepare(command, argument), None))
 

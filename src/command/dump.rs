@@ -25,7 +25,7 @@ pub const COMMAND: Command = Command {
            --force          replace FILE if it exists\n\n\
            Breakpoints of kstub's and gdb's are not in the dump: QEMU's TCG puts none into memory, and what KVM puts there \
            is taken out meanwhile. A guest under KVM that was let run is dumped with them, which is told.\n\n\
-           In gdb this is 'monitor dump'; its own 'dump' writes memory that it reads.\n\n\
+           In gdb this is 'monitor dump', or 'kstub dump'; its own 'dump' writes memory that it reads.\n\n\
            Examples:\n  dump vmcore\n  dump /var/tmp/vmcore --format kdump-zlib\n",
     run,
 };

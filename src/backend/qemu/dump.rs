@@ -149,3 +149,77 @@ fn wait(qmp: &Qmp, events: &Events, progress: &dyn Fn(u64, u64)) -> Result<(), L
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::qmp::lock;
+    use super::super::qmp::tests::{fake, reply};
+    use super::*;
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    const FORMATS: &str = "{\"formats\": [\"elf\", \"win-dmp\", \"a-later-one\", \"kdump-zlib\"]}";
+
+    /// What QEMU was asked, in order, and how a dump went with it; `refused` is what it refuses, with its words.
+    fn told(order: &DumpOrder<'_>, refused: &'static str) -> (Vec<String>, Result<u64, LiveError>) {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&told);
+        let (qmp, _) = fake(move |command, to| {
+            let name = command["execute"].as_str().unwrap().to_owned();
+            lock(&seen).push(name.clone());
+            match name.as_str() {
+                name if name == refused => {
+                    let id = &command["id"];
+                    let _ =
+                        writeln!(to, "{{\"error\": {{\"class\": \"x\", \"desc\": \"no\"}}, \"id\": {id}}}");
+                }
+                "query-dump-guest-memory-capability" => reply(command, FORMATS, to),
+                "query-dump" => reply(command, "{\"status\": \"none\"}", to),
+                _ => reply(command, "{}", to),
+            }
+        });
+        let outcome = write(&qmp, &Events::default(), order, 0, &|_, _| ());
+        drop(qmp);
+        (lock(&told).clone(), outcome)
+    }
+
+    #[test]
+    fn what_was_given_to_qemu_is_taken_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vmcore");
+        let order = DumpOrder { path: &path, format: "elf", paging: true, replace: false };
+        let (told, outcome) = told(&order, "dump-guest-memory");
+        let wanted = ["query-dump-guest-memory-capability", "getfd", "dump-guest-memory", "closefd"];
+        assert_eq!(told, wanted);
+        let said = outcome.unwrap_err().to_string();
+        assert!(said.starts_with("writing the dump '") && said.ends_with("': QEMU refuses: no"), "{said}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_qemu_that_takes_no_descriptor_opens_the_file_itself() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vmcore");
+        let order = DumpOrder { path: &path, format: "kdump-zlib", paging: false, replace: false };
+        let (told, outcome) = told(&order, "getfd");
+        assert_eq!(told.get(1..3).unwrap(), ["getfd", "dump-guest-memory"]);
+        // A dump that is none, once it should have begun.
+        assert!(matches!(outcome, Err(LiveError::Nonsense { .. })), "{outcome:?}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn formats_that_cannot_be_had() {
+        let path = std::path::PathBuf::from("/nowhere/at/all");
+        for (format, paging, words) in [
+            ("win-dmp", false, "it has: elf, kdump-zlib"),
+            ("kdump-lzo", false, "it has: elf, kdump-zlib"),
+            ("kdump-zlib", true, "--paging is for the format elf only"),
+        ] {
+            let (told, outcome) = told(&DumpOrder { path: &path, format, paging, replace: false }, "");
+            assert_eq!(told.len(), 1);
+            assert!(outcome.unwrap_err().to_string().contains(words), "{format}");
+        }
+    }
+}

@@ -285,7 +285,7 @@ fn end(waiting: &Mutex<Waiting>, why: &str) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use qapi::qmp::{query_status, stop};
@@ -296,7 +296,7 @@ mod tests {
         \"package\": \"\"}, \"capabilities\": [\"oob\", 7]}}\r\n";
 
     /// A QMP server that greets, answers `qmp_capabilities`, then does as the test says with each command.
-    fn fake(
+    pub(in crate::backend::qemu) fn fake(
         mut rest: impl FnMut(&Value, &mut UnixStream) + Send + 'static,
     ) -> (Qmp, Arc<Mutex<Vec<String>>>) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -319,7 +319,7 @@ mod tests {
         (Qmp::over(Socket::Unix(ours), "fake", sink).unwrap(), events)
     }
 
-    fn reply(command: &Value, value: &str, to: &mut UnixStream) {
+    pub(in crate::backend::qemu) fn reply(command: &Value, value: &str, to: &mut UnixStream) {
         let _ = write!(to, "{{\"return\": {value}, \"id\": {}}}\r\n", command["id"]);
     }
 
