@@ -13,7 +13,7 @@ use kstub::command::COMMANDS;
 use kstub::memory::PhysicalMemory;
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use support::gdb_session::KSTUB;
@@ -28,6 +28,7 @@ fn four_cpus_and_their_dumps() {
         &[
             ("the same guest", same_guest),
             ("a guest that runs", running),
+            ("kstub is killed", killed),
             ("refusals", refusals),
             ("no room", no_room),
             ("gdb", in_gdb),
@@ -540,6 +541,27 @@ fn running(guest: &Guest) {
     for words in ["the guest stood for ", " and runs again", guest.release(), "next: kstub gdb "] {
         assert!(text.contains(words), "{words}: {text}");
     }
+}
+
+/// A kstub that is killed leaves no half file, and a guest that goes on once QEMU is done.
+fn killed(guest: &Guest) {
+    let directory = tempfile::tempdir().unwrap();
+    let line = format!("dump {}/vmcore --format kdump-zlib", directory.path().display());
+    guest.events();
+    let mut kstub = guest.kstub("run").arg(line).stdout(std::process::Stdio::null()).spawn().unwrap();
+    assert!(wait_until(PATIENCE, || guest.run_state() == "save-vm" || kstub.try_wait().unwrap().is_some()));
+    kstub.kill().unwrap();
+    assert!(!kstub.wait().unwrap().success(), "it was done before it was killed");
+    guest.assert_alive("after kstub was killed");
+    assert_eq!(guest.events(), ["STOP", "DUMP_COMPLETED", "RESUME"]);
+    // Where a file needs no name.
+    const O_TMPFILE: i32 = 0o20200000;
+    let nameless = std::fs::OpenOptions::new().write(true).custom_flags(O_TMPFILE).open(directory.path());
+    if nameless.is_ok() {
+        assert_files(directory.path(), &[]);
+    }
+    assert!(!directory.path().join("vmcore").exists());
+    account(dump(guest, &directory.path().join("vmcore"), "--format kdump-zlib"));
 }
 
 /// What cannot be done is said, once, before the guest is stopped; nothing is left behind, in QEMU neither.

@@ -558,7 +558,7 @@ impl LiveControl for Guest {
         };
         let _ours = self.events.ours();
         let ran = self.run_state()? == RunState::Running;
-        let in_memory = self.let_go.load(Ordering::SeqCst).then(|| self.patches.len()).unwrap_or(0);
+        let in_memory = if self.let_go.load(Ordering::SeqCst) { self.patches.len() } else { 0 };
         let written = self.dump_without_breakpoints(order, progress);
         // QEMU lets it run, also after a failure, once it has said that the dump is over.
         let deadline = Instant::now() + STANDSTILL;
