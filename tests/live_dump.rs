@@ -5,12 +5,18 @@
 //! says that it has planted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "support/rsp_client.rs"]
+mod rsp_client;
+#[path = "live_dump/same.rs"]
+mod same;
 mod support;
 
 use kstub::addr::PhysAddr;
 use kstub::backend::Dump;
 use kstub::command::COMMANDS;
 use kstub::memory::PhysicalMemory;
+use rsp_client::{RspClient, from_hex, packet, to_hex};
+use same::{EXCLUDED, Planted, command_lines, unexplained};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -48,286 +54,6 @@ fn one_cpu_and_its_dumps() {
     checks(&guest, &[("the same guest", same_guest), ("a guest that runs", running)]);
     guest.settle();
     by_tcp(&guest, &format!("127.0.0.1:{port}"));
-}
-
-/// What the command lines are made of.
-struct Planted {
-    magic: u64,
-    /// A process with sleeping threads, and a kernel thread's `struct task_struct`.
-    pid: u64,
-    task: u64,
-    cpus: u32,
-}
-
-/// Arguments for every command, but those of [`EXCLUDED`]. `set` comes last: what it chooses counts for those behind.
-fn command_lines(planted: &Planted) -> Vec<String> {
-    let Planted { magic, pid, task, .. } = planted;
-    let mut lines: Vec<String> = [
-        "bt",
-        "bt -a",
-        "bt -a -l",
-        "bt -c 0 --why",
-        "bt -f 1",
-        "bt -g 1",
-        "bt -e",
-        "bt -E",
-        "bt -t",
-        "bt -r",
-        "bt -v",
-        "bt --group",
-        "dis schedule",
-        "dis -l schedule 20",
-        "dis -r schedule+20",
-        "files 1",
-        "foreach bt",
-        "foreach files",
-        "foreach user vm",
-        "foreach task -R pid,comm,mm",
-        "help",
-        "help dump",
-        "info",
-        "info version",
-        "kmem -i",
-        "kmem --census",
-        "kmem -s",
-        "kmem -S kmalloc-64",
-        "kmem -z",
-        "kmem -f",
-        "kmem -F",
-        "kmem -V",
-        "kmem -v",
-        "kmem -h",
-        "list task_struct.tasks -s task_struct.pid,comm -h init_task",
-        "list -H modules -o module.list -s module.name",
-        "log",
-        "log -T -m",
-        "mod",
-        "mod -t",
-        "mod -s kstub_live",
-        "mount",
-        "nmi",
-        "nmi -l",
-        "p jiffies",
-        "p init_task",
-        "p -x init_mm",
-        "p *(u64 *)((char *)&kstub_live + 8)",
-        "percpu runqueues.nr_running",
-        "percpu kstub_live_percpu a",
-        "percpu runqueues",
-        "ps",
-        "ps -A",
-        "ps -s",
-        "ps -l",
-        "ps -m",
-        "ps -t",
-        "ps -a",
-        "ps -p",
-        "ps -c 1",
-        "ps -S",
-        "ps -G",
-        "rd -a linux_banner",
-        "rd -p 1000 200",
-        "runq",
-        "runq -t",
-        "runq -T",
-        "runq -m",
-        "runq -g",
-        "runq -c 0",
-        "struct -o task_struct",
-        "struct task_struct init_task",
-        "struct rq.nr_running runqueues:a",
-        "sym schedule",
-        "sym -m kstub_live",
-        "sym -q kstub_live",
-        "sys",
-        "task 1",
-        "tree -t maple -s vm_area_struct.vm_start &init_mm.mm_mt",
-        "union futex_key",
-        "vm 1",
-        "vm -v 1",
-        "vtop init_task linux_banner",
-        "whatis jiffies",
-        "whatis struct file",
-        "why 0",
-        "why init_task",
-        "why 7ffffffff000",
-        "why ffff800000000000",
-        "why phys:100000000000",
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    lines.extend([
-        format!("bt -u {pid}"),
-        format!("files {pid}"),
-        format!("kmem {task:x}"),
-        format!("kmem {magic:x}"),
-        format!("mount -n {pid}"),
-        format!("page {task:x}"),
-        format!("page -n 4 {task:x}"),
-        format!("rd {magic:x} 64"),
-        format!("rd -8 {magic:x} 512"),
-        format!("rd -S {task:x} 200"),
-        format!("struct task_struct.comm,pid {task:x}"),
-        format!("sym {magic:x}"),
-        format!("task {task:x}"),
-        format!("vm -v {pid}"),
-        format!("vtop -c {pid} {magic:x}"),
-        format!("why {magic:x}"),
-    ]);
-    lines.extend((0..planted.cpus).map(|cpu| format!("regs {cpu}")));
-    lines.extend((0..planted.cpus).map(|cpu| format!("why -c {cpu} $rsp")));
-    lines.extend(["set", "set -c 0", "vm", "files", "set 1", "bt"].map(str::to_owned));
-    lines.push(format!("set {pid}"));
-    lines.push("vm".to_owned());
-    lines
-}
-
-/// Commands that cannot be compared, and why.
-const EXCLUDED: &[(&str, &str)] = &[
-    ("dump", "writes the dump that is compared; on a dump it is refused, which is checked apart"),
-    ("qemu", "asks QEMU itself, which a dump has none of"),
-];
-
-/// Differences between a guest and its dump that are as they should be.
-struct Known {
-    command: &'static str,
-    /// Keys and indexes; `*` is any one, `**` at the end any more.
-    path: &'static str,
-    /// The format that it is about, or all of them.
-    format: Option<&'static str>,
-    why: &'static str,
-    holds: fn(&Value, &Value) -> bool,
-}
-
-const KNOWN: &[Known] = &[
-    Known {
-        command: "info",
-        path: "source/**",
-        format: None,
-        why: "the header of the source: a guest has a state and ways to its memory, a file a format and a size",
-        holds: |_, _| true,
-    },
-    Known {
-        command: "sys",
-        path: "dump",
-        format: None,
-        why: "names the source",
-        holds: |live, _| live.as_str().is_some_and(|text| text.starts_with("live guest of QEMU ")),
-    },
-    Known {
-        command: "info",
-        path: "ram/**",
-        format: Some("elf --paging"),
-        why: "has only what page tables map: not what firmware keeps at the end of RAM",
-        holds: |live, dump| live.as_str().map(number) > dump.as_str().map(number),
-    },
-    Known {
-        command: "info",
-        path: "ram#length",
-        format: Some("elf --paging"),
-        why: "has only what page tables map: not the firmware's ROM",
-        holds: |live, dump| live.as_u64() > dump.as_u64(),
-    },
-    Known {
-        command: "info",
-        path: "cpus/*/derived/k_gs_base",
-        format: None,
-        why: "QEMU's notes have the inactive gs base, its monitor does not show it; that the derived value is the same \
-              is seen by 'regs'",
-        holds: |live, dump| live.is_string() && dump.is_null(),
-    },
-    Known {
-        command: "regs",
-        path: "registers/k_gs_base/*",
-        format: None,
-        why: "the same",
-        holds: |live, dump| live.is_null() != dump.is_null() || live != "known" && dump == "known",
-    },
-    Known {
-        command: "regs",
-        path: "registers/*/*",
-        format: None,
-        why: "QEMU's notes have no efer, x87 and SSE state",
-        holds: |live, dump| live == "known" && dump == "not saved" || live.is_string() && dump.is_null(),
-    },
-];
-
-/// The registers that no note of QEMU's has; all others are compared.
-fn not_in_notes(register: &str) -> bool {
-    let numbered =
-        |prefix: &str| register.strip_prefix(prefix).is_some_and(|number| number.parse::<u8>().is_ok());
-    matches!(
-        register,
-        "efer" | "fctrl" | "fstat" | "ftag" | "fiseg" | "fioff" | "foseg" | "fooff" | "fop" | "mxcsr"
-    ) || numbered("st")
-        || numbered("xmm")
-}
-
-/// Whether a difference is as it should be; with the reason if there is one, and it does not hold.
-fn is_known(command: &str, format: &str, (path, live, dump): &Difference) -> Result<(), &'static str> {
-    let segments: Vec<&str> = path.split('/').collect();
-    let fits = |pattern: &str| {
-        let wanted: Vec<&str> = pattern.split('/').collect();
-        let (wanted, open) = match wanted.split_last() {
-            Some((&"**", first)) => (first.to_vec(), true),
-            _ => (wanted, false),
-        };
-        (segments.len() == wanted.len() || open && segments.len() > wanted.len())
-            && wanted.iter().zip(&segments).all(|(want, has)| *want == "*" || want == has)
-    };
-    let about_register = |known: &Known| {
-        known.path != "registers/*/*" || segments.get(1).is_some_and(|register| not_in_notes(register))
-    };
-    let mut all = KNOWN.iter().filter(|known| {
-        known.command == command
-            && known.format.is_none_or(|only| only == format)
-            && fits(known.path)
-            && about_register(known)
-    });
-    all.next().map_or(Err(""), |known| if (known.holds)(live, dump) { Ok(()) } else { Err(known.why) })
-}
-
-/// A path, and what is there on the guest and in the dump.
-type Difference = (String, Value, Value);
-
-/// Where two values differ.
-fn differences(path: &str, live: &Value, dump: &Value, found: &mut Vec<Difference>) {
-    let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}/{key}") };
-    match (live, dump) {
-        (Value::Object(a), Value::Object(b)) => {
-            for key in a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))) {
-                let value = |of: &serde_json::Map<String, Value>| of.get(key).cloned().unwrap_or_default();
-                differences(&below(key), &value(a), &value(b), found);
-            }
-        }
-        (Value::Array(a), Value::Array(b)) => {
-            if a.len() != b.len() {
-                found.push((format!("{path}#length"), a.len().into(), b.len().into()));
-            }
-            for (index, (a, b)) in a.iter().zip(b).enumerate() {
-                differences(&below(&index.to_string()), a, b, found);
-            }
-        }
-        (a, b) if a != b => found.push((path.to_owned(), a.clone(), b.clone())),
-        _ => {}
-    }
-}
-
-/// What is not as it should be: of each command line the differences that nobody has a reason for.
-fn unexplained(lines: &[String], format: &str, live: &[Value], dump: &[Value]) -> Vec<String> {
-    let mut all = Vec::new();
-    for ((line, live), dump) in lines.iter().zip(live).zip(dump) {
-        let command = line.split(' ').next().unwrap();
-        let mut found = Vec::new();
-        differences("", live, dump, &mut found);
-        let short = |value: &Value| value.to_string().chars().take(200).collect::<String>();
-        all.extend(found.iter().filter_map(|one| {
-            let why = is_known(command, format, one).err()?;
-            let (path, live, dump) = one;
-            Some(format!("{line}: {path}: {} on the guest, {} in {format} {why}", short(live), short(dump)))
-        }));
-    }
-    all
 }
 
 /// The results of command lines; none may fail.
@@ -700,44 +426,56 @@ fn no_stop(guest: &Guest) {
 fn clients(guest: &Guest) {
     let directory = tempfile::tempdir().unwrap();
     let (socket, path) = (guest.path("kstub-dump"), directory.path().join("vmcore"));
-    let gdb = || {
-        let mut gdb = Command::new("gdb");
-        gdb.args(["-nx", "-q", "-ex", "set confirm off", "-ex", "set pagination off"]);
-        gdb
-    };
+    let order = format!("dump {} --format kdump-zlib", path.display());
     {
         let mut server = Served::start(guest, &format!("unix:{}", socket.display()));
         assert!(wait_until(PATIENCE, || socket.exists() || !server.runs()));
-        let mut owner = Gdb::spawn(gdb().args(["-ex", &format!("target remote {}", socket.display())]));
-        owner.send("continue");
+        let mut owner = RspClient::unix(&socket).like_gdb();
+        let stop = owner.ask("?");
+        assert!(stop.starts_with('T'), "{stop}");
+        owner.send_raw(&packet("vCont;c"));
         assert!(wait_until(PATIENCE, || guest.run_state() == "running"));
         guest.assert_alive("let run");
         guest.events();
-        let mut other = gdb();
-        other.args(["-batch", "-ex", &format!("target remote {}", socket.display())]);
-        let said =
-            finish(other.args(["-ex", &format!("monitor dump {} --format kdump-zlib", path.display())]));
-        // gdb prints what a monitor says on standard error.
-        assert!(said.err.contains(" and runs again"), "{} {}", said.out, said.err);
+        let said = monitor(&mut RspClient::unix(&socket).like_gdb(), &order);
+        assert!(said.contains(" and runs again"), "{said}");
         assert_eq!(guest.events(), ["STOP", "DUMP_COMPLETED", "RESUME"]);
         guest.assert_alive("after another's dump");
-        owner.interrupt();
-        let stop = owner.wait().unwrap();
-        assert!(stop.contains("SIGINT") || stop.contains("Program received"), "{stop}");
-        owner.quit();
+        // The next that it hears is the stop that it asks for.
+        owner.send_raw(b"\x03");
+        let stop = String::from_utf8(owner.receive().unwrap()).unwrap();
+        assert!(stop.starts_with("T02"), "{stop}");
+        guest.assert_stands("stopped by its owner");
+        assert_eq!(owner.ask("D"), "OK");
         assert!(wait_until(PATIENCE, || guest.run_state() == "running"));
     }
     assert_files(directory.path(), &["vmcore"]);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let mut server = Served::start(guest, &format!("127.0.0.1:{port}"));
-    let up = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
-    assert!(wait_until(PATIENCE, || up() || !server.runs()));
-    let mut anybody = gdb();
-    anybody.args(["-batch", "-ex", &format!("target remote 127.0.0.1:{port}")]);
-    let said = finish(anybody.args(["-ex", &format!("monitor dump {} --force", path.display())]));
-    assert!(said.err.contains("clients of a TCP port may be anybody"), "{} {}", said.out, said.err);
+    let address = format!("127.0.0.1:{port}");
+    let mut server = Served::start(guest, &address);
+    assert!(wait_until(PATIENCE, || std::net::TcpStream::connect(&address).is_ok() || !server.runs()));
+    let said = monitor(&mut RspClient::tcp(&address).like_gdb(), &format!("{order} --force"));
+    assert!(said.contains("clients of a TCP port may be anybody"), "{said}");
     drop(server);
     guest.assert_alive("after all");
+}
+
+/// What a monitor command prints.
+fn monitor(client: &mut RspClient, command: &str) -> String {
+    client.send_raw(&packet(format!("qRcmd,{}", to_hex(command.as_bytes()))));
+    let mut text = Vec::new();
+    loop {
+        let answer = String::from_utf8(client.receive().expect("the server closed")).unwrap();
+        match answer.strip_prefix('O') {
+            Some(more) if more != "K" => text.extend(from_hex(more)),
+            Some(_) => break,
+            None => {
+                text.extend(from_hex(&answer));
+                break;
+            }
+        }
+    }
+    String::from_utf8(text).unwrap()
 }
 
 /// `kstub serve`, which ends as a user ends it.
