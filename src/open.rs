@@ -164,7 +164,7 @@ fn download_bar() -> indicatif::ProgressBar {
 pub fn dump_bar() -> indicatif::ProgressBar {
     let bar = terminal(indicatif::ProgressBar::new(0));
     if let Ok(style) = indicatif::ProgressStyle::with_template(
-        "QEMU writes the dump, the guest stands {bar:40} {bytes}/{total_bytes} {eta}",
+        "QEMU dumps the guest, which stands {bar:20} {bytes}/{total_bytes} {eta}",
     ) {
         bar.set_style(style);
     }
