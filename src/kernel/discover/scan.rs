@@ -12,7 +12,7 @@ use std::time::Duration;
 /// The first key of the text since Linux commit fd59d231f81c ("Add vmcoreinfo") (in v2.6.24).
 const NEEDLE: &[u8] = b"OSRELEASE=";
 /// One unit of work: small enough that both cores end together, large enough for sequential reads.
-const CHUNK: u64 = 4 << 20;
+const CHUNK: u64 = 1 << 20;
 /// The kernel's text is one page (`VMCOREINFO_BYTES`); room for growth.
 const TEXT_MAX: usize = 16 << 10;
 /// Hostile RAM can hold the needle everywhere. A busy guest has tens: in logs, page cache and programs.
