@@ -26,9 +26,11 @@ import gdb.FrameDecorator
 import gdb.unwinder
 
 # What gdb's own users type every day stays gdb's, abbreviations included.
-GDBS_OWN = {"dis", "info", "help", "list", "p", "set", "whatis", "x"}
+GDBS_OWN = {"dis", "dump", "info", "help", "list", "p", "set", "whatis", "x"}
 # The whole line is one expression for these, once options are off.
 ONE_EXPRESSION = {"page", "why"}
+# For these gdb must wait longer than for a packet.
+LONG = {"dump"}
 OPTIONS_WITH_VALUE = {"-c", "-n"}
 # Bytes that one packet may ask for and bring.
 REQUEST_MAX, READ_MAX = 32 * 1024, 2 << 20
@@ -188,6 +190,14 @@ def prepare(command, argument):
     return " ".join([command] + [evaluated(word) if is_expression.search(word) else word for word in words])
 
 
+def say(command, argument):
+    """Prints what a command answers."""
+    if command in LONG:
+        gdb.execute("with remotetimeout 86400 -- monitor %s %s" % (command, argument))
+    else:
+        gdb.write(ask("text", prepare(command, argument), None))
+
+
 class KernelCommand(gdb.Command):
     """A command of kstub's, in gdb."""
 
@@ -197,7 +207,7 @@ class KernelCommand(gdb.Command):
         super().__init__(shown, gdb.COMMAND_DATA)
 
     def invoke(self, argument, from_tty):
-        gdb.write(ask("text", prepare(self.name, argument), None))
+        say(self.name, argument)
 
 
 class Prefix(gdb.Command):
@@ -208,7 +218,7 @@ class Prefix(gdb.Command):
 
     def invoke(self, argument, from_tty):
         name, _, rest = (argument or "help").partition(" ")
-        gdb.write(ask("text", prepare(name, rest), None))
+        say(name, rest)
 
 
 def copy_of(pointer, cpu):

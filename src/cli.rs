@@ -70,9 +70,10 @@ Examples:
   kstub run vmcore - < commands.txt
   kstub run --qemu unix:/run/vm/qmp.sock ps 'foreach UN bt'
   kstub run --qemu unix:/run/vm/qmp.sock --pause 'bt -a'
+  kstub run --qemu unix:/run/vm/qmp.sock 'dump vmcore --format kdump-zlib'
 
-A guest is not stopped, unless --pause says so: what is read may change while it is read. A command that met a
-contradiction is run again, up to three times, and if that does not help says so.
+A guest is not stopped, unless --pause says so, or it is dumped: what is read may change while it is read. A command
+that met a contradiction is run again, up to three times, and if that does not help says so.
 
 With --json each command gives one line: {\"schema\": 1, \"command\": ..., \"result\": ...}, or \"error\" in place of
 \"result\". Keys may be added under the same schema number; none changes its meaning or goes.

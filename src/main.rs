@@ -13,6 +13,7 @@ use kstub::command::{Focus, Form};
 use kstub::gdb::{Files, Libraries, Settings, Show, index};
 use kstub::kernel::{CpuId, Machine, OpenError};
 use kstub::{cli, command, debuginfo, server, vmcore};
+use moments::How;
 use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -58,7 +59,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
         Command::Gdb { target, gdb, threads, control, args } => {
             only_dump_or_guest(&target)?;
-            let (source, libraries) = open::source(&target, control, Some(&gdb))?;
+            let (source, libraries) = open::source(&target, control, Some(&gdb), None)?;
             let machine = source.machine();
             let vmlinux = machine.vmlinux().map(Path::to_owned).or_else(|| libraries.image());
             report_problems(&machine);
@@ -77,7 +78,12 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Serve { target, listen, allow_remote, files, threads, control } => {
             only_dump_or_guest(&target)?;
             let listen = server::Listen::parse(&listen, allow_remote).context(server::CannotListen)?;
-            let (source, libraries) = open::source(&target, control, None)?;
+            // Whoever reaches a TCP port could have files written as us.
+            let anybody = matches!(listen, server::Listen::Tcp(_));
+            let no_dumps = anybody.then_some(
+                "clients of a TCP port may be anybody, and it writes files; serve on unix:PATH, or use kstub gdb or run",
+            );
+            let (source, libraries) = open::source(&target, control, None, no_dumps)?;
             let machine = source.machine();
             report_problems(&machine);
             let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
@@ -151,17 +157,32 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -
     if machine.cpu(cpu).is_none() {
         anyhow::bail!("there is no CPU {cpu}; 'kstub info' lists them");
     }
-    let focus = Focus::default();
+    let bar = open::dump_bar();
+    let shown = bar.clone();
+    let progress = move |done, of| {
+        if shown.is_finished() {
+            shown.reset();
+        }
+        shown.set_length(of);
+        shown.set_position(done);
+    };
+    let focus = Focus { progress: Some(Box::new(progress)), ..Focus::default() };
     let form = if json { Form::Json } else { Form::Text };
     let mut failed = false;
     let mut one = |line: &str| -> anyhow::Result<()> {
         // What 'set' has chosen counts from the next command on.
         let cpu = focus.cpu.get().unwrap_or(cpu);
-        let result = moments::run(&machine, pause, |machine| {
+        let how = match pause {
+            _ if !command::only_looks(line) => How::Once,
+            true => How::Pausing,
+            false => How::Looking,
+        };
+        let result = moments::run(&machine, how, |machine| {
             // Whether a guest's answer holds together stands in the JSON.
             let form = if machine.backend().live().is_some() { Form::Both } else { form };
             command::run(&command::Context { machine, cpu, task: None, focus: &focus, form }, line)
         })?;
+        bar.finish_and_clear();
         failed |= result.is_err();
         if json {
             return print(format!("{}\n", command::envelope(line, result)).as_bytes());

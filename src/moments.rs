@@ -23,10 +23,24 @@ const PAGES_MAX: usize = 1 << 16;
 
 type Answer = Result<Output, CommandError>;
 
-/// Runs `command` on `machine`, at this moment if it is a guest: stopped for it if `pause` says so.
-pub fn run(machine: &Machine, pause: bool, command: impl Fn(&Machine) -> Answer) -> anyhow::Result<Answer> {
+/// How a command is to be run on a guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// While it runs, again if need be.
+    Looking,
+    /// Stopped for the moment.
+    Pausing,
+    /// Once: the command does something.
+    Once,
+}
+
+/// Runs `command` on `machine`, at this moment if it is a guest.
+pub fn run(machine: &Machine, how: How, command: impl Fn(&Machine) -> Answer) -> anyhow::Result<Answer> {
     let Some(live) = machine.backend().live() else { return Ok(command(machine)) };
-    if pause {
+    if how == How::Once {
+        return Ok(command(&machine.again(live.snapshot()?)));
+    }
+    if how == How::Pausing {
         let (machine, stood) = frozen(machine, live)?;
         if let Some(stood) = stood {
             eprintln!("kstub: the guest stood for {:.1} ms", stood.as_secs_f64() * 1e3);

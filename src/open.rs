@@ -23,8 +23,14 @@ pub fn machine(target: &Target) -> anyhow::Result<Machine> {
     Ok(Opener::of(target).open(backend)?)
 }
 
-/// What `target` names, for clients, and the files of its modules, with indexes if it is for one `gdb`.
-pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::Result<(Source, Libraries)> {
+/// What `target` names, for clients, and the files of its modules, with indexes if it is for one `gdb`. `no_dumps` says why
+/// clients may not have a guest dumped.
+pub fn source(
+    target: &Target,
+    control: Control,
+    gdb: Option<&Path>,
+    no_dumps: Option<&'static str>,
+) -> anyhow::Result<(Source, Libraries)> {
     let Some(address) = &target.qemu else {
         let machine = Arc::new(machine(target)?);
         let libraries = Libraries::new(machine.clone(), places(target), gdb);
@@ -41,6 +47,12 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
     };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
+    if control.no_stop {
+        guest.refuse_dumps(
+            "QEMU stops the guest while it writes a dump, and kstub was started with --no-stop",
+        );
+    }
+    no_dumps.into_iter().for_each(|why| guest.refuse_dumps(why));
     // If we are killed, somebody must give the guest back.
     match std::env::current_exe() {
         Ok(program) => guard::enable(program, vec!["__guard".into()]),
@@ -142,6 +154,17 @@ fn download_bar() -> indicatif::ProgressBar {
     let bar = terminal(indicatif::ProgressBar::new(0));
     if let Ok(style) = indicatif::ProgressStyle::with_template(
         "fetching the vmlinux {bar:40} {bytes}/{total_bytes} {bytes_per_sec}",
+    ) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// A bar for a dump that QEMU writes.
+pub fn dump_bar() -> indicatif::ProgressBar {
+    let bar = terminal(indicatif::ProgressBar::new(0));
+    if let Ok(style) = indicatif::ProgressStyle::with_template(
+        "QEMU dumps the guest, which stands {bar:20} {bytes}/{total_bytes} {eta}",
     ) {
         bar.set_style(style);
     }

@@ -100,6 +100,22 @@ fn by_scanning_ram() {
     }
 }
 
+/// A kernel keeps its text more than once: threads that race each other do not decide which copy is told.
+#[test]
+fn the_lowest_copy_is_found_each_time() {
+    const BORDER: u64 = 8 << 20;
+    // The lower one is the last thing in a unit of work, the higher one the first in the next.
+    let low = BORDER - 8192;
+    let kernel = TinyKernel { info_at: low, in_ram: InRam::Page, ..TinyKernel::default() };
+    let mut mem = kernel.memory();
+    mem.write(BORDER, &mem.read(low, 4096).unwrap());
+    let (dump, _file) = dump(&mem, cpus_in(&kernel, None));
+    for _ in 0..50 {
+        let found = assert_found("two copies", discover(&dump, &|_, _| ()), &kernel);
+        assert_eq!(found.by, FoundBy::Scan(PhysAddr(low)));
+    }
+}
+
 #[test]
 fn an_earlier_kernel_loses() {
     let (kernel, earlier) = (TinyKernel::default(), TinyKernel::earlier());

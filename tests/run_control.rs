@@ -6,7 +6,9 @@ mod rsp_client;
 
 use kstub::addr::{PhysAddr, PhysRange, VirtAddr};
 use kstub::arch::x86_64::{Reg, RegisterFile};
-use kstub::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
+use kstub::backend::live::{
+    DumpOrder, Dumped, Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason,
+};
 use kstub::backend::{Backend, Fact, RegisterSource, SavedCpu};
 use kstub::gdb::{Files, Flow, Front, Live, MAX_REQUEST, OnDisconnect, Policy, Settings};
 use kstub::kernel::{Machine, Options};
@@ -144,6 +146,10 @@ impl LiveControl for FakeGuest {
     fn wait_stop(&self, _patience: Duration) -> Result<Option<Stop>, LiveError> {
         std::thread::sleep(Duration::from_millis(2));
         self.stops.lock().unwrap().pop().transpose()
+    }
+    fn dump(&self, order: &DumpOrder<'_>, _progress: &dyn Fn(u64, u64)) -> Result<Dumped, LiveError> {
+        self.note(format!("dump {order:?}"))?;
+        Err(LiveError::NotNow { what: "dumping".into(), why: "there is no QEMU".into() })
     }
     fn write_phys(&self, at: PhysAddr, bytes: &[u8]) -> Result<(), LiveError> {
         self.note(format!("write {at:#x} {bytes:x?}"))

@@ -7,6 +7,7 @@
 
 use super::Backend;
 use crate::addr::{PhysAddr, VirtAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,6 +75,41 @@ pub enum Happening {
     Stopped,
     /// Somebody else let it run.
     Resumed,
+}
+
+/// A dump of the guest that is to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct DumpOrder<'a> {
+    /// The file, which gets this name when it is complete.
+    pub path: &'a Path,
+    /// QEMU's name of the format: "elf", "kdump-zlib", …
+    pub format: &'a str,
+    /// Whether an ELF file's segments have the virtual addresses of the page tables that the CPUs use.
+    pub paging: bool,
+    /// Whether a plain file that has the name is replaced.
+    pub replace: bool,
+}
+
+impl DumpOrder<'_> {
+    /// Whether every byte of RAM takes one of the file.
+    pub fn is_raw(&self) -> bool {
+        self.format == "elf" && !self.paging
+    }
+}
+
+/// A dump that was written.
+#[derive(Clone, Copy, Debug)]
+pub struct Dumped {
+    /// The size of the file.
+    pub bytes: u64,
+    /// Whether the guest ran when it was ordered.
+    pub ran: bool,
+    /// How long it then stood, as far as QEMU said.
+    pub stood: Option<Duration>,
+    /// What it does now.
+    pub state: RunState,
+    /// How many breakpoints stand in the dumped memory as instructions (KVM, dumped while it was let run).
+    pub breakpoints: usize,
 }
 
 /// Why the guest could not be asked or told something.
@@ -176,6 +212,10 @@ pub trait LiveControl: Send + Sync {
     /// The stop that ended the last [`Self::resume`], once the guest stands still; `None` if that takes longer than
     /// `patience`.
     fn wait_stop(&self, patience: Duration) -> Result<Option<Stop>, LiveError>;
+
+    /// Has a dump written, for which a guest that runs is stopped, and runs again. Memory is as the guest has it, without
+    /// what breakpoints put there while it stands. `progress` gets bytes done and bytes to do.
+    fn dump(&self, order: &DumpOrder<'_>, progress: &dyn Fn(u64, u64)) -> Result<Dumped, LiveError>;
 
     /// Writes guest memory through QEMU, which tells TCG and whoever logs dirty pages.
     fn write_phys(&self, at: PhysAddr, bytes: &[u8]) -> Result<(), LiveError>;

@@ -6,6 +6,7 @@ mod args;
 mod bt;
 mod declare;
 mod dis;
+mod dump;
 mod expression;
 mod files;
 mod foreach;
@@ -91,6 +92,8 @@ pub struct Focus {
     pub task: Cell<Option<VirtAddr>>,
     /// The CPU that the chosen task runs on, for where nothing else selects one.
     pub cpu: Cell<Option<CpuId>>,
+    /// Who shows how far a long command is: bytes done, and bytes to do.
+    pub progress: Option<Box<dyn Fn(u64, u64) + Send>>,
 }
 
 impl<'a> Context<'a> {
@@ -164,6 +167,7 @@ pub struct Command {
 pub const COMMANDS: &[Command] = &[
     bt::COMMAND,
     dis::COMMAND,
+    dump::COMMAND,
     files::COMMAND,
     foreach::COMMAND,
     help::COMMAND,
@@ -226,6 +230,11 @@ pub fn envelope(line: &str, result: Result<Output, CommandError>) -> serde_json:
         Err(error) => ("error", error.to_string().into()),
     };
     object([("schema", SCHEMA.into()), ("command", line.into()), (key, value)])
+}
+
+/// Whether a command line may be run again when its answer is doubtful: whether it only looks.
+pub fn only_looks(line: &str) -> bool {
+    !matches!(line.split_whitespace().next(), Some("dump" | "qemu"))
 }
 
 /// Whether there is a command called `name`.

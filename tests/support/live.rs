@@ -473,13 +473,18 @@ impl Guest {
         bytes
     }
 
+    /// Where its RAM is: (address, length).
+    pub fn ram_ranges(&self) -> Vec<(u64, u64)> {
+        let mut ranges = vec![(0, self.plan.below << 20)];
+        if self.plan.megabytes > self.plan.below {
+            ranges.push((4 << 30, (self.plan.megabytes - self.plan.below) << 20));
+        }
+        ranges
+    }
+
     /// All RAM, in the order of its addresses.
     pub fn ram(&self) -> Vec<u8> {
-        let mut ram = self.memory(0, self.plan.below << 20);
-        if self.plan.megabytes > self.plan.below {
-            ram.extend(self.memory(4 << 30, (self.plan.megabytes - self.plan.below) << 20));
-        }
-        ram
+        self.ram_ranges().into_iter().flat_map(|(at, len)| self.memory(at, len)).collect()
     }
 
     /// Sends the guest a command (the head of `qemu/live/init.c` has them) and leaves the answer for [`Self::answer`].

@@ -39,6 +39,10 @@ pub(super) struct Control {
     guardian: Option<Guardian>,
 }
 
+/// Breakpoints that were taken away for a while.
+#[must_use]
+pub(super) struct Lifted(Vec<(VirtAddr, u64)>);
+
 /// A stub that was started for us; its socket's directory, unless it listens at a port.
 struct Started {
     directory: Option<tempfile::TempDir>,
@@ -117,6 +121,31 @@ impl Control {
     pub(super) fn remove(&mut self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.points.retain(|one| *one != (point, at, len));
         self.stub.point(false, point, at, len)
+    }
+
+    /// Takes away, for a while, the breakpoints that may stand in memory as instructions; returns them.
+    pub(super) fn lift(&mut self) -> Result<Lifted, LiveError> {
+        let mut lifted = Vec::new();
+        for &(point, at, len) in self.points.iter().filter(|(point, ..)| *point == Point::Software) {
+            if let Err(error) = self.stub.point(false, point, at, len) {
+                self.put_back(Lifted(lifted))?;
+                return Err(error);
+            }
+            lifted.push((at, len));
+        }
+        Ok(Lifted(lifted))
+    }
+
+    /// Puts those back; one that cannot be is none any more, and an error in the end.
+    pub(super) fn put_back(&mut self, lifted: Lifted) -> Result<(), LiveError> {
+        let mut outcome = Ok(());
+        for (at, len) in lifted.0 {
+            if let Err(error) = self.stub.point(true, Point::Software, at, len) {
+                self.points.retain(|one| *one != (Point::Software, at, len));
+                outcome = Err(error);
+            }
+        }
+        outcome
     }
 
     /// Whether QEMU would let the guest run in its state: otherwise it does nothing and says nothing.

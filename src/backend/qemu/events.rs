@@ -8,7 +8,8 @@ use crate::backend::live::Happening;
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What is kept of happenings that nobody asks for: the newest.
 const MOST_KEPT: usize = 256;
@@ -22,6 +23,17 @@ pub(super) struct Events {
     generation: AtomicU64,
     /// Whether the memory map may be another.
     map_is_old: AtomicBool,
+    stand: Mutex<Stand>,
+    /// How the last dump ended, once it has.
+    dump: Mutex<Option<Result<(), String>>>,
+    dump_ended: Condvar,
+}
+
+/// When the guest stood last.
+#[derive(Default)]
+struct Stand {
+    since: Option<Instant>,
+    lasted: Option<Duration>,
 }
 
 /// As long as it lives, stops and resumes are our own.
@@ -60,6 +72,23 @@ impl Events {
         self.map_is_old.swap(false, Ordering::SeqCst)
     }
 
+    /// How long the guest stood when it last went on after a stop.
+    pub(super) fn stood(&self) -> Option<Duration> {
+        lock(&self.stand).lasted
+    }
+
+    /// A dump is about to begin: how another ended does not matter.
+    pub(super) fn forget_dump(&self) {
+        *lock(&self.dump) = None;
+    }
+
+    /// How the dump ended, with QEMU's words for why it failed; `None` if it does not within `patience`.
+    pub(super) fn dump_ended(&self, patience: Duration) -> Option<Result<(), String>> {
+        let goes_on = |end: &mut Option<_>| end.is_none();
+        let waited = self.dump_ended.wait_timeout_while(lock(&self.dump), patience, goes_on);
+        waited.unwrap_or_else(PoisonError::into_inner).0.take()
+    }
+
     /// All that happened since this was last asked.
     pub(super) fn take(&self) -> Vec<Happening> {
         lock(&self.happenings).drain(..).collect()
@@ -71,12 +100,16 @@ impl Events {
         match event {
             "STOP" => {
                 self.changed();
+                *lock(&self.stand) = Stand { since: Some(Instant::now()), lasted: None };
                 if by_others {
                     self.push(Happening::Stopped);
                 }
             }
             "RESUME" => {
                 self.changed();
+                let mut stand = lock(&self.stand);
+                stand.lasted = stand.since.take().map(|since| since.elapsed());
+                drop(stand);
                 if by_others {
                     self.push(Happening::Resumed);
                 }
@@ -95,6 +128,11 @@ impl Events {
             "MIGRATION" if data.get("status").and_then(Value::as_str) == Some("completed") => {
                 self.changed();
                 self.push(Happening::Replaced("it was migrated".into()));
+            }
+            "DUMP_COMPLETED" => {
+                let error = data.get("error").and_then(Value::as_str);
+                *lock(&self.dump) = Some(error.map_or(Ok(()), |why| Err(why.to_owned())));
+                self.dump_ended.notify_all();
             }
             "DEVICE_DELETED" | "ACPI_DEVICE_OST" | "MEMORY_DEVICE_SIZE_CHANGE" => {
                 self.map_changed();
@@ -116,6 +154,20 @@ impl Events {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_dump_ends_once() {
+        let events = Events::default();
+        events.happened("DUMP_COMPLETED", &json!({"result": {"status": "completed"}}));
+        events.forget_dump();
+        assert_eq!((events.dump_ended(Duration::ZERO), events.stood()), (None, None));
+        events.happened("STOP", &Value::Null);
+        events.happened("DUMP_COMPLETED", &json!({"result": {"status": "failed"}, "error": "no"}));
+        events.happened("RESUME", &Value::Null);
+        assert_eq!(events.dump_ended(Duration::ZERO), Some(Err("no".to_owned())));
+        assert_eq!(events.dump_ended(Duration::ZERO), None);
+        assert!(events.stood().is_some());
+    }
 
     #[test]
     fn what_others_do_is_reported_once() {

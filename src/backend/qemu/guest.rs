@@ -10,16 +10,16 @@ use super::patches::{INT3, Patches};
 use super::qmp::{Qmp, SOON, lock, nonsense};
 use super::snapshot::Snapshot;
 use super::stub::Interrupter;
-use super::{QmpAddress, StubAddress, registers};
+use super::{QmpAddress, StubAddress, dump, registers};
 use crate::addr::{PhysAddr, PhysRange, VirtAddr};
 use crate::arch::x86_64::RegisterFile;
-use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop};
+use crate::backend::live::{DumpOrder, Dumped, Go, Happening, LiveControl, LiveError, Point, RunState, Stop};
 use crate::backend::{Backend, RegisterSource, SavedCpu};
 use qapi::Command;
 use qapi::qmp::{cont, query_kvm, query_status, stop};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// How long a line of the human monitor may take: saving or loading a snapshot of a large guest does.
@@ -50,6 +50,10 @@ pub struct Guest {
     patches: Patches,
     /// Clients may change the guest.
     may_write: AtomicBool,
+    /// Why it must not be dumped.
+    no_dumps: OnceLock<&'static str>,
+    /// Held while it is.
+    dumping: Mutex<()>,
 }
 
 /// The memory that a memory map told of.
@@ -63,6 +67,12 @@ impl Guest {
     /// Whether clients may change the guest from now on; at first they may not.
     pub fn set_allow_write(&self, allow: bool) {
         self.may_write.store(allow, Ordering::SeqCst);
+    }
+
+    /// From now on dumps are refused, because of `why`.
+    pub fn refuse_dumps(&self, why: &'static str) {
+        // The first reason stays.
+        let _ = self.no_dumps.set(why);
     }
 
     /// Connects to QEMU's monitor; neither stops nor changes the guest.
@@ -90,6 +100,8 @@ impl Guest {
             interrupter: Mutex::new(None),
             let_go: AtomicBool::new(false),
             may_write: AtomicBool::new(false),
+            no_dumps: OnceLock::new(),
+            dumping: Mutex::new(()),
             patches: Patches::default(),
         });
         let memory = guest.memory()?;
@@ -235,6 +247,33 @@ impl Guest {
     fn is_at_rest(&self) -> Result<bool, LiveError> {
         let passing = ["save-vm", "restore-vm", "finish-migrate", "inmigrate"];
         Ok(matches!(self.run_state()?, RunState::Stopped(why) if !passing.contains(&why)))
+    }
+
+    /// Has the dump written while no breakpoint of ours stands in memory, if the guest stands. Returns the size.
+    fn dump_without_breakpoints(
+        &self,
+        order: &DumpOrder<'_>,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<u64, LiveError> {
+        let least = match order.is_raw() {
+            true => self.memory()?.ranges().iter().map(|range| range.len()).sum(),
+            false => 0,
+        };
+        let write = || dump::write(&self.qmp, &self.events, order, least, progress);
+        if self.let_go.load(Ordering::SeqCst) {
+            return write();
+        }
+        // As long as it is held nobody lets the guest go.
+        let mut held = lock(&self.control);
+        match &mut *held {
+            Some(control) if !control.stub.is_running() => {
+                let lifted = control.lift()?;
+                let written = write();
+                control.put_back(lifted)?;
+                written
+            }
+            _ => write(),
+        }
     }
 
     /// QEMU's state once no vCPU runs.
@@ -504,6 +543,30 @@ impl LiveControl for Guest {
             // Lets those in who wait for the lock, which is not a fair one.
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    fn dump(&self, order: &DumpOrder<'_>, progress: &dyn Fn(u64, u64)) -> Result<Dumped, LiveError> {
+        let not_now =
+            |why: &str| Err(LiveError::NotNow { what: "dumping the guest".into(), why: why.into() });
+        if let Some(why) = self.no_dumps.get() {
+            return not_now(why);
+        }
+        let Ok(_one) = self.dumping.try_lock() else {
+            return not_now("another dump of it is being written");
+        };
+        let _ours = self.events.ours();
+        let ran = self.run_state()? == RunState::Running;
+        let in_memory = if self.let_go.load(Ordering::SeqCst) { self.patches.len() } else { 0 };
+        let written = self.dump_without_breakpoints(order, progress);
+        // QEMU lets it run, also after a failure, once it has said that the dump is over.
+        let deadline = Instant::now() + STANDSTILL;
+        let mut state = self.run_state()?;
+        while ran && state != RunState::Running && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+            state = self.run_state()?;
+        }
+        let stood = if ran { self.events.stood() } else { None };
+        Ok(Dumped { bytes: written?, ran, stood, state, breakpoints: in_memory })
     }
 
     fn write_phys(&self, at: PhysAddr, bytes: &[u8]) -> Result<(), LiveError> {

@@ -7,11 +7,13 @@
 
 mod control;
 mod description;
+mod dump;
 mod events;
 pub mod guard;
 mod guest;
 mod memory;
 mod mtree;
+mod new_file;
 mod patches;
 mod qmp;
 mod registers;

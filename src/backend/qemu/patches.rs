@@ -34,6 +34,11 @@ impl Patches {
         self.change(Vec::clear);
     }
 
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
     /// Puts back into `bytes`, read at `at`, what was there before.
     pub(super) fn undo(&self, at: PhysAddr, bytes: &mut [u8]) {
         if self.count.load(Ordering::Relaxed) == 0 {

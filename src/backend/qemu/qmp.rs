@@ -7,12 +7,13 @@
 use super::socket::{Socket, SocketAddress, timed_out};
 use crate::backend::live::LiveError;
 use crate::bytes::printable;
-use qapi::qmp::{human_monitor_command, qmp_capabilities};
+use qapi::qmp::{getfd, human_monitor_command, qmp_capabilities};
 use qapi::{Command, Execute};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -97,7 +98,25 @@ impl Qmp {
 
     /// Executes a command that is soon done.
     pub(super) fn execute<C: Command>(&self, command: C) -> Result<Value, LiveError> {
-        self.ask(command, C::NAME, SOON)
+        self.execute_within(command, SOON)
+    }
+
+    /// Executes one that may take longer.
+    pub(super) fn execute_within<C: Command>(
+        &self,
+        command: C,
+        patience: Duration,
+    ) -> Result<Value, LiveError> {
+        self.ask(command, C::NAME, patience, None)
+    }
+
+    /// Gives QEMU a descriptor under a name, which commands can take it by. Refused where the way to QEMU takes none.
+    pub(super) fn pass_fd(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), LiveError> {
+        if !lock(&self.writer).takes_fds() {
+            let why = "a TCP connection passes no file descriptors".to_owned();
+            return Err(LiveError::Refused { what: getfd::NAME.to_owned(), why });
+        }
+        self.ask(getfd { fdname: name.to_owned() }, getfd::NAME, SOON, Some(fd)).map(drop)
     }
 
     /// What the human monitor says to `line`, with plain newlines; an error's text comes the same way.
@@ -114,13 +133,19 @@ impl Qmp {
     ) -> Result<String, LiveError> {
         let command = human_monitor_command { cpu_index: cpu.map(i64::from), command_line: line.to_owned() };
         let what = format!("monitor command '{}'", printable(line));
-        match self.ask(command, &what, patience)? {
+        match self.ask(command, &what, patience, None)? {
             Value::String(text) => Ok(text.replace("\r\n", "\n")),
             other => Err(nonsense(&what, &other.to_string())),
         }
     }
 
-    fn ask<C: Command>(&self, command: C, what: &str, patience: Duration) -> Result<Value, LiveError> {
+    fn ask<C: Command>(
+        &self,
+        command: C,
+        what: &str,
+        patience: Duration,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, LiveError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let mut line = serde_json::to_vec(&Execute::with_id(command, id))
             .map_err(|error| nonsense(what, &error.to_string()))?;
@@ -130,7 +155,10 @@ impl Qmp {
             Waiting::For(waiting) => waiting.insert(id, sender),
             Waiting::Gone(why) => return Err(LiveError::Gone(why.clone())),
         };
-        let sent = lock(&self.writer).write_all(&line);
+        let sent = match fd {
+            Some(fd) => lock(&self.writer).write_with_fd(&line, fd),
+            None => lock(&self.writer).write_all(&line),
+        };
         let answer = match sent {
             Ok(()) => receiver.recv_timeout(patience).ok(),
             // Half a command may be sent: nothing can follow it.
@@ -257,7 +285,7 @@ fn end(waiting: &Mutex<Waiting>, why: &str) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use qapi::qmp::{query_status, stop};
@@ -268,7 +296,7 @@ mod tests {
         \"package\": \"\"}, \"capabilities\": [\"oob\", 7]}}\r\n";
 
     /// A QMP server that greets, answers `qmp_capabilities`, then does as the test says with each command.
-    fn fake(
+    pub(in crate::backend::qemu) fn fake(
         mut rest: impl FnMut(&Value, &mut UnixStream) + Send + 'static,
     ) -> (Qmp, Arc<Mutex<Vec<String>>>) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -291,7 +319,7 @@ mod tests {
         (Qmp::over(Socket::Unix(ours), "fake", sink).unwrap(), events)
     }
 
-    fn reply(command: &Value, value: &str, to: &mut UnixStream) {
+    pub(in crate::backend::qemu) fn reply(command: &Value, value: &str, to: &mut UnixStream) {
         let _ = write!(to, "{{\"return\": {value}, \"id\": {}}}\r\n", command["id"]);
     }
 
@@ -343,7 +371,7 @@ mod tests {
             reply(command, "{}", to);
         });
         let asked = Instant::now();
-        let error = qmp.ask(stop {}, "stop", Duration::from_millis(50)).unwrap_err();
+        let error = qmp.ask(stop {}, "stop", Duration::from_millis(50), None).unwrap_err();
         assert!(matches!(error, LiveError::Timeout { .. }), "{error}");
         assert!(asked.elapsed() < Duration::from_secs(2));
         assert!(qmp.execute(query_status {}).is_ok());

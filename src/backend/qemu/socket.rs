@@ -5,9 +5,12 @@
 use crate::backend::live::LiveError;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -92,6 +95,22 @@ impl Socket {
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
         })
+    }
+
+    /// Writes `bytes`, and hands `fd` over with the first of them. Only a Unix socket can.
+    pub(super) fn write_with_fd(&mut self, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
+        let Self::Unix(stream) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        let (pieces, fds) = ([IoSlice::new(bytes)], [fd]);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut with = SendAncillaryBuffer::new(&mut space);
+        with.push(SendAncillaryMessage::ScmRights(&fds));
+        let sent = rustix::io::retry_on_intr(|| sendmsg(&*stream, &pieces, &mut with, SendFlags::NOSIGNAL))?;
+        stream.write_all(bytes.get(sent..).unwrap_or_default())
+    }
+
+    /// Whether descriptors can be handed over.
+    pub(super) fn takes_fds(&self) -> bool {
+        matches!(self, Self::Unix(_))
     }
 
     /// How long a read waits; `None` is for ever, and no time at all is a millisecond.

@@ -4,6 +4,7 @@ use super::Progress;
 use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::backend::Backend;
 use crate::vmcoreinfo::VmcoreInfo;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
@@ -11,17 +12,14 @@ use std::time::Duration;
 /// The first key of the text since Linux commit fd59d231f81c ("Add vmcoreinfo") (in v2.6.24).
 const NEEDLE: &[u8] = b"OSRELEASE=";
 /// One unit of work: small enough that both cores end together, large enough for sequential reads.
-const CHUNK: u64 = 4 << 20;
+const CHUNK: u64 = 1 << 20;
 /// The kernel's text is one page (`VMCOREINFO_BYTES`); room for growth.
 const TEXT_MAX: usize = 16 << 10;
 /// Hostile RAM can hold the needle everywhere. A busy guest has tens: in logs, page cache and programs.
 const MAX_NEEDLES: usize = 16384;
 
-/// A text and where it lies.
-type Hit = (PhysAddr, VmcoreInfo);
-
-/// Calls `visit` with each VMCOREINFO text in RAM that names a kernel's page tables, until it returns true.
-/// The order is not that of addresses.
+/// Calls `visit` with each VMCOREINFO text in RAM that names a kernel's page tables, lowest first, until it returns true:
+/// of the copies that a kernel keeps, the same one is the first each time.
 pub fn for_each_vmcoreinfo(
     backend: &dyn Backend,
     progress: Progress<'_>,
@@ -29,27 +27,31 @@ pub fn for_each_vmcoreinfo(
 ) {
     let ranges = backend.stored_ranges();
     let total = ranges.iter().map(PhysRange::len).fold(0, u64::saturating_add);
-    let chunks = Mutex::new(ranges.iter().flat_map(chunks_of));
+    let chunks = Mutex::new(ranges.iter().flat_map(chunks_of).enumerate());
     let needles = AtomicUsize::new(0);
     let done = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let workers = std::thread::available_parallelism().map_or(1, |n| n.get().min(16));
-    let (sender, hits) = mpsc::sync_channel(64);
+    let (sender, scanned) = mpsc::sync_channel(64);
     std::thread::scope(|scope| {
         for _ in 0..workers {
             let sender = sender.clone();
             let (chunks, needles, done, stop) = (&chunks, &needles, &done, &stop);
             scope.spawn(move || {
                 let mut buf = vec![0; CHUNK as usize + NEEDLE.len()];
-                while let Some(chunk) = next_of(chunks) {
+                while let Some((index, chunk)) = next_of(chunks) {
                     if stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    let mut report = |hit: Option<Hit>| {
+                    let mut hits = Vec::new();
+                    let mut report = |at, is_text| {
+                        if is_text {
+                            hits.push(at);
+                        }
                         needles.fetch_add(1, Ordering::Relaxed) < MAX_NEEDLES
-                            && hit.is_none_or(|hit| sender.send(hit).is_ok())
                     };
-                    if !scan_chunk(backend, &chunk, &mut buf, &mut report) {
+                    let whole = scan_chunk(backend, &chunk, &mut buf, &mut report);
+                    if sender.send((index, hits)).is_err() || !whole {
                         return;
                     }
                     done.fetch_add(chunk.len(), Ordering::Relaxed);
@@ -57,21 +59,30 @@ pub fn for_each_vmcoreinfo(
             });
         }
         drop(sender);
-        // Receiving ends when every worker has; dropping `hits` makes their sends fail, which ends them.
-        loop {
+        let mut take = |hits: Vec<PhysAddr>| {
+            hits.into_iter().any(|at| text_at(backend, at).is_some_and(|info| visit(at, info)))
+        };
+        // What was scanned before its turn, and whose turn it is.
+        let (mut early, mut next, mut taken) = (BTreeMap::new(), 0, false);
+        // Receiving ends when every worker has; dropping `scanned` makes their sends fail, which ends them.
+        while !taken {
             progress(done.load(Ordering::Relaxed), total);
-            match hits.recv_timeout(Duration::from_millis(50)) {
-                Ok((at, info)) => {
-                    if visit(at, info) {
-                        break;
-                    }
-                }
+            match scanned.recv_timeout(Duration::from_millis(50)) {
+                Ok((index, hits)) => drop(early.insert(index, hits)),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
+            while let Some(hits) = early.remove(&next).filter(|_| !taken) {
+                taken = take(hits);
+                next += 1;
+            }
         }
         stop.store(true, Ordering::Relaxed);
-        drop(hits);
+        drop(scanned);
+        if !taken {
+            // A worker that gave up has left a gap, which keeps nothing behind it.
+            let _ = early.into_values().any(take);
+        }
     });
 }
 
@@ -87,16 +98,16 @@ fn chunks_of(range: &PhysRange) -> impl Iterator<Item = PhysRange> + use<> {
 }
 
 /// The next unit of work; a worker that died leaves the rest to the others.
-fn next_of(chunks: &Mutex<impl Iterator<Item = PhysRange>>) -> Option<PhysRange> {
+fn next_of<T>(chunks: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
     chunks.lock().unwrap_or_else(PoisonError::into_inner).next()
 }
 
-/// Reports each needle that begins in `chunk`, with its text if it is one; false when `report` wants no more.
+/// Reports each needle that begins in `chunk`, and whether it is a text; false when `report` wants no more.
 fn scan_chunk(
     backend: &dyn Backend,
     chunk: &PhysRange,
     buf: &mut [u8],
-    report: &mut dyn FnMut(Option<Hit>) -> bool,
+    report: &mut dyn FnMut(PhysAddr, bool) -> bool,
 ) -> bool {
     let finder = memchr::memmem::Finder::new(NEEDLE);
     let mut at = chunk.start;
@@ -108,7 +119,7 @@ fn scan_chunk(
         let readable = window.get(..read.filled).unwrap_or_default();
         for position in finder.find_iter(readable) {
             let hit = PhysAddr(at.0 + position as u64);
-            if hit < chunk.end && !report(text_at(backend, hit).map(|info| (hit, info))) {
+            if hit < chunk.end && !report(hit, text_at(backend, hit).is_some()) {
                 return false;
             }
         }
