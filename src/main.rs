@@ -2,7 +2,6 @@
 
 mod moments;
 mod open;
-mod wait_kernel;
 
 use anyhow::Context;
 use clap::Parser;

@@ -1,12 +1,14 @@
 //! Opens what the command line names: a dump or a guest, with the places where its files may be.
 
-use crate::wait_kernel;
+use anyhow::Context;
 use kstub::backend::live::{LiveControl, LiveError};
 use kstub::backend::qemu::{Guest, QmpAddress, guard};
 use kstub::backend::{Backend, Dump};
 use kstub::cli::{self, Control, Target};
+use kstub::debuginfo::DebugInfo;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
+use kstub::gdb::boot::{self, Came};
 use kstub::gdb::{Libraries, Live, OnDisconnect, OpenLive, Policy};
 use kstub::kernel::{Machine, OpenError, Options, TypesFrom};
 use kstub::server::Source;
@@ -47,11 +49,7 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
         Err(error) => tracing::warn!("no guardian: {error}"),
     }
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
-        let spinner = terminal(indicatif::ProgressBar::new_spinner());
-        spinner.set_message("waiting for the kernel to start");
-        let late = wait_kernel::wait(&*guest, vmlinux, &|| spinner.tick())?;
-        spinner.finish_and_clear();
-        late.iter().for_each(|late| eprintln!("kstub: {late}"));
+        wait_kernel(&*guest, vmlinux)?;
     }
     let live = Live::new(guest, policy, Box::new(move |backend| opener.open(backend)));
     let live = live.map_err(|error| match error {
@@ -62,6 +60,30 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
     let libraries = Libraries::new(live.machine(), places(target), gdb);
     live.set_libraries(libraries.clone());
     Ok((Source::Guest(live), libraries))
+}
+
+/// Lets a guest that has not booted run up to `start_kernel()` of the kernel that `vmlinux` is of.
+fn wait_kernel(guest: &Guest, vmlinux: &Path) -> anyhow::Result<()> {
+    let wanted = boot::Wanted::of(&DebugInfo::open(vmlinux)?);
+    let wanted = wanted.with_context(|| format!("'{}' has no symbol start_kernel", vmlinux.display()))?;
+    let spinner = terminal(indicatif::ProgressBar::new_spinner());
+    spinner.set_message("waiting for the kernel to start");
+    guest.attach()?;
+    let came = boot::run(guest, &wanted, &|| {
+        spinner.tick();
+        true
+    });
+    spinner.finish_and_clear();
+    match came? {
+        Came::Exactly(_) => {}
+        Came::About(_) => {
+            eprintln!(
+                "kstub: under KVM the kernel is found by looking: it may be past start_kernel() already"
+            );
+        }
+        Came::Interrupted(_) => anyhow::bail!("the guest was stopped before a kernel came to start_kernel()"),
+    }
+    Ok(())
 }
 
 fn guest(address: &str, allow_write: bool) -> Result<Arc<Guest>, LiveError> {

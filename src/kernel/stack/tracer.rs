@@ -43,7 +43,9 @@ impl<'m> Tracer<'m> {
     pub fn new(machine: &'m Machine) -> Option<Self> {
         let kernel = machine.kernel()?;
         let cpus = machine.cpus();
-        let running = cpus.iter().filter_map(|cpu| Some((kernel.current(cpu.id)?.at, cpu.id))).collect();
+        // A CPU that has not been started has the copy of the boot CPU's task, whose the lower number is.
+        let running =
+            cpus.iter().rev().filter_map(|cpu| Some((kernel.current(cpu.id)?.at, cpu.id))).collect();
         let sp = kernel.member("task_struct", "thread.sp").map(|member| member.offset);
         Some(Self { kernel, cpus, running, sp, orc: true })
     }
