@@ -97,7 +97,7 @@ impl<'a> Context<'a> {
     pub fn kernel(&self) -> Result<&'a Kernel, CommandError> {
         self.machine
             .kernel()
-            .ok_or_else(|| CommandError("no kernel was found in the dump; see 'info'".into()))
+            .ok_or_else(|| CommandError("no kernel was found; see 'info'".into()))
     }
 
     /// The task that commands are about: the one chosen with `set`, else the one that ran on the selected CPU.

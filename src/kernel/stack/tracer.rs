@@ -98,7 +98,7 @@ impl<'m> Tracer<'m> {
         // A derived pc is a placeholder.
         let Saved::Known(_) = one.regs.get(Reg::Rip) else { return not_saved(trace) };
         let regs = Regs::from_file(&one.regs);
-        let first = Frame::first(regs, FrameSource::Registers, "registers of the CPU in the dump");
+        let first = Frame::first(regs, FrameSource::Registers, "registers of the CPU");
         let mut trace = match first {
             _ if regs.in_user_mode() == Some(true) => Trace { ended: Ended::User(regs), ..trace },
             Some(frame) => self.walk_of(trace, frame),
