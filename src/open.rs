@@ -43,11 +43,6 @@ pub fn source(target: &Target, control: Control, gdb: Option<&Path>) -> anyhow::
     };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
-    // If we are killed, somebody must give the guest back.
-    match std::env::current_exe() {
-        Ok(program) => guard::enable(program, vec!["__guard".into()]),
-        Err(error) => tracing::warn!("no guardian: {error}"),
-    }
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
         wait_kernel(&*guest, vmlinux)?;
     }
@@ -89,6 +84,11 @@ fn wait_kernel(guest: &Guest, vmlinux: &Path) -> anyhow::Result<()> {
 fn guest(address: &str, allow_write: bool) -> Result<Arc<Guest>, LiveError> {
     let guest = Guest::connect(&QmpAddress::parse(address)?)?;
     guest.set_allow_write(allow_write);
+    // If we are killed, somebody must give the guest back.
+    match std::env::current_exe() {
+        Ok(program) => guard::enable(program, vec!["__guard".into()]),
+        Err(error) => tracing::warn!("no guardian: {error}"),
+    }
     Ok(guest)
 }
 

@@ -161,9 +161,7 @@ fn belongs(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> Result<(),
         if found.space.read(backend, at, &mut notes).stopped.is_none() && !notes.is_empty() {
             return match debuginfo::build_id_in_notes(&notes) {
                 Some(in_memory) if in_memory == id => Ok(()),
-                _ => Err(format!(
-                    "has build-id {id}, which is not in the kernel's notes at {at}; {cure}"
-                )),
+                _ => Err(format!("has build-id {id}, which is not in the kernel's notes at {at}; {cure}")),
             };
         }
     }

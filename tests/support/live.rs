@@ -4,10 +4,12 @@
 //! could use; the tests' own eyes are a second QMP socket, the guest's report (its facts and heartbeat), and a serial
 //! line on which it takes commands.
 
+mod disk;
 mod gdb;
 mod qmp;
 mod watch;
 
+pub use disk::empty_qcow2;
 pub use gdb::{Gdb, Session};
 pub use qmp::Qmp;
 pub use watch::{Ended, finish, finish_within, kill, wait_until};
