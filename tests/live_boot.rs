@@ -125,7 +125,7 @@ fn assert_untouched(guest: &Guest, why: &str) {
 #[test]
 fn who_waits_is_ended() {
     for signal in ["INT", "TERM", "KILL"] {
-        let Some(guest) = Plan::new("6.1").cpus(4).argument("-S").boot() else { return };
+        let Some(guest) = Plan::new("6.12").argument("-S").boot() else { return };
         let mut kstub = guest.kstub("gdb");
         kstub.args(["--wait-kernel", "--", "-nx", "-batch"]);
         let mut child =
@@ -141,7 +141,7 @@ fn who_waits_is_ended() {
 /// Another kernel than the vmlinux is of: said soon, and the guest is as it was.
 #[test]
 fn another_kernel_comes() {
-    let Some(guest) = Plan::new("6.1").cpus(4).argument("-S").boot() else { return };
+    let Some(guest) = Plan::new("6.1").argument("-S").boot() else { return };
     let Some(other) = Plan::vmlinux_of("6.12") else { return };
     let mut kstub = guest.kstub_of("gdb", &other);
     kstub.args(["--wait-kernel", "--", "-nx", "-batch"]);

@@ -142,8 +142,9 @@ fn a_snapshot_is_loaded() {
     gdb.send("continue");
     guest.assert_alive("below gdb");
     assert_eq!(guest.human("loadvm first"), "");
-    let stop = gdb.wait().unwrap();
-    assert!(stop.contains("a snapshot was loaded"), "{stop}");
+    guest.assert_alive("after the snapshot");
+    gdb.interrupt();
+    gdb.wait().unwrap();
     assert_eq!(address(&mut gdb, "&_text"), text);
     gdb.send("continue");
     guest.assert_alive("after the snapshot");
@@ -163,8 +164,10 @@ fn a_snapshot_is_loaded() {
     guest.assert_alive("after its reboot");
     gdb.ask("enable");
     assert_eq!(guest.human("loadvm first"), "");
+    // Not every QEMU tells of it: kstub sees it at the next stop.
+    gdb.interrupt();
     let stop = gdb.wait().unwrap();
-    assert!(stop.contains("a snapshot was loaded"), "{stop}");
+    assert!(stop.contains("A kernel was found"), "{stop}");
     assert_eq!(stop.contains("were moved"), text != second, "{stop}");
     assert_eq!(address(&mut gdb, "&_text"), text);
     assert_eq!(address(&mut gdb, "kstub_live_constant"), constant);
@@ -186,36 +189,31 @@ fn a_replay_runs_backwards() {
     };
     let Some(guest) = plan("record").boot() else { return };
     guest.assert_alive("while recorded");
+    // The end of QEMU is recorded, too: the replay must not come to it.
+    std::thread::sleep(Duration::from_secs(20));
     guest.qmp("quit", serde_json::json!({}));
     assert!(wait_until(PATIENCE, || !guest.qemu_runs()));
     drop(guest);
-    let guest = plan("replay").argument("-S").boot().unwrap();
-    let mut gdb = Gdb::start(&guest, &["--wait-kernel"]);
-    gdb.ask("break rest_init");
-    gdb.ask("break kernel_init");
+    let guest = plan("replay").boot().unwrap();
+    let mut gdb = Gdb::start(&guest, &[]);
     let count = |guest: &Guest| {
         let said = guest.human("info replay");
         let digits = said.rsplit_once("instruction count = ").unwrap_or_else(|| panic!("{said}")).1;
         digits.trim().parse::<u64>().unwrap_or_else(|_| panic!("{said}"))
     };
-    assert!(gdb.ask("continue").contains("Breakpoint 1, "), "{}", gdb.everything());
-    let first = (count(&guest), guest.registers());
+    let here = (count(&guest), guest.registers());
+    for back in 1..4 {
+        let answer = gdb.ask("reverse-stepi");
+        assert_eq!(count(&guest), here.0 - back, "{answer}");
+    }
     for _ in 0..3 {
         gdb.ask("stepi");
     }
-    assert_eq!(count(&guest), first.0 + 3);
-    for back in (0..3).rev() {
-        let answer = gdb.ask("reverse-stepi");
-        assert_eq!(count(&guest), first.0 + back, "{answer}");
-    }
-    assert_eq!(guest.registers(), first.1);
-    assert!(gdb.ask("continue").contains("Breakpoint 2, "), "{}", gdb.everything());
-    assert!(count(&guest) > first.0);
+    assert_eq!((count(&guest), guest.registers()), here);
+    gdb.ask("break kstub_live_tick");
     let answer = gdb.ask("reverse-continue");
     assert!(answer.contains("Breakpoint 1, "), "{answer}");
-    assert_eq!((count(&guest), guest.registers()), first, "{answer}");
-    gdb.ask("delete");
-    let answer = gdb.ask("reverse-continue");
-    assert!(answer.contains("No more reverse-execution history"), "{answer}");
-    assert!(count(&guest) < first.0);
+    assert!(count(&guest) < here.0);
+    assert_at(&guest, &mut gdb, "kstub_live_tick");
+    assert!(functions(&gdb.ask("bt")).contains(&"tick".to_owned()), "{}", gdb.everything());
 }

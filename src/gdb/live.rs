@@ -14,13 +14,13 @@ use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
 use crate::backend::Backend;
 use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
-use crate::kernel::{Machine, OpenError};
+use crate::kernel::{Kernel, Machine, OpenError};
 use boot::{BootError, Came};
 use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the thread that waits for stops goes without looking what else happened.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -102,6 +102,8 @@ struct State {
     boots: bool,
     /// The owner has asked for a stop.
     interrupted: bool,
+    /// It is to be stopped for news: QEMU drops the request while it is at them itself.
+    has_news: bool,
     /// What the user behind each session is told with the next stop.
     news: HashMap<u64, Vec<String>>,
     gone: Option<LiveError>,
@@ -158,6 +160,7 @@ impl Live {
             news: HashMap::new(),
             boots: false,
             interrupted: false,
+            has_news: false,
             gone: None,
         };
         let (turn, runs) = (Mutex::new(()), Condvar::new());
@@ -206,7 +209,11 @@ impl Live {
             let state = self.state();
             (state.machine.clone(), state.is_stale, state.libraries.clone())
         };
-        let machine = if is_stale { self.open_again(backend, &before) } else { before.again(backend) };
+        let machine = if is_stale { None } else { Some(before.again(backend.clone())) };
+        // A snapshot may have been loaded, of which not every QEMU tells.
+        let machine = machine.filter(|machine| machine.kernel().is_none_or(is_there));
+        let is_stale = machine.is_none();
+        let machine = machine.unwrap_or_else(|| self.open_again(backend, &before));
         let machine = Arc::new(machine);
         let libraries = libraries.map(|libraries| libraries.again(machine.clone()));
         if machine.text_base() != before.text_base() && before.kernel().is_some() {
@@ -244,7 +251,7 @@ impl Live {
             state.gone = Some(error);
         }
         state.is_running = false;
-        state.interrupted = false;
+        (state.interrupted, state.has_news) = (false, false);
         state.boots &= state.is_stale;
         state.stop = stop;
         (state.module_told, state.owes_trap) = (false, false);
@@ -315,15 +322,18 @@ impl Live {
 
     /// What was put into the guest is not of what is there now: it goes before it stops or harms that.
     fn leave_the_old(&self, is_running: bool) -> Result<(), LiveError> {
-        if is_running {
+        if !self.state().boots {
+            self.state().has_news = is_running;
+            return Ok(());
+        }
+        let start = Instant::now();
+        while is_running && start.elapsed() < STANDSTILL {
             self.control.interrupt()?;
-        }
-        if self.state().boots {
-            if is_running {
-                self.control.wait_stop(STANDSTILL)?;
+            if self.control.wait_stop(PATIENCE)?.is_some() {
+                break;
             }
-            self.drop_points();
         }
+        self.drop_points();
         Ok(())
     }
 
@@ -486,6 +496,14 @@ impl Live {
     }
 }
 
+/// Whether the kernel is still where it was found: its banner is.
+fn is_there(kernel: &Kernel) -> bool {
+    const BANNER: &[u8] = b"Linux version ";
+    let Some(at) = kernel.symbol("linux_banner") else { return true };
+    let mut bytes = [0; BANNER.len()];
+    kernel.read(at, &mut bytes).stopped.is_none() && bytes == BANNER
+}
+
 impl State {
     /// Whoever is there now hears of it. Once: QEMU tells of a reset for the machine and again for who asked for it.
     fn tell(&mut self, news: &str) {
@@ -516,7 +534,13 @@ fn watch(live: &Weak<Live>) {
         if !live.runs_within(PATIENCE) {
             continue;
         }
-        let boots = live.state().boots;
+        let (boots, has_news) = {
+            let state = live.state();
+            (state.boots, state.has_news)
+        };
+        if has_news && let Err(error) = live.control.interrupt() {
+            tracing::warn!("{error}");
+        }
         let stop = if boots { live.boot().map(Some) } else { live.control.wait_stop(PATIENCE) };
         match stop {
             Ok(Some(stop)) => live.stopped(stop),

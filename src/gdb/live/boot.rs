@@ -1,8 +1,7 @@
 //! A guest that boots, up to the first line of its kernel's C code.
 //!
 //! KASLR puts the image anywhere in steps of 2 MiB (`CONFIG_PHYSICAL_ALIGN`; `arch/x86/boot/compressed/kaslr.c`), so there
-//! is a breakpoint at each place where `start_kernel()` may be. So many make TCG slow: once a CPU is in the image it is
-//! looked where that is, by its banner, and the others go. Under KVM a breakpoint is an instruction in memory, and there is
+//! is a breakpoint at each place where `start_kernel()` may be. Another kernel is known by its banner. Under KVM a breakpoint is an instruction in memory, and there is
 //! no memory yet at those addresses: there the guest is looked at until the kernel is there. Knows no session.
 
 use crate::addr::VirtAddr;
@@ -21,9 +20,13 @@ const STEP: u64 = 2 << 20;
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How often a guest is asked whether it has stopped.
 const SLICE: Duration = Duration::from_millis(100);
-/// From the image's first instruction to `start_kernel()` it takes milliseconds: a kernel that is seen at work so often
-/// is past it, or another.
-const PAST: u32 = 100;
+/// How often it is looked whether another kernel runs.
+const LOOK: Duration = Duration::from_secs(1);
+/// A kernel that is seen at work so often without coming to `start_kernel()` is past that. It takes milliseconds but
+/// under TCG, where code in the page of a breakpoint is slow: some kernels clear their bss from there.
+const PAST: u32 = 120;
+/// A kernel that is seen so often, and its banner nowhere, is another.
+const OTHERS: u32 = 5;
 /// How often a guest under KVM is looked at.
 const SAMPLE: Duration = Duration::from_millis(1);
 /// How long a guest may take to stop.
@@ -83,7 +86,7 @@ impl Wanted {
 
     /// Whether the kernel is mapped where `start_kernel()` is at `place`.
     fn is_at(&self, place: VirtAddr, memory: &dyn Backend, cpu: &SavedCpu) -> bool {
-        let Some((at, banner)) = &self.banner else { return false };
+        let Some((at, banner)) = &self.banner else { return true };
         let register = |reg| cpu.regs.u64(reg);
         let space = register(Reg::Cr3).and_then(|cr3| {
             AddressSpace::from_control_registers(register(Reg::Cr0), cr3, register(Reg::Cr4))
@@ -104,11 +107,11 @@ pub fn run(
     if control.monitor("info kvm")?.contains("enabled") {
         return sample(control, goes_on);
     }
-    let mut places = wanted.places();
+    let places = wanted.places();
     for &place in &places {
         control.insert(Point::Software, place, 1)?;
     }
-    let came = run_to(control, wanted, &mut places, goes_on);
+    let came = run_to(control, wanted, &places, goes_on);
     let removed = places.iter().try_for_each(|&place| control.remove(Point::Software, place, 1));
     let came = came?;
     removed?;
@@ -118,62 +121,53 @@ pub fn run(
 fn run_to(
     control: &dyn LiveControl,
     wanted: &Wanted,
-    places: &mut Vec<VirtAddr>,
+    places: &[VirtAddr],
     goes_on: &dyn Fn() -> bool,
 ) -> Result<Came, BootError> {
-    let begun = Instant::now();
-    let mut seen = 0;
-    let go = || control.resume(&[(None, Go::Continue)]);
-    go()?;
+    let (begun, mut looked) = (Instant::now(), Instant::now());
+    let (mut others, mut seen) = (0, 0);
+    control.resume(&[(None, Go::Continue)])?;
     while begun.elapsed() < PATIENCE {
         if let Some(stop) = control.wait_stop(SLICE)? {
-            return came_to(control, stop, places);
+            return came_to(control, stop, wanted, places);
         }
         if !goes_on() {
-            return came_to(control, halt(control)?, places);
+            return came_to(control, halt(control)?, wanted, places);
         }
-        if in_image(&*control.snapshot()?).is_none() {
+        if looked.elapsed() < LOOK {
             continue;
         }
-        seen += 1;
-        if seen > PAST {
+        looked = Instant::now();
+        let snapshot = control.snapshot()?;
+        if let Some(cpu) = in_image(&*snapshot) {
+            seen += 1;
+            others += u32::from(!places.iter().any(|place| wanted.is_at(*place, &*snapshot, cpu)));
+        }
+        if seen > PAST || others > OTHERS {
             halt(control)?;
             return Err(BootError::Another);
-        }
-        if places.len() > 1 {
-            let stop = halt(control)?;
-            let came = came_to(control, stop, places)?;
-            if came != Came::Interrupted(stop) || !goes_on() {
-                return Ok(came);
-            }
-            narrow(control, wanted, places)?;
-            go()?;
         }
     }
     halt(control)?;
     Err(BootError::Never)
 }
 
-/// Leaves of `places` only the one where the kernel is, if it is to be seen there.
-fn narrow(control: &dyn LiveControl, wanted: &Wanted, places: &mut Vec<VirtAddr>) -> Result<(), LiveError> {
-    let snapshot = control.snapshot()?;
-    let Some(cpu) = in_image(&*snapshot) else { return Ok(()) };
-    let Some(&place) = places.iter().find(|place| wanted.is_at(**place, &*snapshot, cpu)) else {
-        return Ok(());
-    };
-    for &other in places.iter().filter(|&&other| other != place) {
-        control.remove(Point::Software, other, 1)?;
-    }
-    *places = vec![place];
-    Ok(())
-}
-
-fn came_to(control: &dyn LiveControl, stop: Stop, places: &[VirtAddr]) -> Result<Came, BootError> {
+fn came_to(
+    control: &dyn LiveControl,
+    stop: Stop,
+    wanted: &Wanted,
+    places: &[VirtAddr],
+) -> Result<Came, BootError> {
     let snapshot = control.snapshot()?;
     let cpu = usize::try_from(stop.cpu).ok().and_then(|cpu| snapshot.saved_cpus().get(cpu));
-    let at = cpu.and_then(|cpu| cpu.regs.u64(Reg::Rip)).map(VirtAddr);
-    let is_there = at.is_some_and(|at| places.contains(&at));
-    Ok(if is_there { Came::Exactly(stop) } else { Came::Interrupted(stop) })
+    let Some((cpu, at)) = cpu.and_then(|cpu| Some((cpu, VirtAddr(cpu.regs.u64(Reg::Rip)?)))) else {
+        return Ok(Came::Interrupted(stop));
+    };
+    match places.contains(&at) {
+        true if wanted.is_at(at, &*snapshot, cpu) => Ok(Came::Exactly(stop)),
+        true => Err(BootError::Another),
+        false => Ok(Came::Interrupted(stop)),
+    }
 }
 
 /// A CPU that executes the kernel image.
