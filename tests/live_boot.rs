@@ -48,10 +48,10 @@ fn from_the_first_line_to_the_heartbeat() {
         let text = address(&mut gdb, "&_text");
         let bt = gdb.ask("bt");
         let calls = functions(&bt);
-        let begin = ["start_kernel", "x86_64_start_reservations", "x86_64_start_kernel"];
-        assert!(calls.starts_with(&begin.map(str::to_owned)), "{bt}");
-        // secondary_startup_64 until about v6.5, common_startup_64 since.
-        assert!(calls.len() == 4 && calls[3].contains("_startup_64"), "{bt}");
+        // Some compilers jump to start_kernel(), which never returns. What calls C code first was secondary_startup_64 until
+        // about v6.5, and is common_startup_64 since.
+        assert!(calls.len() >= 2 && calls[0] == "start_kernel", "{bt}");
+        assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
         assert!(!bt.contains("ends here"), "{bt}");
         let threads = gdb.ask("info threads");
         assert_eq!(threads.lines().filter(|line| line.contains("(CPU ")).count(), cpus as usize, "{threads}");
@@ -64,7 +64,8 @@ fn from_the_first_line_to_the_heartbeat() {
         assert_at(&guest, &mut gdb, "rest_init");
         let bt = gdb.ask("bt");
         let calls = functions(&bt);
-        assert_eq!(calls[..3], ["rest_init", "start_kernel", "x86_64_start_reservations"], "{bt}");
+        assert_eq!(calls[..2], ["rest_init", "start_kernel"], "{bt}");
+        assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
         assert!(!bt.contains("ends here"), "{bt}");
         // A function that the kernel throws away after its boot.
         gdb.ask("tbreak kernel_init_freeable");

@@ -59,7 +59,7 @@ fn breakpoints_go_with_the_kernel() {
             assert_at(&guest, &mut gdb, "start_kernel");
             texts.push(address(&mut gdb, "&_text"));
             let bt = gdb.ask("bt");
-            assert_eq!(functions(&bt)[..2], ["start_kernel", "x86_64_start_reservations"], "{bt}");
+            assert!(functions(&bt)[0] == "start_kernel" && bt.contains("_startup_64"), "{bt}");
             gdb.ask("delete 3");
             let stop = gdb.ask("continue");
             assert!(

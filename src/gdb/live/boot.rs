@@ -1,8 +1,9 @@
 //! A guest that boots, up to the first line of its kernel's C code.
 //!
 //! KASLR puts the image anywhere in steps of 2 MiB (`CONFIG_PHYSICAL_ALIGN`; `arch/x86/boot/compressed/kaslr.c`), so there
-//! is a breakpoint at each place where `start_kernel()` may be. Another kernel is known by its banner. Under KVM a breakpoint is an instruction in memory, and there is
-//! no memory yet at those addresses: there the guest is looked at until the kernel is there. Knows no session.
+//! is a breakpoint at each place where `start_kernel()` may be. Another kernel is known by its banner. Under KVM a
+//! breakpoint is an instruction in memory, and there is no memory yet at those addresses: there the guest is looked at
+//! until the kernel is there. Knows no session.
 
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::{AddressSpace, Reg};
