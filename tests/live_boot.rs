@@ -64,7 +64,7 @@ fn from_the_first_line_to_the_heartbeat() {
         assert_at(&guest, &mut gdb, "rest_init");
         let bt = gdb.ask("bt");
         let calls = functions(&bt);
-        assert_eq!(calls[..2], ["rest_init", "start_kernel"], "{bt}");
+        assert!(calls[0] == "rest_init" && calls.contains(&"start_kernel".to_owned()), "{bt}");
         assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
         assert!(!bt.contains("ends here"), "{bt}");
         // A function that the kernel throws away after its boot.
