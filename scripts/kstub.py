@@ -292,12 +292,10 @@ class Frames(gdb.unwinder.Unwinder):
         if key not in self.known:
             self.known[key] = {}
             # send() would select no thread for a moment, and gdb forget the frame that it is asking about.
-            packet = "maintenance packet qkstub.unwind:" + thread_id(None)
             try:
-                answer = gdb.execute(packet, to_string=True).split('received: "', 1)[1]
-                rows = json.loads(bytes.fromhex(answer.split('"', 1)[0]))
+                rows = json.loads(bytes.fromhex(answer_of("qkstub.unwind:" + thread_id(None)) or ""))
                 self.known[key] = {(row["pc"], row["sp"]): row for row in rows}
-            except (gdb.error, IndexError, ValueError):
+            except ValueError:
                 pass
         return self.known[key]
 
@@ -376,6 +374,53 @@ class EndOfStack:
     def is_end(self, frame):
         last = end_of(frame)
         return last is not None and last["broken"] is None
+
+
+def answer_of(packet):
+    """The answer to a packet, by a way that leaves gdb's selected thread and frame alone; None if there is none."""
+    try:
+        answer = gdb.execute("maintenance packet " + packet, to_string=True)
+    except gdb.error:
+        return None
+    return answer.split('received: "', 1)[-1].rsplit('"', 1)[0] if 'received: "' in answer else None
+
+
+class Moved:
+    """Moves gdb's symbols, and with them its breakpoints, when a guest that was started again has its kernel elsewhere:
+    gdb itself asks for that (qOffsets) only as it connects."""
+
+    def __init__(self):
+        self.offsets = None
+        gdb.events.stop.connect(self.look)
+        if hasattr(gdb.events, "connection_removed"):
+            gdb.events.connection_removed.connect(self.forget)
+        self.look()
+
+    def forget(self, event=None):
+        self.offsets = None
+
+    def look(self, event=None):
+        connection = gdb.selected_inferior().connection
+        offsets = answer_of("qOffsets") if isinstance(connection, gdb.RemoteTargetConnection) else None
+        if not offsets or not offsets.startswith("TextSeg="):
+            return
+        before, self.offsets = self.offsets, offsets
+        if before not in (None, offsets):
+            self.move()
+
+    def move(self):
+        image = gdb.current_progspace().filename
+        offset = run("info")["kernel"]["kaslr_offset"]
+        if image is None or offset is None:
+            return
+        # Modules of before; those of now have the same names.
+        gdb.execute("nosharedlibrary")
+        name = image.replace("\\", "\\\\").replace("'", "\\'")
+        gdb.execute("with confirm off -- symbol-file -o %s '%s'" % (offset, name), to_string=True)
+        gdb.execute("sharedlibrary", to_string=True)
+        gdb.write("kstub: gdb's symbols and breakpoints were moved to where the kernel is now\n")
+        # What gdb has just shown was by the symbols of before.
+        gdb.execute("frame")
 
 
 def has_command(name):
@@ -516,6 +561,7 @@ expose()
 KernelScripts.install()
 Prefix(), PerCpu(), Page(), Task(), EndOfStack()
 FRAMES = Frames()
+MOVED = Moved()
 gdb.unwinder.register_unwinder(None, FRAMES, replace=True)
 if not register():
     for happens in CONNECTED:

@@ -5,8 +5,7 @@
 //! `tests/layering.rs` reads this crate's `use` paths and fails on any other edge.
 //!
 //! ```text
-//! 9  main  open  moments             what was typed, opened and run
-//! 8  wait_kernel                     a guest's boot
+//! 8  main  open  moments             what was typed, opened and run
 //! 7  cli   server                     arguments | sockets
 //! 6  gdb                              gdbstub glue, RSP front
 //! 5  command                          text (or JSON) in, text (or JSON) out
@@ -22,7 +21,7 @@
 //! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
 //! - `command` renders values; it knows neither gdbstub nor stdout.
 //! - Only `gdb` names gdbstub, only `server` names tokio, only `backend` names qapi, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
-//!   the program's own files (rows 8 and 9), `cli` and `server`.
+//!   the program's own files (row 8), `cli` and `server`.
 
 pub mod addr;
 pub mod arch;

@@ -2,7 +2,6 @@
 
 mod moments;
 mod open;
-mod wait_kernel;
 
 use anyhow::Context;
 use clap::Parser;
@@ -141,6 +140,7 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -
     };
     let lines = match first {
         Some(first) => target.dump.split_off(first),
+        None if target.qemu.is_some() => anyhow::bail!(Usage("no command; try: kstub run --qemu QMP help")),
         None => anyhow::bail!(Usage("no command behind the dump; try: kstub run DUMP help")),
     };
     let machine = open::machine(&target)?;

@@ -1,12 +1,14 @@
 //! Opens what the command line names: a dump or a guest, with the places where its files may be.
 
-use crate::wait_kernel;
-use kstub::backend::live::{LiveControl, LiveError};
+use anyhow::Context;
+use kstub::backend::live::{LiveControl, LiveError, RunState};
 use kstub::backend::qemu::{Guest, QmpAddress, guard};
 use kstub::backend::{Backend, Dump};
 use kstub::cli::{self, Control, Target};
+use kstub::debuginfo::DebugInfo;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
+use kstub::gdb::boot::{self, Came};
 use kstub::gdb::{Libraries, Live, OnDisconnect, OpenLive, Policy};
 use kstub::kernel::{Machine, OpenError, Options, TypesFrom};
 use kstub::server::Source;
@@ -53,17 +55,8 @@ pub fn source(
         );
     }
     no_dumps.into_iter().for_each(|why| guest.refuse_dumps(why));
-    // If we are killed, somebody must give the guest back.
-    match std::env::current_exe() {
-        Ok(program) => guard::enable(program, vec!["__guard".into()]),
-        Err(error) => tracing::warn!("no guardian: {error}"),
-    }
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
-        let spinner = terminal(indicatif::ProgressBar::new_spinner());
-        spinner.set_message("waiting for the kernel to start");
-        let late = wait_kernel::wait(&*guest, vmlinux, &|| spinner.tick())?;
-        spinner.finish_and_clear();
-        late.iter().for_each(|late| eprintln!("kstub: {late}"));
+        wait_kernel(&guest, vmlinux)?;
     }
     let live = Live::new(guest, policy, Box::new(move |backend| opener.open(backend)));
     let live = live.map_err(|error| match error {
@@ -76,11 +69,43 @@ pub fn source(
     Ok((Source::Guest(live), libraries))
 }
 
+/// Lets a guest that has not booted run up to `start_kernel()` of the kernel that `vmlinux` is of.
+fn wait_kernel(guest: &Guest, vmlinux: &Path) -> anyhow::Result<()> {
+    let wanted = boot::Wanted::of(&DebugInfo::open(vmlinux)?);
+    let wanted = wanted.with_context(|| format!("'{}' has no symbol start_kernel", vmlinux.display()))?;
+    let spinner = terminal(indicatif::ProgressBar::new_spinner());
+    spinner.set_message("waiting for the kernel to start");
+    guest.attach()?;
+    let came = boot::run(guest, &wanted, &|| {
+        spinner.tick();
+        true
+    });
+    spinner.finish_and_clear();
+    match came? {
+        Came::Exactly(_) => {}
+        Came::About(_) => {
+            eprintln!(
+                "kstub: under KVM the kernel is found by looking: it may be past start_kernel() already"
+            );
+        }
+        Came::Interrupted(_) => anyhow::bail!("the guest was stopped before a kernel came to start_kernel()"),
+    }
+    Ok(())
+}
+
 fn guest(address: &str, allow_write: bool) -> Result<Arc<Guest>, LiveError> {
     let guest = Guest::connect(&QmpAddress::parse(address)?)?;
     guest.set_allow_write(allow_write);
+    // If we are killed, somebody must give the guest back.
+    match std::env::current_exe() {
+        Ok(program) => guard::enable(program, vec!["__guard".into()]),
+        Err(error) => tracing::warn!("no guardian: {error}"),
+    }
     Ok(guest)
 }
+
+/// How often the kernel of a guest that runs is looked for.
+const TRIES: usize = 3;
 
 /// What is needed to find the kernel in a machine, more than once.
 struct Opener {
@@ -103,7 +128,20 @@ impl Opener {
         Self { vmlinux, beside, debug_dirs, types, use_debuginfod: !target.no_debuginfod }
     }
 
+    /// Finds the kernel; in a guest that runs, where what is read may be of two moments, it is looked for again.
     fn open(&self, backend: Arc<dyn Backend>) -> Result<Machine, OpenError> {
+        let mut opened = self.open_once(Arc::clone(&backend));
+        for _ in 1..TRIES {
+            let runs =
+                |live: &&dyn LiveControl| live.run_state().is_ok_and(|state| state == RunState::Running);
+            let Some(live) = backend.live().filter(|live| opened.is_err() && runs(live)) else { break };
+            let Ok(snapshot) = live.snapshot() else { break };
+            opened = self.open_once(snapshot);
+        }
+        opened
+    }
+
+    fn open_once(&self, backend: Arc<dyn Backend>) -> Result<Machine, OpenError> {
         let caches = find::user_caches();
         let download = download_bar();
         let bar = download.clone();

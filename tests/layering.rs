@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// Rows of the diagram in `src/lib.rs`. A module may import from lower rows and from its own folder.
 const LAYERS: &[(u32, &[&str])] = &[
-    (9, &["main", "moments", "open"]),
-    (8, &["wait_kernel"]),
+    (8, &["main", "moments", "open"]),
     (7, &["cli", "server"]),
     (6, &["gdb"]),
     (5, &["command"]),
@@ -33,7 +32,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("object", &["debuginfo", "vmcore"]),
     ("ureq", &["debuginfo"]),
     ("iced_x86", &["arch"]),
-    ("anyhow", &["main", "moments", "open", "wait_kernel", "cli", "server"]),
+    ("anyhow", &["main", "moments", "open", "cli", "server"]),
 ];
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone)]

@@ -38,6 +38,7 @@ fn gdb_on_four_cpus_with_pti() {
                 ("--allow-write", allow_write),
                 ("how it is left", how_it_is_left),
                 ("commands", commands),
+                ("--no-stop", no_stop),
             ],
         );
     }
@@ -623,4 +624,35 @@ fn commands(guest: &Guest) {
     let bt = gdb.ask("monitor bt");
     assert!(bt.contains("kstub_live_tick") && bt.contains("kstub-tick"), "{bt}");
     leave(guest, gdb);
+}
+
+/// A gdb that only looks on: the guest does not stop for it, not for a moment, and is seen as it is then.
+fn no_stop(guest: &Guest) {
+    guest.ask("plant spin-kernel 2");
+    guest.events();
+    let mut gdb = Gdb::start(guest, &["--no-stop"]);
+    let first = number(&value(&mut gdb, "p (unsigned long)jiffies_64"));
+    assert!(gdb.ask("monitor ps").contains("kstub-tick"), "{}", gdb.everything());
+    assert!(gdb.ask("info threads").contains("CPU 3"), "{}", gdb.everything());
+    gdb.ask("thread 3");
+    assert!(gdb.ask("bt").contains("#0 "), "{}", gdb.everything());
+    assert_eq!(number(&value(&mut gdb, "p/x kstub_live_constant")), guest.number("constant"));
+    guest.assert_alive("while it is looked at");
+    // Registers and memory are those of one look; `continue` waits, Ctrl-C looks again.
+    gdb.send("continue");
+    guest.assert_alive("while gdb waits");
+    gdb.interrupt();
+    let stop = gdb.wait().unwrap();
+    assert!(!stop.contains("Cannot"), "{stop}");
+    let second = number(&value(&mut gdb, "p (unsigned long)jiffies_64"));
+    assert!(second > first, "{first} {second}: it looks at what was");
+    // What would stop the guest is refused.
+    gdb.ask("break kstub_live_tick");
+    let refused = gdb.ask("stepi");
+    assert!(!refused.contains("Breakpoint 1, "), "{refused}");
+    assert!(gdb.ask("monitor control take").contains("--no-stop"), "{}", gdb.everything());
+    assert_eq!(guest.run_state(), "running");
+    gdb.quit();
+    assert_eq!(guest.events(), [""; 0], "the guest was stopped, or told something");
+    guest.assert_alive("after it was looked at");
 }

@@ -11,8 +11,8 @@ use std::fmt::Write;
 pub const COMMAND: Command = Command {
     name: "info",
     arguments: "[version]",
-    summary: "what the dump is, which kernel is in it, and what is missing",
-    help: "Format, compression and filter level of the dump; release, build-id, KASLR offset and page tables of the \
+    summary: "what the dump or guest is, which kernel is in it, and what is missing",
+    help: "Format, compression and filter level of a dump, or how a guest's memory is read; release, build-id, KASLR offset and page tables of the \
            kernel; CPUs and what ran on them; the panic message; problems, each with its cure.\n\n\
            'info version' tells kstub's version; scripts made for QEMU ask for it.\n\n\
            Example:\n  info\n",
@@ -39,7 +39,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
 fn version() -> Output {
     const VERSION: &str = env!("CARGO_PKG_VERSION");
     Output {
-        text: format!("kstub {VERSION} (QEMU-compatible GDB server over a crash dump)\n"),
+        text: format!("kstub {VERSION} (QEMU-compatible GDB server over crash dumps and guests)\n"),
         json: json!({ "kstub": VERSION }),
     }
 }

@@ -10,7 +10,7 @@ pub const COMMAND: Command = Command {
     name: "log",
     arguments: "[-T|-t] [-m] [-c] [-l LEVEL[,LEVEL]...]",
     summary: "print the kernel's message buffer (dmesg)",
-    help: "Times are seconds since boot. Works without symbols: the dump's VMCOREINFO describes the buffer.\n\n\
+    help: "Times are seconds since boot. Works without symbols: VMCOREINFO describes the buffer.\n\n\
            -T        dates in UTC, as far as the clock was not set since\n\
            -t        no times\n\
            -m        <PRIORITY> first: eight times the facility, plus the level\n\

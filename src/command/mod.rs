@@ -99,9 +99,7 @@ pub struct Focus {
 impl<'a> Context<'a> {
     /// The kernel, or the error that says there is none.
     pub fn kernel(&self) -> Result<&'a Kernel, CommandError> {
-        self.machine
-            .kernel()
-            .ok_or_else(|| CommandError("no kernel was found in the dump; see 'info'".into()))
+        self.machine.kernel().ok_or_else(|| CommandError("no kernel was found; see 'info'".into()))
     }
 
     /// The task that commands are about: the one chosen with `set`, else the one that ran on the selected CPU.

@@ -11,7 +11,7 @@ pub const COMMAND: Command = Command {
     arguments: "[CPU]",
     summary: "registers of a CPU: saved, derived or not saved",
     help: "Without a number it is the CPU selected in gdb ('thread N' selects CPU N-1, if none is missing).\n\n\
-           A register the dump does not hold is 'not saved', never zero. A derived value says from what it follows.\n\n\
+           A register that is not there is 'not saved', never zero. A derived value says from what it follows.\n\n\
            Examples:\n  regs\n  regs 2\n",
     run,
 };

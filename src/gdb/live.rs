@@ -4,6 +4,7 @@
 //! everybody reads through the same one; each stop brings a new one. One client owns run control, the first that asks
 //! how the guest stands; the guest is stopped for it, and goes on as it was when that client leaves, however it leaves.
 
+pub mod boot;
 mod session;
 
 pub(super) use session::{Resumed, Session};
@@ -13,18 +14,22 @@ use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
 use crate::backend::Backend;
 use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
-use crate::kernel::{Machine, OpenError};
+use crate::kernel::{Kernel, Machine, OpenError};
+use boot::{BootError, Came};
 use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the thread that waits for stops goes without looking what else happened.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// How long one instruction may take.
 const STEP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a guest may take to stop.
+const STANDSTILL: Duration = Duration::from_secs(10);
 
 /// Points that clients may have set at once; gdb itself sets some dozens.
 const POINTS_MAX: usize = 4096;
@@ -93,6 +98,12 @@ struct State {
     waiting: HashMap<u64, UnixStream>,
     /// The kernel that is known is of an earlier boot.
     is_stale: bool,
+    /// The guest was started again, and is to stop where its kernel begins.
+    boots: bool,
+    /// The owner has asked for a stop.
+    interrupted: bool,
+    /// It is to be stopped for news: QEMU drops the request while it is at them itself.
+    has_news: bool,
     /// What the user behind each session is told with the next stop.
     news: HashMap<u64, Vec<String>>,
     gone: Option<LiveError>,
@@ -147,6 +158,9 @@ impl Live {
             owes_trap: false,
             waiting: HashMap::new(),
             news: HashMap::new(),
+            boots: false,
+            interrupted: false,
+            has_news: false,
             gone: None,
         };
         let (turn, runs) = (Mutex::new(()), Condvar::new());
@@ -195,17 +209,26 @@ impl Live {
             let state = self.state();
             (state.machine.clone(), state.is_stale, state.libraries.clone())
         };
-        let machine = if is_stale { self.open_again(backend, &before) } else { before.again(backend) };
+        let machine = if is_stale { None } else { Some(before.again(backend.clone())) };
+        // A snapshot may have been loaded, of which not every QEMU tells.
+        let machine = machine.filter(|machine| machine.kernel().is_none_or(is_there));
+        let is_stale = machine.is_none();
+        let machine = machine.unwrap_or_else(|| self.open_again(backend, &before));
         let machine = Arc::new(machine);
         let libraries = libraries.map(|libraries| libraries.again(machine.clone()));
+        if machine.text_base() != before.text_base() && before.kernel().is_some() {
+            self.drop_points();
+        }
         let mut state = self.state();
         if is_stale && let Some(kernel) = machine.kernel() {
             state.is_stale = false;
-            state.tell(&format!(
-                "A kernel was found: {} at {}. What gdb loaded before is not its: connect again.\n",
-                crate::bytes::printable(&kernel.found().release),
-                kernel.found().text
-            ));
+            let found = kernel.found();
+            let cure = match before.kernel() {
+                Some(_) if machine.text_base() == before.text_base() => "It is where it was.",
+                _ => "gdb's symbols are not there: kstub.py moves them, else connect again.",
+            };
+            let release = crate::bytes::printable(&found.release);
+            state.tell(&format!("A kernel was found: {release} at {}. {cure}\n", found.text));
         }
         state.machine = machine;
         state.libraries = libraries;
@@ -228,6 +251,8 @@ impl Live {
             state.gone = Some(error);
         }
         state.is_running = false;
+        (state.interrupted, state.has_news) = (false, false);
+        state.boots &= state.is_stale;
         state.stop = stop;
         (state.module_told, state.owes_trap) = (false, false);
         drop(state);
@@ -241,6 +266,13 @@ impl Live {
         state.is_running = false;
         state.gone = Some(error);
         state.wake();
+    }
+
+    /// The guest was let run, or is to be.
+    fn lets_run(&self) {
+        let mut state = self.state();
+        (state.is_running, state.interrupted) = (true, false);
+        self.runs.notify_all();
     }
 
     /// Waits until the guest was let run, at most as long as `patience`; whether it was.
@@ -266,18 +298,91 @@ impl Live {
         for happening in self.control.happenings() {
             tracing::info!("{happening:?}");
             let mut state = self.state();
+            // Nobody has put anything into a guest whose kernel is not known by what gdb knows of it.
+            let is_known = state.owner.is_some() && !state.is_stale;
             match happening {
                 Happening::Reset => {
                     state.is_stale = true;
+                    state.boots |= is_known;
                     state.tell("The guest was started again.\n");
                 }
                 Happening::Replaced(how) => {
                     state.is_stale = true;
                     state.tell(&format!("The guest's memory is another's: {how}.\n"));
                 }
-                Happening::Stopped | Happening::Resumed => {}
+                Happening::Stopped | Happening::Resumed => continue,
+            }
+            let is_running = state.is_running;
+            drop(state);
+            if is_known && let Err(error) = self.leave_the_old(is_running) {
+                tracing::warn!("breakpoints of before may be left: {error}");
             }
         }
+    }
+
+    /// What was put into the guest is not of what is there now: it goes before it stops or harms that.
+    fn leave_the_old(&self, is_running: bool) -> Result<(), LiveError> {
+        if !self.state().boots {
+            self.state().has_news = is_running;
+            return Ok(());
+        }
+        let start = Instant::now();
+        while is_running && start.elapsed() < STANDSTILL {
+            self.control.interrupt()?;
+            if self.control.wait_stop(PATIENCE)?.is_some() {
+                break;
+            }
+        }
+        self.drop_points();
+        Ok(())
+    }
+
+    /// Whether a guest that stands has another kernel than was known, which is then known and told.
+    fn is_replaced(&self) -> bool {
+        let is_stale = |state: &State| state.is_stale && !state.boots && state.machine.kernel().is_some();
+        if !is_stale(&self.state()) {
+            return false;
+        }
+        if let Err(error) = self.refresh() {
+            tracing::warn!("{error}");
+        }
+        !self.state().is_stale
+    }
+
+    /// Takes all breakpoints and watchpoints away, of a guest that stands.
+    fn drop_points(&self) {
+        let (points, hook) = {
+            let mut state = self.state();
+            (std::mem::take(&mut state.points), state.module_hook.take())
+        };
+        let hook = hook.map(|at| (Point::Software, at, 1));
+        for (point, at, len) in points.iter().map(|one| (one.point, one.at, one.len)).chain(hook) {
+            if let Err(error) = self.control.remove(point, at, len) {
+                tracing::info!("{error}");
+            }
+        }
+    }
+
+    /// Follows a guest that was started again to where its kernel begins.
+    fn boot(&self) -> Result<Stop, LiveError> {
+        let machine = self.machine();
+        let info = machine.kernel().and_then(|kernel| kernel.debug_info());
+        let stop = self.state().stop;
+        let Some(wanted) = info.and_then(boot::Wanted::of) else { return Ok(stop) };
+        let goes_on = || {
+            let state = self.state();
+            state.is_running && !state.interrupted
+        };
+        if !goes_on() {
+            return Ok(stop);
+        }
+        let why = match boot::run(&*self.control, &wanted, &goes_on) {
+            Ok(Came::Exactly(stop) | Came::About(stop) | Came::Interrupted(stop)) => return Ok(stop),
+            Err(BootError::Guest(error)) => return Err(error),
+            Err(error) => error,
+        };
+        self.state().tell(&format!("{why}\n"));
+        Ok(Stop { reason: StopReason::Signal(SIGINT), ..stop })
     }
 
     /// Gives `session` run control, which stops the guest.
@@ -373,6 +478,7 @@ impl Live {
             state.owner = None;
             state.points.clear();
             state.module_hook = None;
+            state.boots = false;
             let runs = match self.policy.on_disconnect {
                 OnDisconnect::Restore => state.ran_before,
                 OnDisconnect::Resume => true,
@@ -388,6 +494,14 @@ impl Live {
             Err(error) => tracing::warn!("giving up run control: {error}"),
         }
     }
+}
+
+/// Whether the kernel is still where it was found: its banner is.
+fn is_there(kernel: &Kernel) -> bool {
+    const BANNER: &[u8] = b"Linux version ";
+    let Some(at) = kernel.symbol("linux_banner") else { return true };
+    let mut bytes = [0; BANNER.len()];
+    kernel.read(at, &mut bytes).stopped.is_none() && bytes == BANNER
 }
 
 impl State {
@@ -420,7 +534,15 @@ fn watch(live: &Weak<Live>) {
         if !live.runs_within(PATIENCE) {
             continue;
         }
-        match live.control.wait_stop(PATIENCE) {
+        let (boots, has_news) = {
+            let state = live.state();
+            (state.boots, state.has_news)
+        };
+        if has_news && let Err(error) = live.control.interrupt() {
+            tracing::warn!("{error}");
+        }
+        let stop = if boots { live.boot().map(Some) } else { live.control.wait_stop(PATIENCE) };
+        match stop {
             Ok(Some(stop)) => live.stopped(stop),
             Ok(None) => {}
             // Control was given up while it was waited for.
@@ -430,4 +552,5 @@ fn watch(live: &Weak<Live>) {
     }
 }
 
+const SIGINT: u8 = 2;
 const SIGTRAP: u8 = 5;

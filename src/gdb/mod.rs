@@ -26,7 +26,7 @@ mod threads;
 pub use files::Files;
 pub use front::{Flow, Front, MAX_REQUEST};
 pub use libraries::Libraries;
-pub use live::{Live, OnDisconnect, OpenLive, Policy};
+pub use live::{Live, OnDisconnect, OpenLive, Policy, boot};
 pub use private::PrivateDirectory;
 pub use threads::Show;
 

@@ -276,7 +276,7 @@ impl Machine {
             let error = TranslateError::NoTables { at, why: why.to_owned() };
             VirtOutcome { filled: 0, stopped: (!buf.is_empty()).then_some(error.into()) }
         };
-        let Ok(kernel) = &self.kernel else { return no_tables("no kernel was found in the dump") };
+        let Ok(kernel) = &self.kernel else { return no_tables("no kernel was found") };
         if at.0 >> 63 == 1 {
             return kernel.read(at, buf);
         }

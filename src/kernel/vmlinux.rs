@@ -148,8 +148,8 @@ fn belongs(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> Result<(),
     if let Some(wanted) = &found.build_id {
         return match info.build_id() {
             Some(id) if id == wanted => Ok(()),
-            Some(id) => Err(format!("has build-id {id} but the dump says {wanted}; {cure}")),
-            None => Err(format!("has no build-id but the dump says {wanted}; {cure}")),
+            Some(id) => Err(format!("has build-id {id} but the kernel says {wanted}; {cure}")),
+            None => Err(format!("has no build-id but the kernel says {wanted}; {cure}")),
         };
     }
     // Before VMCOREINFO told it the kernel had its build-id in its notes already.
@@ -161,9 +161,7 @@ fn belongs(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> Result<(),
         if found.space.read(backend, at, &mut notes).stopped.is_none() && !notes.is_empty() {
             return match debuginfo::build_id_in_notes(&notes) {
                 Some(in_memory) if in_memory == id => Ok(()),
-                _ => Err(format!(
-                    "has build-id {id}, which is not in the kernel's notes at {at} in the dump; {cure}"
-                )),
+                _ => Err(format!("has build-id {id}, which is not in the kernel's notes at {at}; {cure}")),
             };
         }
     }
@@ -177,5 +175,5 @@ fn belongs(backend: &dyn Backend, found: &Found, info: &DebugInfo) -> Result<(),
     if read.stopped.is_none() && in_memory == in_file {
         return Ok(());
     }
-    Err(format!("is another kernel's: its linux_banner is not the one at {at} in the dump; {cure}"))
+    Err(format!("is another kernel's: its linux_banner is not the one at {at} in memory; {cure}"))
 }

@@ -74,7 +74,7 @@ impl fmt::Display for Unreadable {
                     "left out of the dump: all zero or excluded by the filter (this format cannot tell)"
                 )
             }
-            Self::NotRam => write!(f, "not RAM as far as the dump knows"),
+            Self::NotRam => write!(f, "not RAM as far as is known"),
             Self::Truncated { offset } => write!(f, "the file ends before offset {offset:#x} (truncated)"),
             Self::MissingPart { start_pfn, end_pfn } => {
                 write!(

@@ -48,7 +48,7 @@ impl Listen {
         };
         if !ip.is_loopback() && !allow_remote {
             bail!(
-                "{text} can be reached from other machines, and whoever connects reads the whole dump without \
+                "{text} can be reached from other machines, and whoever connects reads the whole dump or guest without \
                  a password; use 127.0.0.1:{port} with an ssh tunnel, or pass --allow-remote if you mean it"
             );
         }

@@ -4,10 +4,12 @@
 //! could use; the tests' own eyes are a second QMP socket, the guest's report (its facts and heartbeat), and a serial
 //! line on which it takes commands.
 
+mod disk;
 mod gdb;
 mod qmp;
 mod watch;
 
+pub use disk::empty_qcow2;
 pub use gdb::{Gdb, Session};
 pub use qmp::Qmp;
 pub use watch::{Ended, finish, finish_within, kill, wait_until};
@@ -117,6 +119,11 @@ impl Plan {
     pub fn counting_instructions(mut self, how: &str) -> Self {
         self.accelerator = "tcg,thread=single".to_owned();
         self.argument("-icount").argument(how)
+    }
+
+    /// The vmlinux of a series' guest.
+    pub fn vmlinux_of(series: &str) -> Option<PathBuf> {
+        Some(lab::root().join(manifest(series)?["vmlinux"].as_str().expect("vmlinux")))
     }
 
     /// Boots it; `None` if tests with guests are to be skipped, which is then said.
@@ -337,9 +344,14 @@ impl Guest {
 
     /// `kstub COMMAND --qemu … --vmlinux … --debug-dir …`, without what the user's environment would add.
     pub fn kstub(&self, command: &str) -> Command {
+        self.kstub_of(command, &self.vmlinux())
+    }
+
+    /// The same with that vmlinux.
+    pub fn kstub_of(&self, command: &str, vmlinux: &Path) -> Command {
         let mut kstub = Command::new(KSTUB);
         kstub.env_remove("DEBUGINFOD_URLS").arg(command).arg("--qemu").arg(self.address());
-        kstub.arg("--vmlinux").arg(self.vmlinux());
+        kstub.arg("--vmlinux").arg(vmlinux);
         kstub
             .arg("--debug-dir")
             .arg(lab::root().join(self.manifest["debug_dir"].as_str().expect("debug_dir")));

@@ -68,7 +68,7 @@ impl Control {
         };
         // Before the guest is stopped.
         let guardian = Guardian::start(&Errand {
-            stub: address.clone(),
+            stub: Some(address.clone()),
             qmp: qmp_address.clone(),
             ran,
             started: started.is_some(),

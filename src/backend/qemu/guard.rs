@@ -2,8 +2,8 @@
 //!
 //! QEMU leaves a guest stopped, and its breakpoints put, when the client of its stub goes away. While run control is
 //! taken a child process waits at the end of a pipe; if that ends without a word, it connects to the stub itself,
-//! which removes all breakpoints, and lets the guest run if it ran before. It is the program that [`enable`] was
-//! given, which calls [`run`]. Source: QEMU `gdbstub/gdbstub.c` (`handle_target_halt`, `handle_detach`), `pipe(7)`.
+//! which removes all breakpoints, and lets the guest run if it ran before. So it does, by the monitor alone, for one that is
+//! only stopped for a moment. It is the program that [`enable`] was given, which calls [`run`]. Source: QEMU `gdbstub/gdbstub.c` (`handle_target_halt`, `handle_detach`), `pipe(7)`.
 
 use super::SocketAddress;
 use super::qmp::Qmp;
@@ -35,7 +35,8 @@ pub fn enable(program: PathBuf, arguments: Vec<OsString>) {
 /// What a guardian has to know.
 #[derive(Serialize, Deserialize, Debug)]
 pub(super) struct Errand {
-    pub(super) stub: SocketAddress,
+    /// `None` for a guest that is stopped by its monitor.
+    pub(super) stub: Option<SocketAddress>,
     pub(super) qmp: SocketAddress,
     /// Whether the guest ran before run control was taken.
     pub(super) ran: bool,
@@ -105,7 +106,8 @@ pub fn run() -> Result<(), LiveError> {
 fn help(errand: &Errand) -> Result<(), LiveError> {
     // First of all, to be served before another session that is started now.
     let monitor = Qmp::connect(&errand.qmp, Box::new(|_, _| {}));
-    let by_stub = Stub::connect(&errand.stub).and_then(|(mut stub, _)| {
+    let by_stub = errand.stub.as_ref().map(|address| {
+        let (mut stub, _) = Stub::connect(address)?;
         // The connection has removed the breakpoints.
         stub.raw(b"Qqemu.PhyMemMode:0")?;
         if errand.ran { stub.detach() } else { Ok(()) }
@@ -125,5 +127,5 @@ fn help(errand: &Errand) -> Result<(), LiveError> {
         }
         Ok(())
     });
-    by_stub.or(by_monitor)
+    by_stub.map_or(by_monitor.clone(), |by_stub| by_stub.or(by_monitor))
 }

@@ -5,6 +5,7 @@
 
 use super::control::Control;
 use super::events::Events;
+use super::guard::{Errand, Guardian};
 use super::memory::Memory;
 use super::patches::{INT3, Patches};
 use super::qmp::{Qmp, SOON, lock, nonsense};
@@ -48,6 +49,8 @@ pub struct Guest {
     /// Whether the guest was let go under run control and no stop was seen since.
     let_go: AtomicBool,
     patches: Patches,
+    /// While it is stopped by its monitor for us.
+    guardian: Mutex<Option<Guardian>>,
     /// Clients may change the guest.
     may_write: AtomicBool,
     /// Why it must not be dumped.
@@ -103,6 +106,7 @@ impl Guest {
             no_dumps: OnceLock::new(),
             dumping: Mutex::new(()),
             patches: Patches::default(),
+            guardian: Mutex::new(None),
         });
         let memory = guest.memory()?;
         for (way, bytes) in memory.ways() {
@@ -378,6 +382,11 @@ impl LiveControl for Guest {
 
     fn pause(&self) -> Result<(), LiveError> {
         if !self.is_attached() {
+            if self.run_state()? == RunState::Running {
+                let qmp = self.address.clone();
+                let errand = Errand { stub: None, qmp, ran: true, started: false, directory: None };
+                *lock(&self.guardian) = Guardian::start(&errand);
+            }
             return self.switch(stop {}, false);
         }
         if self.let_go.load(Ordering::SeqCst) {
@@ -389,7 +398,9 @@ impl LiveControl for Guest {
 
     fn unpause(&self) -> Result<(), LiveError> {
         if !self.is_attached() {
-            return self.switch(cont {}, true);
+            self.switch(cont {}, true)?;
+            lock(&self.guardian).take().into_iter().for_each(Guardian::farewell);
+            return Ok(());
         }
         if self.let_go.load(Ordering::SeqCst) { Ok(()) } else { self.resume(&[(None, Go::Continue)]) }
     }

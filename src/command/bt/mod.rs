@@ -107,7 +107,7 @@ impl<'a> Request<'a> {
     fn read(context: &Context<'a>, arguments: &[&'a str]) -> Result<Self, CommandError> {
         let options = Options::read("bt", OPTIONS, true, arguments)?;
         let kernel = context.kernel()?;
-        let no_kernel = || CommandError("no kernel was found in the dump; see 'info'".into());
+        let no_kernel = || CommandError("no kernel was found; see 'info'".into());
         let tracer = Tracer::new(context.machine).ok_or_else(no_kernel)?;
         let number = |name| options.value(name).map(args::hexadecimal).transpose();
         if let Some(other) = options.value("n").filter(|what| *what != "idle") {

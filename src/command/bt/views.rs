@@ -14,7 +14,7 @@ use crate::parallel;
 const OF_TASKS: [&str; 4] = ["t", "T", "e", "u"];
 
 fn tracer<'a>(context: &Context<'a>) -> Result<Tracer<'a>, CommandError> {
-    let no_kernel = || CommandError("no kernel was found in the dump; see 'info'".into());
+    let no_kernel = || CommandError("no kernel was found; see 'info'".into());
     Tracer::new(context.machine).ok_or_else(no_kernel)
 }
 

@@ -145,8 +145,8 @@ pub fn parse(text: &str, is_type: &dyn Fn(&str) -> bool) -> Result<Parsed, Strin
     let expr = parser.binary(0)?;
     if let Some((token, at)) = parser.tokens.get(parser.next) {
         return Err(match token {
-            Token::Symbol("=") => "assignments are not possible: a dump is read-only".to_owned(),
-            Token::Symbol("(") => "functions cannot be called in a dump".to_owned(),
+            Token::Symbol("=") => "assignments are not possible: an expression only reads".to_owned(),
+            Token::Symbol("(") => "functions cannot be called".to_owned(),
             _ => unexpected(text, *at),
         });
     }

@@ -40,7 +40,7 @@ pub fn census(context: &Context<'_>) -> Result<Output, CommandError> {
     if census.unreadable > 0 {
         let _ = writeln!(
             text,
-            "of these {} could not be read: their struct pages are not in the dump",
+            "of these {} could not be read: their struct pages are not there",
             census.unreadable
         );
     }

@@ -151,6 +151,11 @@ impl Session {
     ) -> Result<(), LiveError> {
         let placed = Placed { point, asked, at, len };
         let same = |other: &Placed| (other.point, other.asked, other.len) == (point, asked, len);
+        // What gdb believes of a kernel that is gone; it is told of the next, and asks again.
+        let is_of_before = insert && at.0 >> 63 == 1 && self.live.state().boots;
+        if is_of_before {
+            return Ok(());
+        }
         if !insert {
             let found = self.live.state().points.iter().position(same);
             let Some(placed) = found.map(|index| self.live.state().points.swap_remove(index)) else {
@@ -209,17 +214,24 @@ impl Session {
             }
             state.stop
         };
+        if self.live.is_replaced() {
+            return Resumed::Stopped;
+        }
         if let Resumed::No(why) = self.wait() {
             return Resumed::No(why);
         }
         self.live.state().backward = backward;
+        // Whoever waits for stops lets it go.
+        if self.live.state().boots && !backward && !steps(stop.cpu) {
+            self.live.lets_run();
+            return Resumed::Later;
+        }
         let passed = if backward { Ok(()) } else { self.live.pass_hook(steps(stop.cpu)) };
         if let Err(error) = passed.and_then(|()| go(&*self.live.control)) {
             self.live.state().waiting.remove(&self.id);
             return Resumed::No(format!("{error}\n"));
         }
-        self.live.state().is_running = true;
-        self.live.runs.notify_all();
+        self.live.lets_run();
         Resumed::Later
     }
 
@@ -237,6 +249,7 @@ impl Session {
     /// answered now.
     pub(in crate::gdb) fn interrupt(&self) -> Result<bool, LiveError> {
         if self.owns() {
+            self.live.state().interrupted = true;
             self.live.control.interrupt()?;
             return Ok(true);
         }

@@ -22,7 +22,7 @@ const NX: u64 = 1 << 63;
 pub enum NoKallsyms {
     /// Nothing in the image looks like one.
     #[error(
-        "no symbol table (kallsyms) was found in the kernel's memory (CONFIG_KALLSYMS off, or not in the dump)"
+        "no symbol table (kallsyms) was found in the kernel's memory (CONFIG_KALLSYMS off, or not there to be read)"
     )]
     NotFound,
     /// VMCOREINFO tells where it is, but it is not there.

@@ -82,8 +82,8 @@ pub struct Found {
 pub enum DiscoverError {
     /// No VMCOREINFO and no page tables to go by.
     #[error(
-        "no Linux kernel found in the dump: no VMCOREINFO note, no copy of it in RAM{}; \
-         dump the guest while Linux runs (QEMU: '-device vmcoreinfo' helps)",
+        "no Linux kernel found: no VMCOREINFO note, no copy of it in RAM{}; \
+         Linux must run when a dump is taken or a guest is looked at (QEMU: '-device vmcoreinfo' helps)",
         if *.had_cr3 { ", and no kernel mapped by any CPU's page tables" } else { ", and no CR3 to find page tables by" }
     )]
     Nothing {

@@ -321,7 +321,7 @@ fn sections(kernel: &Kernel) -> Result<Vec<Section>, ObjectError> {
     let first = kernel.read_u64(table).ok_or_else(|| ObjectError::Unreadable {
         what: "mem_section".into(),
         at: table,
-        why: "the kernel's data is not in the dump".into(),
+        why: "the kernel's data cannot be read".into(),
     })?;
     let extreme = first >> 63 == 1 && first & 3 == 0;
     let per_root = if extreme { PAGE_SIZE / bytes } else { end };

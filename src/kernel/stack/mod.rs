@@ -54,10 +54,10 @@ impl Start {
     /// Half a sentence.
     pub fn words(self) -> &'static str {
         match self {
-            Self::Cpu => "from the registers of its CPU in the dump",
+            Self::Cpu => "from the registers of its CPU",
             Self::SwitchedOut => "from what it left on its stack when it was switched out",
             Self::Given => "from the pc and stack pointer that were given",
-            Self::NotSaved => "it was running and the dump has no registers of its CPU",
+            Self::NotSaved => "it was running and no registers of its CPU were saved",
             Self::Released => "it has exited and its stack was released",
             Self::Unreadable => "its stack cannot be read",
         }

@@ -44,7 +44,9 @@ impl<'m> Tracer<'m> {
     pub fn new(machine: &'m Machine) -> Option<Self> {
         let kernel = machine.kernel()?;
         let cpus = machine.cpus();
-        let running = cpus.iter().filter_map(|cpu| Some((kernel.current(cpu.id)?.at, cpu.id))).collect();
+        // A CPU that has not been started has the copy of the boot CPU's task, whose the lower number is.
+        let running =
+            cpus.iter().rev().filter_map(|cpu| Some((kernel.current(cpu.id)?.at, cpu.id))).collect();
         let sp = kernel.member("task_struct", "thread.sp").map(|member| member.offset);
         Some(Self { kernel, cpus, running, sp, orc: true })
     }
@@ -97,7 +99,7 @@ impl<'m> Tracer<'m> {
         // A derived pc is a placeholder.
         let Saved::Known(_) = one.regs.get(Reg::Rip) else { return not_saved(trace) };
         let regs = Regs::from_file(&one.regs);
-        let first = Frame::first(regs, FrameSource::Registers, "registers of the CPU in the dump");
+        let first = Frame::first(regs, FrameSource::Registers, "registers of the CPU");
         let mut trace = match first {
             _ if regs.in_user_mode() == Some(true) => Trace { ended: Ended::User(regs), ..trace },
             Some(frame) => self.walk_of(trace, frame),
