@@ -105,16 +105,12 @@ fn frozen(machine: &Machine, live: &dyn LiveControl) -> Result<(Machine, Option<
     let mut pages = pages_of(machine, ranges_of_cpus(machine));
     pages_of(machine, ranges_of_tasks(machine));
     let ran = live.run_state()? == RunState::Running;
-    let start = Instant::now();
     if ran {
         live.pause()?;
     }
     let copied = copy(machine, live, &mut pages);
-    if ran {
-        live.unpause()?;
-    }
-    let stood = start.elapsed();
-    Ok((machine.again(copied?), ran.then_some(stood)))
+    let stood = if ran { Some(live.unpause()?) } else { None };
+    Ok((machine.again(copied?), stood))
 }
 
 /// Copies `pages`, and those of the tasks that the CPUs have now.

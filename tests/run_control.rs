@@ -114,8 +114,8 @@ impl LiveControl for FakeGuest {
     fn pause(&self) -> Result<(), LiveError> {
         self.note("pause".into())
     }
-    fn unpause(&self) -> Result<(), LiveError> {
-        self.note("unpause".into())
+    fn unpause(&self) -> Result<Duration, LiveError> {
+        self.note("unpause".into()).map(|()| Duration::ZERO)
     }
     fn attach(&self) -> Result<Stop, LiveError> {
         self.note("attach".into())?;

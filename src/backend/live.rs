@@ -180,8 +180,8 @@ pub trait LiveControl: Send + Sync {
     /// Stops the guest without run control, as the monitor's `stop` does; nothing if it is stopped.
     fn pause(&self) -> Result<(), LiveError>;
 
-    /// Lets it run, as the monitor's `cont` does; nothing if it runs.
-    fn unpause(&self) -> Result<(), LiveError>;
+    /// Lets it run, as the monitor's `cont` does, and says how long it was paused.
+    fn unpause(&self) -> Result<Duration, LiveError>;
 
     /// Takes run control (QEMU's own GDB stub, which is started if none is), which stops the guest, and says where.
     /// Nothing but the answer if it is taken.

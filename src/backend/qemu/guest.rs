@@ -51,6 +51,8 @@ pub struct Guest {
     patches: Patches,
     /// While it is stopped by its monitor for us.
     guardian: Mutex<Option<Guardian>>,
+    /// Since when it is paused.
+    paused: Mutex<Option<Instant>>,
     /// Clients may change the guest.
     may_write: AtomicBool,
     /// Why it must not be dumped.
@@ -107,6 +109,7 @@ impl Guest {
             dumping: Mutex::new(()),
             patches: Patches::default(),
             guardian: Mutex::new(None),
+            paused: Mutex::new(None),
         });
         let memory = guest.memory()?;
         for (way, bytes) in memory.ways() {
@@ -237,9 +240,11 @@ impl Guest {
 
     /// Executes a command that stops the guest or lets it run, if it is not as wanted yet.
     fn switch<C: Command>(&self, command: C, running: bool) -> Result<(), LiveError> {
-        if (self.run_state()? == RunState::Running) == running {
-            return Ok(());
-        }
+        if (self.run_state()? == RunState::Running) == running { Ok(()) } else { self.order(command) }
+    }
+
+    /// Executes a command that stops the guest or lets it run.
+    fn order<C: Command>(&self, command: C) -> Result<(), LiveError> {
         let _ours = self.events.ours();
         self.events.changed();
         // Events come before the answer.
@@ -386,9 +391,12 @@ impl LiveControl for Guest {
                 let qmp = self.address.clone();
                 let errand = Errand { stub: None, qmp, ran: true, started: false, directory: None };
                 *lock(&self.guardian) = Guardian::start(&errand);
+                *lock(&self.paused) = Some(Instant::now());
+                return self.order(stop {});
             }
-            return self.switch(stop {}, false);
+            return Ok(());
         }
+        *lock(&self.paused) = Some(Instant::now());
         if self.let_go.load(Ordering::SeqCst) {
             self.interrupt()?;
             self.wait_stop(STANDSTILL)?;
@@ -396,13 +404,16 @@ impl LiveControl for Guest {
         Ok(())
     }
 
-    fn unpause(&self) -> Result<(), LiveError> {
+    fn unpause(&self) -> Result<Duration, LiveError> {
+        let paused = lock(&self.paused).take();
         if !self.is_attached() {
-            self.switch(cont {}, true)?;
-            lock(&self.guardian).take().into_iter().for_each(Guardian::farewell);
-            return Ok(());
+            self.order(cont {})?;
+        } else if !self.let_go.load(Ordering::SeqCst) {
+            self.resume(&[(None, Go::Continue)])?;
         }
-        if self.let_go.load(Ordering::SeqCst) { Ok(()) } else { self.resume(&[(None, Go::Continue)]) }
+        let stood = paused.map(|paused| paused.elapsed()).unwrap_or_default();
+        lock(&self.guardian).take().into_iter().for_each(Guardian::farewell);
+        Ok(stood)
     }
 
     fn attach(&self) -> Result<Stop, LiveError> {
