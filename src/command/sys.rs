@@ -60,10 +60,11 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
 fn dump(lines: &mut Lines, machine: &Machine) {
     let format = machine.backend().facts().into_iter().find(|fact| fact.name == "format");
     let format = format.map(|fact| fact.value);
-    let is_guest = machine.backend().live().is_some();
-    lines.add(if is_guest { "guest" } else { "dump" }, format.clone(), json!(format));
+    let label = if machine.backend().live().is_some() { "guest" } else { "dump" };
+    lines.add(label, format.clone(), json!(format));
     // In JSON it has one name whatever it is.
-    lines.json.entry("dump").or_insert_with(|| json!(format));
+    lines.json.remove(label);
+    lines.json.insert("dump".into(), json!(format));
     let vmlinux = machine.vmlinux().map(|path| path.display().to_string());
     lines.add("vmlinux", vmlinux.clone().or_else(|| Some("none".into())), json!(vmlinux));
 }
