@@ -700,14 +700,6 @@ fn the_guest_is_started_again() {
     guest.assert_alive("below a client");
     for boot in 2..4 {
         guest.send("reboot");
-        // It is told where the new kernel begins, and lets it go on.
-        let stop = client.receive().expect("the server closed");
-        let stop = std::iter::successors(Some(stop), |last| {
-            last.starts_with(b"O").then(|| client.receive().expect("the server closed"))
-        });
-        let stop = String::from_utf8(stop.last().unwrap()).unwrap();
-        assert!(stop.starts_with("T05"), "{stop}");
-        client.send_raw(&packet("vCont;c"));
         assert!(wait_until(PATIENCE * 3, || guest.boots() == boot), "{}", guest.console());
         texts.push(guest.number("symbol._text"));
         guest.assert_alive("after a reboot");

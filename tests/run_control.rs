@@ -427,6 +427,8 @@ fn a_guest_that_must_not_stop_is_only_looked_at() {
     assert!(client.front.is_running());
     assert!(body_of(&client.raw(b"\x03").0).starts_with("T00"));
     assert_ne!(client.ask("p10"), before, "Ctrl-C shows what is there now");
+    assert!(client.ask("vCont;s:p1.1").starts_with("T00"), "it would wait for ever");
+    assert!(!client.front.is_running());
     drop(client);
     assert_eq!(guest.told(), [""; 0]);
 }

@@ -298,8 +298,10 @@ impl Live {
         for happening in self.control.happenings() {
             tracing::info!("{happening:?}");
             let mut state = self.state();
-            // Nobody has put anything into a guest whose kernel is not known by what gdb knows of it.
-            let is_known = state.owner.is_some() && !state.is_stale;
+            // Clients that have asked for modules can follow a kernel to where it is; others are told with the next
+            // stop. Nobody has put anything into a guest whose kernel is not known by what gdb knows of it.
+            let follows = state.owner.is_some_and(|owner| state.follow_modules.contains(&owner));
+            let is_known = follows && !state.is_stale;
             match happening {
                 Happening::Reset => {
                     state.is_stale = true;

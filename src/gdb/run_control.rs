@@ -116,6 +116,10 @@ impl Front {
         go: impl FnOnce(&dyn crate::backend::live::LiveControl) -> Result<(), LiveError>,
     ) -> Reply {
         let Some(live) = &self.live else { return Reply::Later };
+        if !live.policy().control && (backward || actions.iter().any(|(_, go)| *go == Go::Step)) {
+            let why = "kstub was started with --no-stop: nothing steps. 'continue' waits for Ctrl-C, which looks again.\n";
+            return self.no_run(why.to_owned());
+        }
         // Of several actions for a vCPU the first counts.
         let steps = |cpu| {
             let named = actions.iter().find(|(one, _)| one.is_none_or(|one| one == cpu));
