@@ -203,7 +203,7 @@ fn a_replay_runs_backwards() {
         let digits = said.rsplit_once("instruction count = ").unwrap_or_else(|| panic!("{said}")).1;
         digits.trim().parse::<u64>().unwrap_or_else(|_| panic!("{said}"))
     };
-    // QEMU steps with interrupts off, and leaves the flag so.
+    // QEMU 7.2 comes back with another interrupt flag.
     let registers = |guest: &Guest| {
         let mut cpu = guest.registers().remove(0);
         cpu.remove("eflags");
