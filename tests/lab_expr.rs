@@ -595,6 +595,15 @@ fn normal(text: &str) -> String {
             .replace(&format!("{shift} $1,"), &format!("{shift} "));
     }
     text = text.replace(" 0x0(", " (").replace(",0x0(", ",(").replace("*0x0(", "*(").replace(":0x0(", ":(");
+    // One opcode, two spellings: of data that is decoded.
+    if let Some(rest) = text.strip_prefix("lretl ") {
+        text = format!("lret {rest}");
+    }
+    if let Some((prefix, rest)) = text.split_once(' ')
+        && prefix.starts_with("rex.")
+    {
+        text = rest.to_owned();
+    }
     // Prefixes that do nothing, on nops, returns, and data that is decoded; on string instructions they do something.
     let strings = ["movs", "stos", "lods", "scas", "cmps", "ins", "outs"];
     while let Some((prefix, rest)) = text.split_once(' ')

@@ -232,8 +232,9 @@ class Machine:
     def registers(self):
         return self.qmp.human("info registers -a")
 
-    def stop_where(self, wanted, tries=100):
-        """Stops the guest at a moment when each CPU in `wanted` runs at the given privilege level.
+    def stop_where(self, wanted, tries=100, others_halt=False):
+        """Stops the guest at a moment when each CPU in `wanted` runs at the given privilege level, with interrupts on,
+        and no other CPU does anything if `others_halt`.
 
         A stop comes at any instruction; the busy programs' CPUs are in a timer interrupt
         some of the time. Returns the registers of that very moment.
@@ -242,7 +243,10 @@ class Machine:
             self.qmp.command("stop")
             text = self.registers()
             levels = {int(cpu): int(level) for cpu, level in re.findall(r"CPU#(\d+)\n.*?CPL=(\d)", text, re.DOTALL)}
-            if all(levels.get(cpu) == level for cpu, level in wanted.items()):
+            flags = {int(cpu): int(flags, 16) for cpu, flags in re.findall(r"CPU#(\d+)\n.*?RFL=([0-9a-f]+)", text, re.DOTALL)}
+            halted = {int(cpu): halt == "1" for cpu, halt in re.findall(r"CPU#(\d+)\n.*?HLT=(\d)", text, re.DOTALL)}
+            as_wanted = all(levels.get(cpu) == level and flags.get(cpu, 0) & 0x200 for cpu, level in wanted.items())
+            if as_wanted and (not others_halt or all(halted[cpu] for cpu in levels if cpu not in wanted)):
                 return text
             self.qmp.command("cont")
             time.sleep(0.2)

@@ -221,7 +221,7 @@ def _wait_until_interesting(machine, recipe):
         machine.wait_for("kstub_chain: all spin", BOOT_TIMEOUT)
     time.sleep(1)
     busy = {} if recipe.kind == "qemu-tasks" else {BUSY_USER_CPU: 3, BUSY_KERNEL_CPU: 0}
-    return machine.stop_where(busy)
+    return machine.stop_where(busy, others_halt=bool(busy) and not recipe.how)
 
 
 def _make_qemu(recipe, kernel, work):
