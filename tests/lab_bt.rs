@@ -212,8 +212,6 @@ const KNOWN: &[(&str, &str, &str, &str)] = &[
     // The dump's registers are those that __crash_kexec took before it called; they are what the dump says of the CPU.
     ("crash", "kdump-6.1", "machine_kexec", "called after the registers were taken"),
     ("crash", "kdump-6.1", "__crash_kexec", "where it called machine_kexec"),
-    // A word that an earlier call left: s_show calls seq_printf itself (kernel/kallsyms.c), and drgn agrees.
-    ("crash", "qemu-6.1-4l", "update_iter", "stale"),
 ];
 
 fn referee(set: &str, dump: &str, who: &str) -> Option<Value> {
@@ -241,6 +239,19 @@ fn pcs(trace: &Trace) -> Vec<u64> {
     segments.flat_map(|segment| &segment.frames).map(|frame| frame.pc).collect()
 }
 
+/// As many tasks of a set can be in the middle of things.
+const CPUS: usize = 4;
+
+/// The frames of one task as drgn has them; `None` where it has none.
+fn frames_of_drgn(told: &Value) -> Option<Vec<(u64, String)>> {
+    let frames = told["frames"].as_array()?.iter().map(|frame| {
+        let pc = frame["pc"].as_str().unwrap().trim_start_matches("0x");
+        (u64::from_str_radix(pc, 16).unwrap(), frame["symbol"].as_str().unwrap_or("?").to_owned())
+    });
+    // What drgn shows of user mode, where it reads through tables that are not the user's, are no frames.
+    Some(frames.take_while(|(pc, _)| *pc >= 0xffff_ffff_8000_0000).collect())
+}
+
 /// Frame for frame: what drgn has, kstub has, in the same order and with the same pcs.
 #[test]
 fn as_drgn_has_them() {
@@ -253,18 +264,9 @@ fn as_drgn_has_them() {
         let (mut compared, mut differ, mut mutated) = (0, Vec::new(), 0);
         let mut last: Option<Vec<u64>> = None;
         for (task, told) in facts["tasks"].as_object().unwrap() {
-            let Some(frames) = told["frames"].as_array() else { continue };
+            let Some(theirs) = frames_of_drgn(told) else { continue };
             let at = VirtAddr(u64::from_str_radix(task.trim_start_matches("0x"), 16).unwrap());
             let trace = tracer.task(at);
-            let theirs: Vec<(u64, String)> = frames
-                .iter()
-                .map(|frame| {
-                    let pc = frame["pc"].as_str().unwrap().trim_start_matches("0x");
-                    (u64::from_str_radix(pc, 16).unwrap(), frame["symbol"].as_str().unwrap_or("?").to_owned())
-                })
-                // What drgn shows of user mode, where it reads through tables that are not the user's, are no frames.
-                .take_while(|(pc, _)| *pc >= 0xffff_ffff_8000_0000)
-                .collect();
             let (ours, pcs_of_theirs) = (pcs(&trace), theirs.iter().map(|(pc, _)| *pc).collect::<Vec<_>>());
             // drgn unwinds what lies where the stack of a task that has exited was.
             if trace.start == Start::Released {
@@ -296,13 +298,15 @@ fn as_drgn_has_them() {
 }
 
 /// Frame for frame: what crash has, kstub has, in the same order and with the same pcs. crash names aliases otherwise, does
-/// not number what was interrupted or does so twice, and shows remains for CPUs in user mode.
+/// not number what was interrupted or does so twice, and shows remains for CPUs in user mode. In a task that was stopped in
+/// the middle of things it takes words that earlier calls left for frames: there drgn may outvote it.
 #[test]
 fn as_crash_has_them() {
     let with_referee = ["qemu-6.1-4l", "qemu-6.12-5l", "kdump-6.1", "qemu-5.10-4l"];
     for set in sets().into_iter().filter(|set| with_referee.contains(&set.name().as_str())) {
         let dump = set.dumps()[0].clone();
         let Some(facts) = referee(&set.name(), &dump.name, "crash_stacks") else { continue };
+        let drgn = referee(&set.name(), &dump.name, "stacks").unwrap_or_default();
         let machine = open(&dump, true);
         let (kernel, tracer) = (machine.kernel().unwrap(), Tracer::new(&machine).unwrap());
         let known = |name: &str| {
@@ -310,7 +314,7 @@ fn as_crash_has_them() {
                 .iter()
                 .any(|(who, set_name, at, _)| *who == "crash" && *set_name == set.name() && *at == name)
         };
-        let (mut compared, mut differ, mut mutated) = (0, Vec::new(), 0);
+        let (mut compared, mut outvoted, mut differ, mut mutated) = (0, 0, Vec::new(), 0);
         let mut last: Vec<u64> = Vec::new();
         for (task, told) in facts["tasks"].as_object().unwrap() {
             let at = VirtAddr(u64::from_str_radix(task.trim_start_matches("0x"), 16).unwrap());
@@ -342,7 +346,14 @@ fn as_crash_has_them() {
                     && rest.next().is_none()
             };
             compared += 1;
-            if !both(&theirs) {
+            let is_drgns = || {
+                let frames = frames_of_drgn(&drgn["tasks"][task]).unwrap_or_default();
+                frames.iter().map(|(pc, _)| *pc).eq(pcs(&trace)) && !frames.is_empty()
+            };
+            if !both(&theirs) && is_drgns() {
+                eprintln!("{}: {}: drgn has the frames of kstub", set.name(), told["comm"]);
+                outvoted += 1;
+            } else if !both(&theirs) {
                 differ.push(format!("{}:\n{:#?}\n{:#}", told["comm"], names(kernel, &trace), told["frames"]));
             }
             mutated += usize::from(both(&last));
@@ -351,6 +362,7 @@ fn as_crash_has_them() {
         assert!(differ.is_empty(), "{}: {} of {compared}\n{}", set.name(), differ.len(), differ.join("\n"));
         assert!(mutated < compared, "{}: every task has the same frames", set.name());
         assert!(compared > 20, "{}: only {compared} tasks", set.name());
+        assert!(outvoted <= CPUS, "{}: {outvoted} tasks are not as crash has them", set.name());
         eprintln!("{}: {compared} tasks as crash has them", set.name());
     }
 }

@@ -9,6 +9,7 @@ kdump-<kernel>[-5l]                              a real kdump: /proc/vmcore and 
 """
 
 import re
+import shutil
 import time
 from dataclasses import asdict, dataclass
 
@@ -317,6 +318,20 @@ def make(name, extra=False):
             },
         )
     note_progress(f"set {name}: {time.monotonic() - start:.0f} s")
+
+
+def drop_outdated():
+    """Removes sets of an earlier recipe: what tests expect of them, and the modules they ran, are of today's."""
+    for name, _ in listing():
+        try:
+            recipe = Recipe.parse(name)
+            kernel = kernels.KERNELS / recipe.kernel
+            current = (kernel / "kernel.json").is_file() and is_current(SETS / name, _stamp(recipe, kernel.resolve()))
+        except LabError:
+            current = False
+        if not current:
+            say(f"    set {name} is of an earlier recipe and removed; anew: scripts/lab set {name}")
+            shutil.rmtree(SETS / name)
 
 
 def listing():

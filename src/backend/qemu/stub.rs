@@ -9,9 +9,10 @@ use super::replies::{StopReply, ThreadId, refusal, register_bytes, stop_reply, u
 use super::socket::{Socket, SocketAddress, timed_out};
 use crate::addr::{PhysAddr, VirtAddr};
 use crate::arch::x86_64::RegisterFile;
-use crate::backend::live::{Go, LiveError, Point};
+use crate::backend::live::{Go, LiveError, Point, StopReason};
+use crate::bytes::printable;
 use crate::rsp::{self, Event, Framer};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,10 @@ const LONGEST_ANNEX: usize = 1 << 20;
 const MOST_THREADS: usize = 4096;
 /// Bytes of memory in one packet: two digits each within QEMU's 4096.
 const WRITE_AT_ONCE: usize = 1024;
+/// How often a vCPU that took no step is asked again.
+const STEP_TRIES: usize = 3;
+/// The protocol's number for a stop by a step or a breakpoint.
+const SIGTRAP: u8 = 5;
 
 /// A connection to the stub.
 pub(super) struct Stub {
@@ -43,6 +48,10 @@ pub(super) struct Stub {
     running: bool,
     /// vCPUs that were to take a step and have not said that they did.
     steps: BTreeSet<u32>,
+    /// What `g` said of vCPUs since they stand.
+    seen: BTreeMap<u32, Vec<u8>>,
+    /// The packet that lets vCPUs step, and how often it may be sent again.
+    step: Option<(Vec<u8>, usize)>,
 }
 
 /// Stops the guest from beside the connection.
@@ -78,6 +87,8 @@ impl Stub {
             selected: None,
             running: false,
             steps: BTreeSet::new(),
+            seen: BTreeMap::new(),
+            step: None,
         };
         let features = this.ask("qSupported:multiprocess+;vContSupported+;xmlRegisters=i386")?;
         this.features = String::from_utf8_lossy(&features).into_owned();
@@ -120,12 +131,12 @@ impl Stub {
     /// Takes note that the guest stands still, though the stub did not say so.
     pub(super) fn set_stopped(&mut self) {
         self.running = false;
+        self.seen.clear();
     }
 
     /// The registers of a vCPU.
     pub(super) fn registers(&mut self, thread: ThreadId) -> Result<RegisterFile, LiveError> {
-        self.select(thread)?;
-        let reply = self.ask("g")?;
+        let reply = self.register_digits(thread)?;
         if let Some(why) = refusal(&reply) {
             return Err(refused("g", why));
         }
@@ -142,11 +153,12 @@ impl Stub {
         })?;
         let mut bytes = value.to_vec();
         bytes.resize(width, 0);
-        self.select(self.thread(cpu)?)?;
+        let thread = self.thread(cpu)?;
+        self.select(thread)?;
         let mut packet = format!("P{number:x}=").into_bytes();
         rsp::encode(&bytes, &mut packet);
         self.expect_ok(&packet, &what)?;
-        let reply = self.ask("g")?;
+        let reply = self.register_digits(thread)?;
         let all = register_bytes(&reply).ok_or_else(|| garbled("g", &reply))?;
         let from = self.description.offset(number);
         let now = all.get(from..from.saturating_add(width));
@@ -195,11 +207,32 @@ impl Stub {
                 self.steps.extend(all.filter(|one| cpu.is_none_or(|cpu| cpu == *one)));
             }
         }
+        self.step = (!self.steps.is_empty()).then(|| (packet.clone().into_bytes(), STEP_TRIES));
         self.go(packet.as_bytes())
+    }
+
+    /// Whether a vCPU that says that it took a step has taken none: QEMU 7.2's sometimes stops before the instruction,
+    /// and gdb would take that for another hit of the breakpoint there. It steps again, then. An instruction that jumps
+    /// to itself is taken for none, too, which does no harm.
+    fn took_no_step(&mut self, stop: StopReply) -> Result<bool, LiveError> {
+        let stepped = |thread: &ThreadId| thread.cpu().is_some_and(|cpu| self.steps.contains(&cpu));
+        let (Some(thread), StopReason::Signal(SIGTRAP)) = (stop.thread.filter(stepped), stop.reason) else {
+            return Ok(false);
+        };
+        let before = thread.cpu().and_then(|cpu| self.seen.get(&cpu).cloned());
+        let Some((packet, tries)) = self.step.take() else { return Ok(false) };
+        if tries == 0 || before.is_none() || before != Some(self.register_digits(thread)?) {
+            return Ok(false);
+        }
+        tracing::debug!("QEMU's vCPU {thread} took no step; it is to take it again");
+        self.go(&packet)?;
+        self.step = Some((packet, tries - 1));
+        Ok(true)
     }
 
     /// Runs backwards.
     pub(super) fn reverse(&mut self, go: Go) -> Result<(), LiveError> {
+        self.step = None;
         self.go(match go {
             Go::Continue => b"bc",
             Go::Step => b"bs",
@@ -221,6 +254,10 @@ impl Stub {
             let Some(packet) = self.receive(deadline)? else { return Ok(None) };
             if let Some(stop) = stop_reply(&packet) {
                 self.running = false;
+                if self.took_no_step(stop)? {
+                    continue;
+                }
+                self.seen.clear();
                 if let Some(cpu) = stop.thread.and_then(|thread| thread.cpu()) {
                     self.steps.remove(&cpu);
                 }
@@ -273,6 +310,7 @@ impl Stub {
         let flags = self.ask("qqemu.sstep")?;
         // A step that is none: with these flags QEMU takes the stepping from whom it steps.
         self.expect_ok(b"Qqemu.sstep=0x0", "ending steps")?;
+        self.step = None;
         self.go(b"vCont;s")?;
         self.interrupter()?.interrupt()?;
         self.wait(SOON)?;
@@ -298,6 +336,16 @@ impl Stub {
             self.selected = Some(thread);
         }
         Ok(())
+    }
+
+    /// What `g` says of a vCPU.
+    fn register_digits(&mut self, thread: ThreadId) -> Result<Vec<u8>, LiveError> {
+        self.select(thread)?;
+        let reply = self.ask("g")?;
+        if let Some(cpu) = thread.cpu() {
+            self.seen.insert(cpu, reply.clone());
+        }
+        Ok(reply)
     }
 
     fn list_threads(&mut self) -> Result<Vec<ThreadId>, LiveError> {
@@ -385,7 +433,10 @@ impl Stub {
 
     fn send(&mut self, packet: &[u8]) -> Result<(), LiveError> {
         // What came unasked is of something that is over: QEMU reports stops that others caused.
-        self.arrived.clear();
+        for late in self.arrived.drain(..) {
+            tracing::trace!("QEMU's stub, unasked: {}", printable(&String::from_utf8_lossy(&late)));
+        }
+        tracing::trace!("to QEMU's stub: {}", printable(&String::from_utf8_lossy(packet)));
         self.socket.write_all(&rsp::frame(packet)).map_err(|error| gone(&error.to_string()))
     }
 
@@ -394,6 +445,7 @@ impl Stub {
         let mut bytes = [0; 4096];
         loop {
             if let Some(packet) = self.arrived.pop_front() {
+                tracing::trace!("from QEMU's stub: {}", printable(&String::from_utf8_lossy(&packet)));
                 return Ok(Some(packet));
             }
             let left = deadline.saturating_duration_since(Instant::now());

@@ -139,6 +139,34 @@ fn stops_that_nobody_asked_about() {
     assert_eq!(*seen.lock().unwrap(), ["Hgp1.1", "g", "g"]);
 }
 
+/// A vCPU that has the registers of before after its step took none; one that never has others jumps to itself.
+#[test]
+fn a_step_that_was_none_is_taken_again() {
+    let registers = |at: u8| format!("{at:02x}070605040302010a0b88776655443322xx46020000");
+    for (moves_at, sent) in [(1, 1), (2, 2), (9, 1 + STEP_TRIES)] {
+        let mut steps = 0;
+        let (mut stub, seen) = connected(Box::new(move |packet| {
+            steps += u8::from(packet.starts_with("vCont;s"));
+            match packet {
+                "g" => framed(&registers(if steps < moves_at { 8 } else { 9 })),
+                _ if packet.starts_with("vCont") => framed("T05thread:p01.02;"),
+                _ => None,
+            }
+        }));
+        let thread = stub.threads[1];
+        let before = stub.registers(thread).unwrap();
+        stub.resume(&[(Some(1), Go::Step)]).unwrap();
+        assert_eq!(stub.wait(SOON).unwrap().unwrap().thread, Some(thread));
+        assert_eq!(stub.registers(thread).unwrap() == before, moves_at > 4);
+        let steps = || seen.lock().unwrap().iter().filter(|one| *one == "vCont;s:p1.2").count();
+        assert_eq!(steps(), sent, "{moves_at}");
+        // A breakpoint where it stands is no step.
+        stub.resume(&[(None, Go::Continue)]).unwrap();
+        assert!(stub.wait(SOON).unwrap().is_some());
+        assert_eq!(seen.lock().unwrap().iter().filter(|one| *one == "vCont;c").count(), 1);
+    }
+}
+
 #[test]
 fn the_begin_of_a_recording_and_refusals() {
     let (mut stub, _) = connected(Box::new(|packet| match packet {
