@@ -9,6 +9,8 @@ mod control;
 mod description;
 mod dump;
 mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod guard;
 mod guest;
 mod memory;
