@@ -8,7 +8,7 @@ use super::owners::{Block, Owners};
 use super::{PageMap, RawPage, SECTION_PAGES, Section};
 use crate::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use crate::kernel::Kernel;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use crate::parallel;
 
 /// The `struct page`s of one section, as bytes.
 pub struct SectionPages<'m> {
@@ -62,26 +62,7 @@ pub fn for_each_section<T: Send>(
     map: &PageMap,
     work: impl Fn(&SectionPages<'_>) -> T + Sync,
 ) -> Vec<T> {
-    let next = AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(map.sections.len().max(1));
-    let run = || {
-        let mut done = Vec::new();
-        while let index = next.fetch_add(1, Ordering::Relaxed)
-            && let Some(section) = map.sections.get(index)
-        {
-            done.push((index, work(&SectionPages::read(kernel, map, section))));
-        }
-        done
-    };
-    let mut all = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
-        let mut all = run();
-        // A thread that failed has taken its share with it; the others' stays.
-        all.extend(others.into_iter().filter_map(|other| other.join().ok()).flatten());
-        all
-    });
-    all.sort_by_key(|(index, _)| *index);
-    all.into_iter().map(|(_, result)| result).collect()
+    parallel::map(&map.sections, 1, |section| work(&SectionPages::read(kernel, map, section)))
 }
 
 /// How many pages of each kind there are.
