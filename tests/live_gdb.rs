@@ -165,6 +165,10 @@ fn system_call(guest: &Guest) {
     assert!(stop.contains("Breakpoint 1") && stop.contains("__do_sys_sysinfo"), "{stop}");
     assert_stopped_at(guest, &mut gdb, cpu);
     guest.assert_stands("at a breakpoint");
+    // Mutation check: no other CPU is there, so that a stop that names the wrong one is seen.
+    let registers = guest.registers();
+    let here = registers.iter().filter(|regs| regs["rip"] == registers[cpu as usize]["rip"]);
+    assert_eq!(here.count(), 1);
     let (seen, line) = current(&mut gdb);
     assert_eq!(seen, cpu, "{line}");
     assert!(line.contains("kstub-sys") && line.contains(&facts["pid"]), "{line}");

@@ -154,7 +154,10 @@ impl Guest {
     pub fn take_snapshot(&self) -> Result<Snapshot, LiveError> {
         let guest = self.me.upgrade().ok_or_else(|| LiveError::Gone("the session ended".into()))?;
         let generation = self.events.generation();
-        let state = self.run_state()?;
+        let state = match *lock(&self.paused) {
+            Some(_) => RunState::Stopped("paused"),
+            None => self.run_state()?,
+        };
         let memory = self.memory()?;
         let cpus = self.registers()?.into_iter().map(|(cpu, regs)| SavedCpu {
             regs,
@@ -386,21 +389,25 @@ impl LiveControl for Guest {
     }
 
     fn pause(&self) -> Result<(), LiveError> {
-        if !self.is_attached() {
-            if self.run_state()? == RunState::Running {
-                let qmp = self.address.clone();
-                let errand = Errand { stub: None, qmp, ran: true, started: false, directory: None };
-                *lock(&self.guardian) = Guardian::start(&errand);
-                *lock(&self.paused) = Some(Instant::now());
-                return self.order(stop {});
+        // Looked at now, the memory map need not be while the guest stands.
+        self.memory()?;
+        let is_attached = self.is_attached();
+        if !is_attached {
+            if self.run_state()? != RunState::Running {
+                return Ok(());
             }
-            return Ok(());
+            let qmp = self.address.clone();
+            let errand = Errand { stub: None, qmp, ran: true, started: false, directory: None };
+            *lock(&self.guardian) = Guardian::start(&errand);
         }
-        *lock(&self.paused) = Some(Instant::now());
-        if self.let_go.load(Ordering::SeqCst) {
+        let start = Instant::now();
+        if !is_attached {
+            self.order(stop {})?;
+        } else if self.let_go.load(Ordering::SeqCst) {
             self.interrupt()?;
             self.wait_stop(STANDSTILL)?;
         }
+        *lock(&self.paused) = Some(start);
         Ok(())
     }
 
