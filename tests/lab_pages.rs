@@ -297,10 +297,14 @@ fn every_page_is_what_kpageflags_says() {
             "{what}: {right:?}"
         );
         // Some were freed and taken for something else; what moves is whole blocks of the buddy system, of up to 1024
-        // pages each, so that it is compared with all there are.
+        // pages each, so that it is compared with all there are. The program that made the record has ended since, and one
+        // or two more, each with some dozen page tables.
         for (name, (differ, told)) in &right {
-            let told = if *name == "moved" { pages.len() as u64 } else { *told };
-            let slack = 20 + told / 50;
+            let slack = match *name {
+                "moved" => 20 + pages.len() as u64 / 50,
+                "page-table" => 60 + told / 50,
+                _ => 20 + told / 50,
+            };
             assert!(*differ <= slack, "{what}: {name}: {differ} of {told} differ");
         }
         // Mutation check: of every page's neighbour it is not true.
@@ -529,16 +533,23 @@ fn a_broken_free_list_is_told_and_costs_only_itself() {
         let kernel = machine.kernel().unwrap();
         let map = kernel.page_map().unwrap();
         let all = kernel.slab_caches().unwrap();
-        // A slab of dentries with two free objects or more: the second is lost when the first one's pointer is broken.
-        let cache = all.caches.iter().find(|cache| cache.name == "dentry").unwrap();
-        let before = cache.walk(map, None);
-        let victim = before.slabs.iter().find(|placed| placed.free >= 2).unwrap().slab;
+        // A slab with two free objects or more: the second is lost when the first one's pointer is broken.
+        let (cache, before, victim) = all
+            .caches
+            .iter()
+            .find_map(|cache| {
+                let walk = cache.walk(map, None);
+                let victim = walk.slabs.iter().find(|placed| placed.free >= 2)?.slab;
+                Some((cache, walk, victim))
+            })
+            .unwrap_or_else(|| panic!("{what}: no slab has free objects"));
+        let is_it = |row: &Value| row["at"].as_str().map(hex) == Some(cache.cache.at.0);
         let broken = cache.pointer_at(victim.freelist);
         let words = BTreeMap::from([(phys(kernel, broken), 0x4141_4141_4141_4141)]);
         let damaged = machine_of(Arc::new(Damaged { dump: Dump::open(&dump.path).unwrap(), words }), dump);
         let answer = json(&damaged, "kmem -s");
-        let cache =
-            answer["caches"].as_array().unwrap().iter().find(|cache| cache["name"] == "dentry").unwrap();
+        let rows = answer["caches"].as_array().unwrap();
+        let cache = rows.iter().find(|row| is_it(row)).unwrap();
         let bad = cache["bad_pointers"].as_array().unwrap();
         assert_eq!(bad.len(), 1, "{what}: {cache}");
         assert_eq!(bad[0]["slab"].as_str().map(hex), Some(victim.at.0), "{what}: {cache}");
@@ -546,7 +557,7 @@ fn a_broken_free_list_is_told_and_costs_only_itself() {
         assert_eq!(bad[0]["stored"].as_str().map(hex), Some(0x4141_4141_4141_4141), "{what}: {cache}");
         // The slab's own count is whole, so the cache's is.
         assert_eq!(cache["allocated"].as_u64(), Some(before.allocated()), "{what}");
-        let others = answer["caches"].as_array().unwrap().iter().filter(|cache| cache["name"] != "dentry");
+        let others = rows.iter().filter(|row| !is_it(row));
         assert!(others.clone().count() > 60, "{what}");
         for other in others {
             assert_eq!(other["bad_pointers"], serde_json::json!([]), "{what}: {other}");

@@ -1,6 +1,8 @@
 """A real kdump: the guest's crash kernel copies /proc/vmcore out, makedumpfile makes the formats."""
 
 import re
+import shutil
+import struct
 import time
 
 import initramfs
@@ -13,6 +15,8 @@ CRASH_MEMORY = "256M"
 MESSAGES = "22"  # common messages, errors and the report; no progress bars
 SPLIT_BLOCK = "4096"  # KiB; the default of 1 GiB would put all of a small guest in one part
 VMCORE_DISK_SIZE = 4 << 30  # sparse
+MOST_CRASHES = 5
+USER_CS = 0x33
 # One CPU and no waiting for devices that the panic left in disorder.
 CRASH_ARGUMENTS = "console=ttyS0 panic=1 nr_cpus=1 reset_devices irqpoll"
 
@@ -66,6 +70,41 @@ def _crash_and_copy(kernel, work, cmdline, options):
             file.truncate(size)
         make_sparse(vmcore)
         return console
+
+
+def _code_segments(vmcore):
+    """cs of every CPU, in the order of the notes (struct elf_prstatus of include/linux/elfcore.h, x86-64)."""
+    with open(vmcore, "rb") as file:
+        header = file.read(64)
+        start, entry_size, entries = (*struct.unpack_from("<Q", header, 32), *struct.unpack_from("<HH", header, 54))
+        found = []
+        for index in range(entries):
+            file.seek(start + index * entry_size)
+            kind, _, offset, _, _, size = struct.unpack("<IIQQQQ", file.read(40))
+            if kind != 4:  # PT_NOTE
+                continue
+            file.seek(offset)
+            notes, at = file.read(size), 0
+            while at + 12 <= len(notes):
+                name_size, size, kind = struct.unpack_from("<III", notes, at)
+                description = at + 12 + (name_size + 3 & ~3)
+                if kind == 1 and notes[at + 12 : at + 16] == b"CORE":  # NT_PRSTATUS
+                    found.append(struct.unpack_from("<Q", notes, description + 112 + 17 * 8)[0])
+                at = description + (size + 3 & ~3)
+    return found
+
+
+def _crash_in_user_mode(kernel, work, cmdline, options, user_cpu):
+    """As often as needed: until the panic finds the busy CPU in its program, and not in an interrupt."""
+    for _ in range(MOST_CRASHES):
+        console = _crash_and_copy(kernel, work, cmdline, options)
+        segments = _code_segments(work / "vmcore")
+        if segments[user_cpu : user_cpu + 1] == [USER_CS]:
+            return console
+        say(f"    CPU {user_cpu} was in the kernel (cs of each CPU: {segments}); once more")
+        for path in work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    raise LabError(f"the panic never found CPU {user_cpu} in user mode", "try again; see qemu/init")
 
 
 def _convert(makedumpfile, version, work, file, options, entry):
@@ -142,10 +181,10 @@ def _incomplete(makedumpfile, version, work):
     }
 
 
-def make(kernel, work, cmdline, options, extra):
+def make(kernel, work, cmdline, options, extra, user_cpu):
     """Makes the raw vmcore and everything that makedumpfile can make of it."""
     makedumpfile, version = tools.install("makedumpfile")
-    console = _crash_and_copy(kernel, work, cmdline, options)
+    console = _crash_in_user_mode(kernel, work, cmdline, options, user_cpu)
     entries = [{"file": "vmcore", "maker": "/proc/vmcore", "dump_format": "elf", "vmcoreinfo": True}]
     with step("makedumpfile"):
         for file, arguments, entry in _formats(extra):

@@ -257,7 +257,7 @@ def _make_qemu(recipe, kernel, work):
 
 
 def _make_kdump(recipe, kernel, work):
-    console, dumps = kdump.make(kernel, work, recipe.command_line(), recipe.machine_options(), recipe.extra)
+    console, dumps = kdump.make(kernel, work, recipe.command_line(), recipe.machine_options(), recipe.extra, BUSY_USER_CPU)
     _check_levels(work, recipe)
     return {
         "dumps": [_dump_file(**entry) for entry in dumps],

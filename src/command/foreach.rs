@@ -38,9 +38,9 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     if chosen.is_empty() {
         return Err(CommandError("no task is all of that; try 'ps'".into()));
     }
-    let addresses: Vec<String> = chosen.iter().map(|task| task.at.to_string()).collect();
     if *command == "ps" {
         // One table of all of them.
+        let addresses: Vec<String> = chosen.iter().map(|task| task.at.to_string()).collect();
         let words: Vec<&str> = rest.iter().copied().chain(addresses.iter().map(String::as_str)).collect();
         return (find(command)?.run)(context, &words);
     }

@@ -5,6 +5,7 @@
 use super::{Kernel, ObjectError};
 use crate::addr::VirtAddr;
 use crate::debuginfo::Member;
+use std::borrow::Cow;
 
 /// Longest structure read as a whole; members further apart are read one by one.
 const SPAN_MAX: u64 = 64 << 10;
@@ -59,17 +60,17 @@ impl<'k> Fields<'k> {
 
 impl Row<'_, '_> {
     /// The bytes of a member; `None` if it is not in this kernel or cannot be read.
-    pub fn bytes(&self, column: usize) -> Option<Vec<u8>> {
+    pub fn bytes(&self, column: usize) -> Option<Cow<'_, [u8]>> {
         let member = (*self.fields.found.get(column)?)?;
         let size = usize::try_from(member.size?).ok().filter(|&size| size as u64 <= SPAN_MAX)?;
         let from = usize::try_from(member.offset - self.fields.start).ok()?;
         if let Some(bytes) = self.bytes.get(from..from.checked_add(size)?) {
-            return Some(bytes.to_vec());
+            return Some(Cow::Borrowed(bytes));
         }
         // Behind what could be read at once; it may lie in a page that can be read.
         let mut bytes = vec![0; size];
         let at = self.at.wrapping_add(member.offset);
-        self.fields.kernel.read(at, &mut bytes).stopped.is_none().then_some(bytes)
+        self.fields.kernel.read(at, &mut bytes).stopped.is_none().then_some(Cow::Owned(bytes))
     }
 
     /// A number or pointer, zero-extended.

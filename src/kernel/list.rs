@@ -5,6 +5,7 @@
 use super::Kernel;
 use crate::addr::VirtAddr;
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// No kernel list is longer: PID_MAX_LIMIT, the most there can be of what has one entry a task.
 pub const ENTRIES_MAX: usize = 4 << 20;
@@ -44,7 +45,29 @@ impl Kernel {
         self.list_within(head, ENTRIES_MAX)
     }
 
-    /// The same with a bound of its own.
+    /// The same of a list that may be long. Its nodes are found one after the other only: another thread meanwhile goes
+    /// the other way, by `prev`, so that each of the two fetches one half of them, and finds the other in the cache.
+    pub fn long_list(&self, head: VirtAddr) -> Walk {
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut at = head;
+                for _ in 0..ENTRIES_MAX {
+                    // What it meets that is wrong is seen by the walk itself.
+                    let Ok(before) = word(&|at, buf| self.fill(at, buf), at.wrapping_add(8)) else { break };
+                    at = VirtAddr(before);
+                    if at == head || is_done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            let walk = self.list(head);
+            is_done.store(true, Ordering::Relaxed);
+            walk
+        })
+    }
+
+    /// The same as [`Self::list`] with a bound of its own.
     pub fn list_within(&self, head: VirtAddr, max: usize) -> Walk {
         let mut walk = Walk::default();
         let mut seen = HashSet::new();

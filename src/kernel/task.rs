@@ -53,7 +53,7 @@ impl Kernel {
             task.at = node.wrapping_add(offset.wrapping_neg());
             task
         };
-        let processes = self.list(init_task.at.wrapping_add(in_tasks));
+        let processes = self.long_list(init_task.at.wrapping_add(in_tasks));
         all.problems.extend(processes.problem);
         let leaders: Vec<_> = processes.nodes.iter().map(|node| task_around(*node, in_tasks)).collect();
         // A list is read node by node; the lists of many processes are read at the same time.

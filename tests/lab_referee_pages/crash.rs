@@ -38,6 +38,7 @@ fn memory_is_crashs() {
                 put(&mut ours, &name, json!({ "cache": said["slab"]["cache"] }));
             }
         }
+        let counters = case.ask("kmem -V");
         for (key, of_crash) in [
             ("total", "TOTAL MEM"),
             ("free", "FREE"),
@@ -53,7 +54,19 @@ fn memory_is_crashs() {
             ("commit_limit", "COMMIT LIMIT"),
             ("committed", "COMMITTED"),
         ] {
-            theirs.insert(format!("memory {key} pages"), facts["memory_pages"][of_crash].clone());
+            // crash leaves out what CPUs have counted and not yet added up.
+            let counted = |group: &str, name: &str| counters[group][name]["pending"].as_i64().unwrap_or(0);
+            let pending = match key {
+                "free" => counted("zone", "NR_FREE_PAGES"),
+                "used" => -counted("zone", "NR_FREE_PAGES"),
+                "cached" => counted("node", "NR_FILE_PAGES"),
+                "slab" => {
+                    counted("node", "NR_SLAB_RECLAIMABLE_B") + counted("node", "NR_SLAB_UNRECLAIMABLE_B")
+                }
+                _ => 0,
+            };
+            let value = facts["memory_pages"][of_crash].as_i64().map(|pages| pages + pending);
+            theirs.insert(format!("memory {key} pages"), json!(value));
             ours.insert(format!("memory {key} pages"), case.ask("kmem -i")[key].clone());
         }
         let mut missed = BTreeMap::new();
@@ -105,7 +118,6 @@ fn memory_is_crashs() {
                 );
             }
         }
-        let counters = case.ask("kmem -V");
         for group in ["zone", "node", "event"] {
             for (name, value) in counters[group].as_object().unwrap() {
                 let Some(known) = facts["counters"].get(name) else { continue };
