@@ -257,6 +257,55 @@ fn the_command_says_what_the_walk_found() {
     }
 }
 
+/// The words of a frame are on its stack, and one that is a return address has the name of the frame that it leads to,
+/// also behind a call that never returns.
+#[test]
+fn words_of_frames_are_on_their_stack_and_named_as_frames_are() {
+    let (mut switched, mut compared, mut shifted) = (0, 0, 0);
+    for set in sets() {
+        let machine = open(&set.dumps()[0].clone(), true);
+        let context = Context {
+            machine: &machine,
+            cpu: machine.first_cpu(),
+            task: None,
+            focus: &Focus::default(),
+            form: Form::Both,
+        };
+        let answer = command::run(&context, "bt -a -F").unwrap_or_else(|why| panic!("{}: {why}", set.name()));
+        let what = set.name();
+        let hex = |value: &Value| {
+            u64::from_str_radix(value.as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
+        };
+        for trace in answer.json["traces"].as_array().unwrap() {
+            let segments = trace["segments"].as_array().unwrap();
+            switched += segments.windows(2).filter(|two| two[0]["boundary"].is_null()).count();
+            let frames = segments.iter().flat_map(|segment| segment["frames"].as_array().unwrap());
+            let names: std::collections::BTreeMap<u64, &str> = frames
+                .filter(|frame| !frame["pc_at"].is_null() && frame["restored"].is_null())
+                .filter_map(|frame| Some((hex(&frame["pc_at"]), frame["symbol"].as_str()?)))
+                .collect();
+            for segment in segments.iter().filter(|segment| !segment["stack"].is_null()) {
+                let stack = hex(&segment["stack"]["start"])..hex(&segment["stack"]["end"]);
+                let words =
+                    segment["frames"].as_array().unwrap().iter().flat_map(|f| f["words"].as_array().unwrap());
+                for word in words {
+                    let at = hex(&word["at"]);
+                    assert!(stack.contains(&at), "{what}: {word} is not on {stack:x?}");
+                    let Some(name) = names.get(&at) else { continue };
+                    compared += 1;
+                    let shown = word["name"].as_str().unwrap_or_else(|| panic!("{what}: {word}: {name}"));
+                    let found = shown.split(['+', ' ']).next().unwrap();
+                    assert!(found == *name, "{what}: {word}: {name}");
+                    shifted += usize::from(names.get(&(at + 8)) == Some(name));
+                }
+            }
+        }
+    }
+    assert!(lab::sets().is_none() || switched > 3 && compared > 50, "{switched} {compared}");
+    // Mutation check: but for recursions the next word has another name.
+    assert!(shifted * 10 <= compared, "{shifted} {compared}");
+}
+
 /// Code that the tables leave out, entered as if the task's last call had gone there: thunks, an address that is no code, and
 /// the system call's entry with the user's stack pointer.
 #[test]

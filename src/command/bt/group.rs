@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fmt::Write;
 
-/// Pids shown before a list is cut; JSON has all.
-const PIDS_SHOWN: usize = 40;
+/// Pids and names shown before a list is cut; JSON has all.
+const SHOWN: usize = 40;
 
 /// The backtraces of tasks by what is the same in them: the code that called, whatever stack it is on, and what entered.
 pub fn groups(traces: &[&Trace]) -> Vec<Vec<usize>> {
@@ -69,14 +69,18 @@ pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>, form: Form)
                 1 => name.clone(),
                 count => format!("{name} ×{count}"),
             };
-            counts.iter().map(one).collect::<Vec<_>>().join(", ")
+            let more = match counts.len().checked_sub(SHOWN) {
+                Some(more) if more > 0 => format!(", … {more} more"),
+                _ => String::new(),
+            };
+            counts.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(", ") + &more
         };
         let pids: Vec<String> = members.iter().map(|(info, _)| info.pid.unwrap_or(0).to_string()).collect();
-        let more = match pids.len().checked_sub(PIDS_SHOWN) {
+        let more = match pids.len().checked_sub(SHOWN) {
             Some(more) if more > 0 => format!(" … {more} more"),
             _ => String::new(),
         };
-        let some = pids.get(..PIDS_SHOWN).unwrap_or(&pids).join(" ");
+        let some = pids.get(..SHOWN).unwrap_or(&pids).join(" ");
         let _ = writeln!(
             text,
             "{} task{}: {}\n  names:  {}\n  states: {}\n  pids:   {some}{more}",
@@ -98,7 +102,11 @@ pub fn output(traced: &[(TaskInfo, Trace)], renderer: &Renderer<'_>, form: Form)
             ]));
         }
     }
-    let _ = writeln!(text, "{} tasks have {} different backtraces", traced.len(), all.len());
+    let _ = match (traced.len(), all.len()) {
+        (1, _) => writeln!(text, "one task"),
+        (tasks, 1) => writeln!(text, "{tasks} tasks have the same backtrace"),
+        (tasks, groups) => writeln!(text, "{tasks} tasks have {groups} different backtraces"),
+    };
     Output { text, json: object([("groups", Value::Array(rows)), ("tasks", traced.len().into())]) }
 }
 

@@ -1,9 +1,10 @@
 //! A backtrace as JSON.
 
-use super::render::Renderer;
+use super::render::{Renderer, words_of};
+use crate::addr::VirtAddr;
 use crate::command::task::identity;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{Boundary, Ended, Segment, Trace};
+use crate::kernel::stack::{Boundary, Ended, Segment, StackBounds, Trace};
 use crate::unwind::{Frame, Regs};
 use serde_json::{Map, Value, json};
 
@@ -27,6 +28,10 @@ impl Renderer<'_> {
         json.insert("ended".into(), json!({ "how": how, "why": why, "complete": trace.ended.is_complete() }));
         json.insert("user_registers".into(), json!(trace.user().map(registers)));
         json.insert("guessed".into(), json!(trace.guessed()));
+        if self.style.raw {
+            let stack = |stack: StackBounds| json!({ "name": stack.kind.name(), "words": self.words_json(stack.start, stack.end) });
+            json.insert("stacks".into(), self.stacks_of(trace).into_iter().map(stack).collect());
+        }
         Value::Object(json)
     }
 
@@ -34,12 +39,29 @@ impl Renderer<'_> {
         let stack = segment.stack.map(
             |stack| json!({ "name": stack.kind.name(), "start": hex(stack.start), "end": hex(stack.end) }),
         );
-        let frames: Vec<Value> = segment.frames.iter().map(|frame| self.frame_json(frame)).collect();
+        let frame = |(nth, frame): (usize, &Frame)| {
+            let mut json = self.frame_json(frame);
+            if self.style.words {
+                let (from, to) = words_of(segment, nth);
+                json.insert("words".into(), self.words_json(from, to));
+            }
+            Value::Object(json)
+        };
+        let frames: Vec<Value> = segment.frames.iter().enumerate().map(frame).collect();
         let boundary = segment.boundary.as_ref().map(|boundary| self.boundary_json(boundary));
         json!({ "stack": stack, "frames": frames, "boundary": boundary })
     }
 
-    fn frame_json(&self, frame: &Frame) -> Value {
+    /// Words of a stack: where, what, and its name where names are wanted (`-F`).
+    fn words_json(&self, from: u64, to: u64) -> Value {
+        let word = |(at, word): (VirtAddr, Option<u64>)| {
+            let name = word.and_then(|word| self.name_of_word(word));
+            json!({ "at": hex(at.0), "value": word.map(hex), "name": name })
+        };
+        self.each_word(from, to).map(word).collect()
+    }
+
+    fn frame_json(&self, frame: &Frame) -> Map<String, Value> {
         let found = self.symbol(frame);
         let lines: Option<Vec<Value>> = self.style.lines.then(|| {
             let line = |place: &crate::debuginfo::Location| {
@@ -50,6 +72,7 @@ impl Renderer<'_> {
         let mut json = Map::new();
         let mut put = |key: &str, value: Value| json.insert(key.to_owned(), value);
         put("pc", json!(hex(frame.pc)));
+        put("pc_at", json!(frame.pc_at.map(hex)));
         put("sp", json!(hex(frame.sp)));
         put("cfa", json!(frame.cfa.map(hex)));
         put("symbol", json!(found.map(|found| found.name)));
@@ -62,7 +85,7 @@ impl Renderer<'_> {
         if let Some(lines) = lines {
             put("lines", json!(lines));
         }
-        Value::Object(json)
+        json
     }
 
     fn boundary_json(&self, boundary: &Boundary) -> Value {

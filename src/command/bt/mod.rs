@@ -49,12 +49,57 @@ const OPTIONS: &[&str] = &[
     "e", "E", "u", "-group",
 ];
 
+/// Options that say of whom, of which one is enough; and those of them behind which no task may stand.
+const OF_WHOM: [&str; 7] = ["a", "c", "p", "g", "E", "v", "-group"];
+const OF_NO_TASK: [&str; 5] = ["a", "c", "p", "E", "v"];
+/// What is no walk from a task's own registers, so that there is nothing to filter, and nowhere else to start.
+const NO_WALK: [&str; 6] = ["t", "T", "e", "E", "u", "v"];
+
+/// Refuses options that would be left out otherwise.
+fn check(options: &Options<'_>) -> Result<(), CommandError> {
+    let has =
+        |names: &[&'static str]| names.iter().copied().filter(|name| options.has(name)).collect::<Vec<_>>();
+    let refuse = |text: String| Err(CommandError(text));
+    match has(&OF_WHOM).as_slice() {
+        // The stacks of some CPUs.
+        ["c", "E"] => {}
+        [one, other, ..] => {
+            return refuse(format!("'-{one}' and '-{other}' do not go together"));
+        }
+        _ => {}
+    }
+    if let ([name, ..], [task, ..]) = (has(&OF_NO_TASK).as_slice(), options.rest.as_slice()) {
+        return refuse(format!("'-{name}' is not about a task, such as '{}'", printable(task)));
+    }
+    if options.has("n") && !options.has("a") {
+        return refuse("'-n' goes with '-a'".into());
+    }
+    let filters = has(&["R", "I", "S"]);
+    if let ([filter, ..], [view, ..]) = (filters.as_slice(), has(&NO_WALK).as_slice()) {
+        return refuse(format!("'-{filter}' is about backtraces, which '-{view}' shows none of"));
+    }
+    if let (true, Some(start)) = (options.has("-group"), has(&["I", "S"]).first()) {
+        return refuse(format!("'-{start}' and '--group' do not go together"));
+    }
+    Ok(())
+}
+
+/// Why `-R` has left nothing.
+fn nobody_has(only: &str) -> CommandError {
+    CommandError(format!("no backtrace has '{}' in it", printable(only)))
+}
+
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
-    if let Some(output) = views::of(context, &Options::read("bt", OPTIONS, true, arguments)?)? {
+    let options = Options::read("bt", OPTIONS, true, arguments)?;
+    check(&options)?;
+    if let Some(output) = views::of(context, &options)? {
         return Ok(output);
     }
     let request = Request::read(context, arguments)?;
     let answers = request.answers(&request.subjects);
+    if let Some(only) = request.only.filter(|_| answers.iter().all(Option::is_none)) {
+        return Err(nobody_has(only));
+    }
     let (text, json): (Vec<String>, Vec<Value>) =
         answers.into_iter().flatten().map(|answer| (answer.text, answer.json)).unzip();
     let mut text = text.join("\n");
@@ -72,6 +117,7 @@ pub fn for_tasks(
     arguments: &[&str],
 ) -> Result<Vec<Option<Output>>, CommandError> {
     let options = Options::read("bt", OPTIONS, true, arguments)?;
+    check(&options)?;
     let addresses: Vec<VirtAddr> = tasks.iter().map(|task| task.at).collect();
     if let Some(outputs) = views::of_tasks(context, &options, &addresses)? {
         return Ok(outputs.into_iter().map(Some).collect());
@@ -196,6 +242,9 @@ fn cpus_of(context: &Context<'_>, text: &str) -> Result<Vec<CpuId>, CommandError
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last) = (number_of_cpu(context, first)?, number_of_cpu(context, last)?);
+        if first > last {
+            return Err(CommandError(format!("'{}' is no range of CPUs", printable(part))));
+        }
         cpus.extend((first.0..=last.0).map(CpuId));
     }
     Ok(cpus)

@@ -34,9 +34,14 @@ pub fn of_tasks(
                 row.insert("exception_frames".into(), frames(kernel, &mut text, &[stack]))
             }
             Some(stack) => {
-                // A task that runs is wherever its CPU's stack pointer is, if that is on its stack at all.
-                let sp = match on.and_then(|cpu| context.machine.cpu(cpu)) {
-                    Some(cpu) => cpu.regs.u64(Reg::Rsp),
+                // A task that runs is wherever its CPU's stack pointer is, or where its stack was left for another.
+                let sp = match on {
+                    Some(cpu) => {
+                        let trace = tracer.cpu(cpu);
+                        let own = trace.segments.iter().find(|segment| segment.stack == Some(stack));
+                        let left = own.and_then(|segment| segment.frames.first()).map(|frame| frame.sp);
+                        left.or_else(|| context.machine.cpu(cpu)?.regs.u64(Reg::Rsp))
+                    }
                     None => info.sp.map(|sp| sp.0),
                 };
                 let from =
@@ -58,7 +63,7 @@ fn words(kernel: &Kernel, text: &mut String, stack: &StackBounds, from: u64) -> 
     let bytes = kernel.stack_bytes(stack);
     let mut rows = Vec::new();
     for (at, pc) in kernel.text_on_stack(&bytes, from) {
-        let symbol = kernel.symbolize(pc).map(|symbol| symbol.to_string());
+        let symbol = kernel.symbolize_word(pc).map(|symbol| symbol.to_string());
         let _ = writeln!(text, "      [{:016x}] {} at {:016x}", at.0, symbol.as_deref().unwrap_or("?"), pc.0);
         rows.push(json!({ "at": at.to_string(), "pc": pc.to_string(), "symbol": symbol }));
     }

@@ -8,7 +8,7 @@ use crate::command::rd::slab_cache;
 use crate::command::task::heading;
 use crate::debuginfo::Location;
 use crate::kernel::sched::TaskInfo;
-use crate::kernel::stack::{Boundary, Ended, Event, StackBounds, StackKind, Start, Trace};
+use crate::kernel::stack::{Boundary, Ended, Event, Segment, StackBounds, StackKind, Start, Trace};
 use crate::kernel::{Kernel, Symbolized};
 use crate::unwind::{Frame, Regs};
 use std::cell::RefCell;
@@ -92,8 +92,8 @@ impl<'a> Renderer<'a> {
             for (nth, frame) in segment.frames.iter().enumerate() {
                 self.frame(&mut text, number, frame);
                 if self.style.words {
-                    let next = segment.frames.get(nth + 1).and_then(|next| next.pc_at);
-                    self.words(&mut text, frame.sp, frame.cfa.or(next).unwrap_or(frame.sp));
+                    let (from, to) = words_of(segment, nth);
+                    self.words(&mut text, from, to);
                 }
                 number += 1;
             }
@@ -216,6 +216,9 @@ impl<'a> Renderer<'a> {
                 text.push_str("    (in user mode)\n");
                 registers(text, regs, None);
             }
+            Ended::NotStarted if trace.start == Start::Given => {
+                text.push_str("    (no stack pointer is known here; give one with -S)\n");
+            }
             Ended::User(_) | Ended::Root { .. } | Ended::NotStarted => {}
             Ended::EntryGap { user, .. } => {
                 text.push_str("    (on the way between user mode and the kernel; the user's registers:)\n");
@@ -229,43 +232,66 @@ impl<'a> Renderer<'a> {
 
     /// Words from `from` to and with the one before `to`, two in a line.
     fn words(&self, text: &mut String, from: u64, to: u64) {
-        let count = (to.saturating_sub(from) / 8).min(WORDS_MAX);
-        for index in 0..count {
-            let at = VirtAddr(from.wrapping_add(index * 8));
+        let mut words = self.each_word(from, to).enumerate().peekable();
+        while let Some((index, (at, word))) = words.next() {
             if index % 2 == 0 {
                 let _ = write!(text, "    {:016x}: ", at.0);
             }
-            match self.kernel.read_u64(at) {
-                Some(word) => text.push_str(&self.word(word)),
-                None => text.push_str("(unreadable)    "),
-            }
-            text.push(if index % 2 == 1 || index + 1 == count { '\n' } else { ' ' });
+            let _ = match word.map(|word| (word, self.name_of_word(word))) {
+                Some((_, Some(name))) => write!(text, "{name:16}"),
+                Some((word, None)) => write!(text, "{word:016x}"),
+                None => write!(text, "(unreadable)    "),
+            };
+            text.push(if index % 2 == 1 || words.peek().is_none() { '\n' } else { ' ' });
         }
     }
 
-    /// A word, or its name where names are wanted and it has one.
-    fn word(&self, word: u64) -> String {
-        let kernel = self.style.named_words && word >> 63 == 1;
-        let name = kernel.then(|| self.kernel.describe_address(VirtAddr(word))).flatten();
-        let slab = || slab_cache(self.kernel, VirtAddr(word)).map(|name| format!("[{name}]"));
-        match name.or_else(|| kernel.then(slab).flatten()) {
-            Some(name) => format!("{name:16}"),
-            None => format!("{word:016x}"),
-        }
+    /// The words from `from` up to `to`, and where each is.
+    pub fn each_word(&self, from: u64, to: u64) -> impl Iterator<Item = (VirtAddr, Option<u64>)> {
+        let count = (to.saturating_sub(from) / 8).min(WORDS_MAX);
+        let each = (0..count).map(move |index| VirtAddr(from.wrapping_add(index * 8)));
+        each.map(|at| (at, self.kernel.read_u64(at)))
     }
 
-    /// `-r`: all of the stacks.
-    fn raw(&self, text: &mut String, trace: &Trace) {
-        let mut shown: Vec<StackBounds> = Vec::new();
+    /// The name of a word, where names are wanted and it has one.
+    pub fn name_of_word(&self, word: u64) -> Option<String> {
+        if !self.style.named_words || word >> 63 == 0 {
+            return None;
+        }
+        let at = VirtAddr(word);
+        let caller = || self.kernel.caller_that_ends(at).map(|found| found.to_string());
+        let slab = || slab_cache(self.kernel, at).map(|name| format!("[{name}]"));
+        caller().or_else(|| self.kernel.describe_address(at)).or_else(slab)
+    }
+
+    /// `-r`: the stacks that are shown whole.
+    pub fn stacks_of(&self, trace: &Trace) -> Vec<StackBounds> {
+        let mut stacks: Vec<StackBounds> = Vec::new();
         let own = trace.task.and_then(|task| self.kernel.task_stack(task));
         for stack in trace.segments.iter().filter_map(|segment| segment.stack).chain(own) {
-            if !shown.contains(&stack) {
-                let _ = writeln!(text, "  {}:", stack.kind.name());
-                self.words(text, stack.start, stack.end);
-                shown.push(stack);
+            if !stacks.contains(&stack) {
+                stacks.push(stack);
             }
         }
+        stacks
     }
+
+    fn raw(&self, text: &mut String, trace: &Trace) {
+        for stack in self.stacks_of(trace) {
+            let _ = writeln!(text, "  {}:", stack.kind.name());
+            self.words(text, stack.start, stack.end);
+        }
+    }
+}
+
+/// Where the words of a segment's frame begin and end.
+pub fn words_of(segment: &Segment, nth: usize) -> (u64, u64) {
+    let Some(frame) = segment.frames.get(nth) else { return (0, 0) };
+    let next = segment.frames.get(nth + 1).and_then(|next| next.pc_at);
+    let to = frame.cfa.or(next).unwrap_or(frame.sp);
+    // A call may have switched stacks: its caller's frame is elsewhere, and this one ends with its stack.
+    let left = segment.stack.filter(|stack| !(frame.sp..=stack.end).contains(&to));
+    (frame.sp, left.map_or(to, |stack| stack.end))
 }
 
 /// Registers in crash's order.

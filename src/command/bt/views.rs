@@ -1,11 +1,10 @@
 //! Those options of `bt` that show no backtrace in the usual shape.
 
 use super::render::{Renderer, Style};
-use super::{Subject, group, remains, subjects, user};
+use super::{Subject, cpus_of, group, remains, subjects, user};
 use crate::addr::VirtAddr;
 use crate::command::args::Options;
 use crate::command::{CommandError, Context, Output, foreach};
-use crate::kernel::CpuId;
 use crate::kernel::sched::TaskInfo;
 use crate::kernel::stack::{BATCH, Tracer};
 use crate::parallel;
@@ -25,7 +24,10 @@ pub fn of(context: &Context<'_>, options: &Options<'_>) -> Result<Option<Output>
         Ok(kernel.tasks()?.tasks.into_iter().map(|task| task.at).collect())
     };
     if options.has("E") {
-        let cpus: Vec<CpuId> = context.machine.cpus().iter().map(|cpu| cpu.id).collect();
+        let cpus = match options.value("c") {
+            Some(cpus) => cpus_of(context, cpus)?,
+            None => context.machine.cpus().iter().map(|cpu| cpu.id).collect(),
+        };
         return remains::of_cpus(context, &cpus).map(Some);
     }
     if options.has("v") {
@@ -87,10 +89,17 @@ fn of_each(
 fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> Result<Output, CommandError> {
     let kernel = context.kernel()?;
     let (reader, tracer) = (kernel.task_reader()?, tracer(context)?);
-    let traced = parallel::map(tasks, BATCH, |task| {
+    let mut traced = parallel::map(tasks, BATCH, |task| {
         let info = reader.read(*task);
         let trace = tracer.task_read(&info);
         (info, trace)
     });
-    Ok(group::output(&traced, &Renderer::new(kernel, Style::read(options)), context.form))
+    let renderer = Renderer::new(kernel, Style::read(options));
+    if let Some(only) = options.value("R") {
+        traced.retain(|(_, trace)| renderer.mentions(trace, only));
+        if traced.is_empty() {
+            return Err(super::nobody_has(only));
+        }
+    }
+    Ok(group::output(&traced, &renderer, context.form))
 }

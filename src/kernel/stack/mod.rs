@@ -17,7 +17,7 @@ pub use bounds::{StackBounds, StackKind};
 pub use runtime_code::{RuntimeCode, RuntimeKind};
 pub use tracer::{BATCH, Tracer};
 
-use super::{CpuId, Kernel};
+use super::{CpuId, Kernel, Symbolized};
 use crate::addr::VirtAddr;
 use crate::debuginfo::orc::OrcEntry;
 use crate::unwind::{Frame, PtRegs, Regs, Tables};
@@ -280,6 +280,25 @@ impl Kernel {
             Some(region.kind.contains("text") || matches!(region.kind, "core" | "init"))
         };
         self.is_image_text(at) || of_module().unwrap_or_else(|| self.runtime_code(at).is_some())
+    }
+
+    /// The symbol of the call that `word`, a word on a stack, is the return address of, where that call ends its function
+    /// because it never returns: the word itself is then behind it, where another function may begin.
+    pub fn caller_that_ends(&self, word: VirtAddr) -> Option<Symbolized<'_>> {
+        let call = VirtAddr(word.0.checked_sub(1)?);
+        let caller = self.symbolize(call)?;
+        let is_behind_call = || self.stacks().tables(self, true).call_before(word.0).is_some();
+        let ends = match self.symbolize(word) {
+            Some(here) => (here.offset == 0 || here.name != caller.name) && is_behind_call(),
+            // Nothing but a return address leads there; the code itself may be gone, as that for the boot is.
+            None => self.is_code(call),
+        };
+        ends.then_some(Symbolized { offset: caller.offset + 1, ..caller })
+    }
+
+    /// The symbol of a word on a stack, which a return address is of the function that called.
+    pub fn symbolize_word(&self, word: VirtAddr) -> Option<Symbolized<'_>> {
+        self.caller_that_ends(word).or_else(|| self.symbolize(word))
     }
 
     /// Rows of code that compilers know nothing of: `(from, length, row)` of the entry code and of where tasks and CPUs
