@@ -289,6 +289,60 @@ fn nmis_are_where_they_were() {
     });
 }
 
+/// The guest panicked in an NMI that came while another was handled; no other guest did.
+#[test]
+fn an_nmi_on_top_of_another_is_told() {
+    let mut checked = 0;
+    for_each_set(&|_| true, &mut |set, what, machine| {
+        let is_nested = set.json["chain"]["how"] == "nested";
+        for one in json(machine, "nmi")["cpus"].as_array().unwrap() {
+            if is_nested && one["cpu"] == set.json["panic"]["cpu"] {
+                assert_eq!((&one["torn_by"], &one["nmis"]), (&"nmi".into(), &2.into()), "{what}: {one:#}");
+                assert_eq!(one["old"]["nested"], true, "{what}: {one:#}");
+                assert_eq!(one["old"]["waits"], false, "{what}: the last is handled: {one:#}");
+                checked += 1;
+            } else {
+                assert_ne!(one["old"]["nested"], true, "{what}: {one:#}");
+            }
+        }
+    });
+    let has_nested = |sets: Vec<Set>| sets.iter().any(|set| set.json["chain"]["how"] == "nested");
+    assert!(!lab::sets().is_some_and(has_nested) || checked > 0, "no CPU was in a nested NMI");
+}
+
+/// A tick brings the run queue's clock up to date (sched_tick()), so none came after that was. A softirq is begun by
+/// nothing that saved registers.
+#[test]
+fn ticks_and_softirqs() {
+    for_each_set(&|_| true, &mut |_, what, machine| {
+        for one in json(machine, "nmi")["cpus"].as_array().unwrap() {
+            let times = &one["times_ns"];
+            if let (Some(tick), Some(clock)) = (times["since_tick"].as_u64(), times["since_clock"].as_u64()) {
+                assert!(tick >= clock, "{what}: {one:#}");
+                assert_eq!(times["tick_stopped"], false, "{what}: {one:#}");
+            }
+            for level in one["contexts"].as_array().unwrap().iter().filter(|one| one["context"] == "softirq")
+            {
+                assert_eq!(level["by"], Value::Null, "{what}: {one:#}");
+            }
+        }
+    });
+}
+
+#[test]
+fn cpus_are_chosen_by_lists() {
+    for_each_set(&|set| set.json["smp"].as_u64() >= Some(3), &mut |_, what, machine| {
+        let chosen = |line: &str| -> Vec<u64> {
+            let answer = json(machine, line);
+            answer["cpus"].as_array().unwrap().iter().map(|one| one["cpu"].as_u64().unwrap()).collect()
+        };
+        assert_eq!(chosen("nmi 1-2"), [1, 2], "{what}");
+        assert_eq!(chosen("nmi 2,0"), [2, 0], "{what}");
+        assert_eq!(chosen("nmi 1 2"), [1, 2], "{what}");
+        assert_eq!(chosen("nmi a"), chosen("nmi"), "{what}");
+    });
+}
+
 /// What the last NMI left on a CPU's stack is what the crashing kernel wrote into that CPU's note, because that NMI was
 /// the one.
 #[test]

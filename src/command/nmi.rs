@@ -1,30 +1,32 @@
 //! `nmi`: what each CPU was doing when an NMI, or the end, came.
 
 use super::args::Options;
-use super::{Command, CommandError, Context, Output, cpu_argument, printable};
+use super::bt::cpus_of;
+use super::{Command, CommandError, Context, Output, cpu, printable};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
 use crate::kernel::nmi::{
-    Context as Kind, Level, LoggedBacktrace, OldNmi, PreemptCount, Report, Times, TornBy,
+    Context as Kind, Level, LoggedBacktrace, Nested, OldNmi, PreemptCount, Report, Times, TornBy,
 };
 use crate::kernel::spin::{Owner, Spin, Verdict, Word};
 use crate::kernel::stack::{Event, Tracer};
-use crate::kernel::{Cpu, Kernel};
+use crate::kernel::{Cpu, CpuId, Kernel};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
 pub const COMMAND: Command = Command {
     name: "nmi",
-    arguments: "[-l] [CPU]...",
+    arguments: "[-l] [CPUS]...",
     summary: "what each CPU was doing when an NMI, or the end, came; and whether it was spinning",
     help: "For each CPU: the context that it was torn from (user, task, idle, softirq, hardirq, exception, entry gap), \
            whether interrupts were on there, the preemption count, how long ago it had scheduled and ticked.\n\n\
            'spinning' is by the code around the pc: what the loop waits for, with the lock's address, value and place, \
            who is queued for it, and the owner where the kernel records one. A loop in user mode is not called \
            spinning.\n\n\
+           CPUS are a for all (the default), or numbers and ranges such as 2,4-5.\n\n\
            What is marked 'old' was left by an NMI before, and says nothing of the end.\n\n\
            -l   with the backtraces by NMI that are in the log\n\n\
-           Examples:\n  nmi\n  nmi 3\n  nmi -l\n",
+           Examples:\n  nmi\n  nmi 3\n  nmi 0,2-3\n  nmi -l\n",
     run,
 };
 
@@ -32,12 +34,14 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     let options = Options::read("nmi", &["l"], true, arguments)?;
     let kernel = context.kernel()?;
     let tracer = Tracer::new(context.machine).ok_or_else(|| CommandError("no kernel was found".into()))?;
-    let chosen: Result<Vec<&Cpu>, CommandError> =
-        options.rest.iter().map(|word| cpu_argument(context, word)).collect();
-    let mut cpus = chosen?;
-    if cpus.is_empty() {
-        cpus = context.machine.cpus().iter().collect();
+    let mut chosen: Vec<CpuId> = Vec::new();
+    for word in &options.rest {
+        chosen.extend(cpus_of(context, word)?);
     }
+    let cpus: Vec<&Cpu> = match options.rest.is_empty() {
+        true => context.machine.cpus().iter().collect(),
+        false => chosen.iter().map(|&id| cpu(context.machine, id)).collect::<Result<_, _>>()?,
+    };
     let now = kernel.last_sched_clock();
     let (mut text, mut rows) = (String::new(), Vec::new());
     for cpu in cpus {
@@ -50,9 +54,7 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
         rows.push(show.json(cpu, &report));
     }
     let logged = kernel.logged_backtraces();
-    let wanted = |one: &&LoggedBacktrace| {
-        options.rest.is_empty() || options.rest.iter().any(|word| *word == one.cpu.to_string())
-    };
+    let wanted = |one: &&LoggedBacktrace| options.rest.is_empty() || chosen.contains(&one.cpu);
     let logged: Vec<&LoggedBacktrace> = logged.iter().filter(wanted).collect();
     if !logged.is_empty() {
         let _ = writeln!(text, "\nold, in the log:");
@@ -90,16 +92,19 @@ fn ago(time: u64) -> String {
     }
 }
 
+/// What began `level`. What runs in a softirq was not begun by what its registers were saved for.
+fn begun_by(level: &Level) -> Option<Event> {
+    level.by.filter(|_| level.context != Kind::Softirq)
+}
+
 impl Show<'_> {
     fn place(&self, pc: u64) -> String {
         self.kernel.symbolize(VirtAddr(pc)).map_or_else(|| format!("{pc:#x}"), |symbol| symbol.to_string())
     }
 
     fn level(&self, level: &Level) -> String {
-        // What runs in a softirq was not begun by what its registers were saved for; "NMI (NMI)" says nothing.
-        let said = level
-            .by
-            .filter(|by| level.context != Kind::Softirq && *by != Event::Nmi && *by != Event::Irq(None));
+        // "NMI (NMI)" says nothing.
+        let said = begun_by(level).filter(|by| *by != Event::Nmi && *by != Event::Irq(None));
         let by = said.map_or(String::new(), |by| format!(" ({by})"));
         format!("{}{by}", level.context.name())
     }
@@ -109,7 +114,7 @@ impl Show<'_> {
         let mut line = |name: &str, value: String| {
             let _ = writeln!(text, "  {name:<13} {value}");
         };
-        let torn = match report.torn_by {
+        let torn = report.torn_by.map(|torn_by| match torn_by {
             TornBy::Nmi if report.trace.parked.is_some() => {
                 format!("an NMI: it waits in {}", report.trace.parked.unwrap_or_default())
             }
@@ -117,7 +122,7 @@ impl Show<'_> {
             TornBy::SavedByNmi => "an NMI, which saved the registers".to_owned(),
             TornBy::Parked(function) => format!("told to stop: it waits in {function}"),
             TornBy::End => "the end itself".to_owned(),
-        };
+        });
         match report.interrupted() {
             Some(level) => {
                 let irqs = match level.irqs_on {
@@ -129,7 +134,9 @@ impl Show<'_> {
             }
             None => line("was in", format!("not known: {}", report.trace.start.words())),
         }
-        line("torn by", torn);
+        if let Some(torn) = torn {
+            line("torn by", torn);
+        }
         if report.levels.len() > 1 {
             let all: Vec<String> = report.levels.iter().map(|level| self.level(level)).collect();
             line("contexts", all.join(" ← "));
@@ -159,21 +166,29 @@ impl Show<'_> {
             }
         }
         if let Some(old) = &report.old {
-            line("old", self.old(old, report.nmis));
+            line("old", self.old(old, report));
         }
     }
 
-    fn old(&self, old: &OldNmi, count: Option<u64>) -> String {
+    fn old(&self, old: &OldNmi, report: &Report) -> String {
         let pc = old.regs.get(Reg::Rip).unwrap_or(0);
         let place = match old.regs.in_user_mode() {
             Some(true) => format!("user mode at {pc:#x}"),
             _ => self.place(pc),
         };
-        let count = count.map_or(String::new(), |count| format!(", the last of {count}"));
-        format!(
-            "an NMI before had hit it in {place}{count} (registers at {}; when is not recorded)",
-            old.pt_regs.unwrap_or(old.at)
-        )
+        let count = report.nmis.map_or(String::new(), |count| format!(", the last of {count}"));
+        let at = old.pt_regs.unwrap_or(old.at);
+        match report.nested {
+            Some(Nested::Handled) => format!(
+                "the NMI that it handles came while it handled one before, at {place} (registers at {at})"
+            ),
+            Some(Nested::Waiting) => {
+                format!("while it handled the NMI another came, at {place}, and waits (registers at {at})")
+            }
+            None => format!(
+                "an NMI before had hit it in {place}{count} (registers at {at}; when is not recorded)"
+            ),
+        }
     }
 
     fn spin(&self, cpu: &Cpu, spin: &Spin) -> Vec<String> {
@@ -235,7 +250,7 @@ impl Show<'_> {
         let level = |one: &Level| {
             json!({
                 "context": one.context.name(),
-                "by": one.by.map(|by| by.to_string()),
+                "by": begun_by(one).map(|by| by.to_string()),
                 "pc": format!("{:#x}", one.pc),
                 "symbol": self.kernel.symbolize(VirtAddr(one.pc)).map(|symbol| symbol.to_string()),
                 "irqs_on": one.irqs_on,
@@ -243,12 +258,12 @@ impl Show<'_> {
         };
         let spins: Vec<Value> =
             report.spins.iter().map(|(i, verdict)| self.verdict_json(*i, verdict)).collect();
-        let torn = match report.torn_by {
+        let torn = report.torn_by.map(|torn_by| match torn_by {
             TornBy::Nmi => "nmi",
             TornBy::SavedByNmi => "nmi that saved registers",
             TornBy::Parked(_) => "parked",
             TornBy::End => "end",
-        };
+        });
         json!({
             "cpu": cpu.id.0,
             "pid": cpu.pid,
@@ -268,6 +283,8 @@ impl Show<'_> {
             "nmis": report.nmis,
             "old": report.old.as_ref().map(|old| json!({
                 "at": old.at.to_string(),
+                "nested": report.nested.is_some(),
+                "waits": report.nested == Some(Nested::Waiting),
                 "pt_regs": old.pt_regs.map(|at| at.to_string()),
                 "registers": old.regs.known().map(|(reg, value)| (reg.name().to_owned(), json!(format!("{value:#x}")))).collect::<serde_json::Map<_, _>>(),
             })),

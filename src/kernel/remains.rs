@@ -9,6 +9,7 @@ use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
 use crate::bytes::u64_at;
 use crate::unwind::{PT_REGS_SIZE, PtRegs, Stack};
+use std::ops::RangeInclusive;
 
 /// No stack is larger: 16 KiB, twice that with KASAN, 64 KiB for #VC and interrupts at most.
 const STACK_MAX: u64 = 256 << 10;
@@ -19,6 +20,8 @@ const KERNEL_CS: u64 = 0x10;
 const USER_CS: [u64; 2] = [0x33, 0x23];
 const KERNEL_SS: [u64; 2] = [0x18, 0];
 const USER_SS: u64 = 0x2b;
+/// What the entry code leaves in `orig_ax` when the kernel is interrupted: -1, a vector inverted, or an error code.
+const KERNEL_ORIG_AX: RangeInclusive<i64> = -256..=0xffff;
 
 /// A stack's bytes, as far as they can be read.
 pub struct StackBytes {
@@ -113,7 +116,12 @@ impl Kernel {
         }
         let is_user = |at: u64| at >> 56 == 0 && at != 0;
         if cs == KERNEL_CS {
-            KERNEL_SS.contains(&ss) && sp >> 63 == 1 && sp % 8 == 0 && self.is_text(VirtAddr(pc))
+            // The kernel makes frames of its own to return by `iret` (sync_core()), with nothing below them.
+            saved.orig_ax.is_some_and(|word| KERNEL_ORIG_AX.contains(&word.cast_signed()))
+                && KERNEL_SS.contains(&ss)
+                && sp >> 63 == 1
+                && sp % 8 == 0
+                && self.is_text(VirtAddr(pc))
         } else {
             ss == USER_SS && is_user(pc) && is_user(sp)
         }

@@ -234,7 +234,7 @@ fn subjects(context: &Context<'_>, options: &Options<'_>) -> Result<Vec<Subject<
 }
 
 /// `0,2-3`; `a` or `all` are all.
-fn cpus_of(context: &Context<'_>, text: &str) -> Result<Vec<CpuId>, CommandError> {
+pub(super) fn cpus_of(context: &Context<'_>, text: &str) -> Result<Vec<CpuId>, CommandError> {
     if matches!(text, "a" | "all") {
         return Ok(context.machine.cpus().iter().map(|cpu| cpu.id).collect());
     }

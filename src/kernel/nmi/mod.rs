@@ -8,7 +8,7 @@ mod old;
 mod report;
 
 pub use old::{LoggedBacktrace, OldNmi};
-pub use report::{Report, TornBy};
+pub use report::{Nested, Report, TornBy};
 
 use super::stack::{Ended, Event, Segment, Trace};
 use super::{CpuId, Kernel};
@@ -210,8 +210,9 @@ impl PreemptCount {
         }
     }
 
-    /// Whether the task may lose the CPU, but for interrupts being off.
-    pub fn is_preemptible(self) -> bool {
+    /// Whether nothing is counted. That says not that the task may lose the CPU: interrupts can be off all the same, and
+    /// a kernel may not preempt itself at all (without `CONFIG_PREEMPTION`, or with `preempt=none` or `voluntary`).
+    pub fn is_zero(self) -> bool {
         !self.in_softirq
             && [self.preempt, self.softirqs_off, self.irqs_off, self.hardirq, self.nmi]
                 .iter()
@@ -228,7 +229,7 @@ impl fmt::Display for PreemptCount {
             ("interrupts off", self.irqs_off),
             ("softirqs off", self.softirqs_off),
             ("preemption off", self.preempt),
-            ("preemptible", self.is_preemptible().into()),
+            ("nothing counted", self.is_zero().into()),
             ("reschedule wanted", self.needs_resched.into()),
         ];
         write!(f, "{:#x}:", self.raw)?;
@@ -249,7 +250,7 @@ pub struct Times {
     pub since_schedule: Option<u64>,
     /// Since the run queue's clock was brought up to date: at each tick and each schedule.
     pub since_clock: Option<u64>,
-    /// Since the last tick; `None` while ticks are stopped, or where the tick's timer tells nothing.
+    /// Since the last tick, at least; `None` while ticks are stopped, or where the tick's timer tells nothing.
     pub since_tick: Option<u64>,
     /// The tick is stopped: idle, or `nohz_full`.
     pub tick_stopped: Option<bool>,
@@ -304,8 +305,11 @@ impl Kernel {
         let next = ["sched_timer.node.expires", "sched_timer._softexpires"].iter();
         let next = next.filter_map(|path| ticks.get(path).ok()).find(|&next| next != 0 && next >> 63 == 0);
         if let (Some(next), Some(false)) = (next, times.tick_stopped) {
-            // The tick's timer is of the monotonic clock, whose last update is in the timekeeper.
-            times.since_tick = clock.monotonic.checked_sub(next.saturating_sub(period));
+            // The tick's timer is of the monotonic clock, whose last update is in the timekeeper. That may be long before
+            // the end: if the CPU that brings it up to date hangs, it stands still. But each tick brings the run queue's
+            // clock up to date, too, so the last is no later than that.
+            let since = clock.monotonic.checked_sub(next.saturating_sub(period));
+            times.since_tick = since.map(|since| since.max(times.since_clock.unwrap_or(0)));
         }
         times
     }
@@ -319,14 +323,14 @@ mod tests {
     #[test]
     fn preempt_counts() {
         let shown = |raw| PreemptCount::from_int(raw).to_string();
-        assert_eq!(shown(0x8000_0000), "0x80000000: preemptible");
+        assert_eq!(shown(0x8000_0000), "0x80000000: nothing counted");
         assert_eq!(shown(0x8000_0001), "0x80000001: preemption off");
         assert_eq!(shown(0x0000_0002), "0x2: preemption off ×2, reschedule wanted");
         assert_eq!(shown(0x8000_0200), "0x80000200: softirqs off");
         assert_eq!(shown(0x8000_0100), "0x80000100: in softirq");
         let all = "0x80110301: NMI, hardirq, in softirq, softirqs off, preemption off";
         assert_eq!(shown(0x8011_0301), all);
-        assert!(!PreemptCount::from_int(0x8001_0000).is_preemptible());
+        assert!(!PreemptCount::from_int(0x8001_0000).is_zero());
         let long = PreemptCount::from_long(0x8000_0000_1202_0103).to_string();
         assert_eq!(
             long,

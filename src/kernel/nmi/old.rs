@@ -28,6 +28,8 @@ pub struct OldNmi {
     pub regs: Regs,
     /// Where the `struct pt_regs` is, if it is there.
     pub pt_regs: Option<VirtAddr>,
+    /// The NMI that is handled will return into the handler: another came while it was, which is handled then.
+    pub repeats: bool,
 }
 
 /// A backtrace that a CPU made of itself because another asked it to, by an NMI.
@@ -74,7 +76,10 @@ impl Kernel {
         if !matches!(cs & 0xffff, 0x10 | 0x33 | 0x23) || ip == 0 {
             return None;
         }
-        let mut old = OldNmi { at: pushed, regs: Regs::default(), pt_regs: None };
+        // The copy that the handler returns by; an NMI on top of another puts this in.
+        let returns_to = self.read_u64(VirtAddr(top.0.wrapping_sub(BELOW_TOP)));
+        let repeats = returns_to.is_some_and(|ip| self.symbol("repeat_nmi") == Some(VirtAddr(ip)));
+        let mut old = OldNmi { at: pushed, regs: Regs::default(), pt_regs: None, repeats };
         let named = [
             (Reg::Rip, ip),
             (Reg::Cs, cs & 0xffff),

@@ -5,7 +5,7 @@
 use super::{Context, Level, OldNmi, PreemptCount, Times, contexts};
 use crate::arch::x86_64::Reg;
 use crate::kernel::spin::Verdict;
-use crate::kernel::stack::{Trace, Tracer};
+use crate::kernel::stack::{StackKind, Start, Trace, Tracer};
 use crate::kernel::{Cpu, Kernel};
 use crate::unwind::Regs;
 
@@ -20,6 +20,16 @@ pub enum TornBy {
     Parked(&'static str),
     /// Nothing: it was stopped from outside, or it made the dump.
     End,
+}
+
+/// How an NMI stands that came on top of another: the processor blocks NMIs while it handles one, but any `iret`, of a
+/// fault within the handler, lets the next in. The entry code then has the handler go round once more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Nested {
+    /// The one that came last is handled: the one before is over.
+    Handled,
+    /// The one before is handled; the last waits.
+    Waiting,
 }
 
 /// Whether a context was spinning: in the loop around its pc, or in one that called what it was in.
@@ -48,8 +58,8 @@ pub struct Report {
     pub trace: Trace,
     /// The contexts that it is in, innermost first.
     pub levels: Vec<Level>,
-    /// What tore it from what it did.
-    pub torn_by: TornBy,
+    /// What tore it from what it did; `None` if that is not known, for its registers were not saved.
+    pub torn_by: Option<TornBy>,
     /// The level that it was torn from: an index of `levels`.
     pub interrupted: Option<usize>,
     /// Whether it was spinning: there, and in the levels below that were spinning as well, by index.
@@ -60,6 +70,8 @@ pub struct Report {
     pub times: Times,
     /// What an NMI before left on the stack; `None` where there was none, or it is the one in the backtrace.
     pub old: Option<OldNmi>,
+    /// `old` is of an NMI that came while the CPU handled one: which of the two it is in.
+    pub nested: Option<Nested>,
     /// NMIs since boot.
     pub nmis: Option<u64>,
 }
@@ -80,11 +92,18 @@ impl Report {
         let nmi = levels.iter().position(|level| level.context == Context::Nmi);
         let hardirq = || levels.iter().position(|level| level.context == Context::Hardirq);
         let (torn_by, handler) = match (nmi, trace.parked) {
-            (Some(nmi), _) => (TornBy::Nmi, Some(nmi)),
-            (None, Some(function)) => (TornBy::Parked(function), hardirq()),
-            (None, None) if saved_by_nmi => (TornBy::SavedByNmi, None),
-            (None, None) => (TornBy::End, None),
+            (Some(nmi), _) => (Some(TornBy::Nmi), Some(nmi)),
+            (None, Some(function)) => (Some(TornBy::Parked(function)), hardirq()),
+            (None, None) if saved_by_nmi => (Some(TornBy::SavedByNmi), None),
+            (None, None) if trace.start == Start::NotSaved => (None, None),
+            (None, None) => (Some(TornBy::End), None),
         };
+        let old = old.filter(|_| !saved_by_nmi && !in_trace);
+        let nested = old.as_ref().filter(|_| torn_by == Some(TornBy::Nmi)).and_then(|old| {
+            let stack = kernel.cpu_stacks(cpu.id).into_iter().find(|one| one.kind == StackKind::Nmi)?;
+            let waiting = if old.repeats { Nested::Waiting } else { Nested::Handled };
+            old.regs.sp().filter(|&sp| stack.contains(sp)).map(|_| waiting)
+        });
         let first = handler.map_or(0, |handler| handler + 1);
         let interrupted = levels.iter().enumerate().skip(first).find(|(_, one)| one.context != Context::Nmi);
         let interrupted = interrupted.map(|(i, _)| i);
@@ -105,7 +124,8 @@ impl Report {
             torn_by,
             preempt_count: kernel.preempt_count(cpu.id),
             times: now.map(|now| kernel.cpu_times(cpu.id, now)).unwrap_or_default(),
-            old: old.filter(|_| !saved_by_nmi && !in_trace),
+            old,
+            nested,
             nmis: kernel.nmi_count(cpu.id),
             trace,
             levels,

@@ -16,7 +16,6 @@ const PARKED: &[&str] = &[
     "crash_nmi_callback",
     "nmi_panic_self_stop",
     "panic_smp_self_stop",
-    "crash_smp_send_stop",
     "kdump_nmi_callback",
 ];
 
