@@ -317,6 +317,11 @@ class Frames(gdb.unwinder.Unwinder):
         for name, value in registers.items():
             bits = 32 if name in ("eflags", "cs", "ss") else 64
             caller.add_saved_register(name, gdb.Value(value).cast(integer(bits, False)))
+        for name in row["kept"]:
+            value = pending.read_register(name)
+            # Of one that an inner frame has lost there is nothing to keep.
+            if not value.is_optimized_out:
+                caller.add_saved_register(name, value)
         return caller
 
 
