@@ -304,7 +304,8 @@ class Frames(gdb.unwinder.Unwinder):
             row = self.of(pending)
         except gdb.error:
             return None
-        if row is None or not row["wrong"] and gdb_knows(row["pc"]):
+        # Behind a call that does not return, its last one, a pc may be in the next function already.
+        if row is None or not row["wrong"] and gdb_knows(row["function"] or row["pc"]):
             return None
         integer = gdb.selected_inferior().architecture().integer_type
         frame = types.SimpleNamespace(sp=gdb.Value(row["cfa"]), pc=gdb.Value(row["function"] or row["pc"]))
