@@ -92,7 +92,7 @@ fn gdb_finds_the_whole_of_a_chain() {
 /// and argument, and the function and expression that it is from: a register of the user, or the kernel's memory.
 const ARGUMENTS: [(&str, [&str; 2], [&str; 2]); 3] = [
     ("do_softirq", ["do_one_initcall", "fn"], ["do_init_module", "mod->init"]),
-    ("do_softirq", ["__do_sys_finit_module", "fd"], ["do_syscall_64", "regs->di"]),
+    ("asm_call_on_stack", ["__do_sys_finit_module", "fd"], ["do_syscall_64", "regs->di"]),
     ("kstub_traced_outer", ["param_attr_store", "len"], ["do_syscall_64", "regs->dx"]),
 ];
 
