@@ -304,7 +304,8 @@ class Frames(gdb.unwinder.Unwinder):
             row = self.of(pending)
         except gdb.error:
             return None
-        if row is None or not row["wrong"] and gdb_knows(row["pc"]):
+        # Behind a call that does not return, its last one, a pc may be in the next function already.
+        if row is None or not row["wrong"] and gdb_knows(row["function"] or row["pc"]):
             return None
         integer = gdb.selected_inferior().architecture().integer_type
         frame = types.SimpleNamespace(sp=gdb.Value(row["cfa"]), pc=gdb.Value(row["function"] or row["pc"]))
@@ -317,6 +318,11 @@ class Frames(gdb.unwinder.Unwinder):
         for name, value in registers.items():
             bits = 32 if name in ("eflags", "cs", "ss") else 64
             caller.add_saved_register(name, gdb.Value(value).cast(integer(bits, False)))
+        for name in row["kept"]:
+            value = pending.read_register(name)
+            # Of one that an inner frame has lost there is nothing to keep.
+            if not value.is_optimized_out:
+                caller.add_saved_register(name, value)
         return caller
 
 

@@ -1,8 +1,8 @@
 //! gdb's own backtraces of real dumps, in each gdb there is: with kstub's script, which helps it out of interrupts and
 //! over stack switches, and without, when it has the call frame information that kstub serves.
 //!
-//! Truth is the list of the module that built the chain, and where the guest says that its programs were. Without the
-//! script's unwinder gdb must get less far, or the test would show nothing.
+//! Truth is the list of the module that built the chain, where the guest says that its programs were, and of an argument
+//! what the caller had it from. Without the script's unwinder gdb must get less far, or the test would show nothing.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod support;
@@ -86,6 +86,61 @@ fn gdb_finds_the_whole_of_a_chain() {
         assert!(!has_in_order(&alone, &planted), "{what}: gdb needs no help");
     });
     assert!(lab::sets().is_none() || chains > 0, "the lab has no chain");
+}
+
+/// Arguments that gdb has in registers kept over a stack switch or a replaced return address, that of `behind`: function
+/// and argument, and the function and expression that it is from: a register of the user, or the kernel's memory.
+const ARGUMENTS: [(&str, [&str; 2], [&str; 2]); 3] = [
+    ("do_softirq", ["do_one_initcall", "fn"], ["do_init_module", "mod->init"]),
+    ("asm_call_on_stack", ["__do_sys_finit_module", "fd"], ["do_syscall_64", "regs->di"]),
+    ("kstub_traced_outer", ["param_attr_store", "len"], ["do_syscall_64", "regs->dx"]),
+];
+
+#[test]
+fn arguments_outlive_what_switches_stacks() {
+    // Prints what an expression is in the frame of a function.
+    const SAY: &str = r#"python exec("""
+def say(name, expression):
+    frame = gdb.newest_frame()
+    while frame.name() != name:
+        frame = frame.older()
+    frame.select()
+    print('SAID', int(gdb.parse_and_eval(expression)) & (1 << 64) - 1)
+""")"#;
+    // The mutation: each word that was taken from a stack is another one, and nothing is kept.
+    const MUTATION: &str = r#"python exec("""
+for row in FRAMES.frames().values():
+    if row['wrong'] and not row['saved'] and row['caller']:
+        row['kept'] = []
+        row['caller'].update({name: value + 8 for name, value in row['caller'].items() if name[:2] in ('rb', 'r1') and name != 'rbp'})
+""")"#;
+    let mut switches = 0;
+    for_each(|set| chain(set).is_some(), &mut |_, dump, program, what| {
+        let functions = functions(&gdb(program, dump, true, &["bt"]));
+        let is_there = |name: &&str| functions.iter().any(|function| function == name);
+        let wanted: Vec<_> = ARGUMENTS
+            .into_iter()
+            .filter(|(behind, [of, _], [from, _])| [behind, of, from].into_iter().all(is_there))
+            .collect();
+        let said = |before: &[&str], [function, expression]: [&str; 2]| {
+            let say = format!("python say('{function}', '{expression}')");
+            let printed = gdb(program, dump, true, &[before, &[SAY, &say]].concat());
+            let said = printed.lines().find_map(|line| line.strip_prefix("SAID ")?.parse::<u64>().ok());
+            said.ok_or(printed)
+        };
+        for (_, argument, source) in &wanted {
+            let truth = said(&[], *source);
+            assert!(truth.is_ok(), "{what}: {source:?}: {truth:?}");
+            assert_eq!(said(&[], *argument), truth, "{what}: {argument:?}");
+        }
+        if wanted.is_empty() {
+            return;
+        }
+        switches += 1;
+        let holds = |(_, argument, source): &(_, _, _)| said(&[MUTATION], *argument) == said(&[], *source);
+        assert!(!wanted.iter().all(holds), "{what}: none of these needs what was saved");
+    });
+    assert!(lab::sets().is_none() || switches > 0, "the lab has no stack switch");
 }
 
 #[test]

@@ -19,6 +19,7 @@ pub use tracer::{BATCH, Tracer};
 
 use super::{CpuId, Kernel, Symbolized};
 use crate::addr::VirtAddr;
+use crate::debuginfo::cfi::CfiRow;
 use crate::debuginfo::orc::OrcEntry;
 use crate::unwind::{Frame, PtRegs, Regs, Tables};
 use entry::KnownCode;
@@ -335,6 +336,11 @@ impl Kernel {
             }
         }
         rows
+    }
+
+    /// The compiler's row of call frame information for the code at `pc`; `None` for assembly, and without debug information.
+    pub fn call_frames(&self, pc: u64) -> Option<CfiRow> {
+        self.stacks().tables(self, false).cfi(pc)
     }
 
     /// The stacks of `cpu` but for those of tasks.
