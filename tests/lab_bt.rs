@@ -253,7 +253,9 @@ fn the_command_says_what_the_walk_found() {
         let overflow =
             if set.json["chain"]["how"] == "overflow" { "it has overflowed" } else { "No stack overflows" };
         assert!(run("bt -v").text.contains(overflow), "{}", set.name());
-        assert_eq!(run("bt -R no_such_function -a").json["traces"].as_array().unwrap().len(), 0);
+        let nobody = run("bt -R no_such_function -a");
+        assert_eq!(nobody.json["traces"].as_array().unwrap().len(), 0);
+        assert_eq!(nobody.text, "no backtrace has 'no_such_function' in it\n");
     }
 }
 

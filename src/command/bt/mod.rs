@@ -84,9 +84,9 @@ fn check(options: &Options<'_>) -> Result<(), CommandError> {
     Ok(())
 }
 
-/// Why `-R` has left nothing.
-fn nobody_has(only: &str) -> CommandError {
-    CommandError(format!("no backtrace has '{}' in it", printable(only)))
+/// What is said where `-R` has left nothing: the answer to a question, and no error.
+fn nobody_has(only: &str) -> String {
+    format!("no backtrace has '{}' in it\n", printable(only))
 }
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
@@ -97,12 +97,10 @@ fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError
     }
     let request = Request::read(context, arguments)?;
     let answers = request.answers(&request.subjects);
-    if let Some(only) = request.only.filter(|_| answers.iter().all(Option::is_none)) {
-        return Err(nobody_has(only));
-    }
+    let nobody = request.only.filter(|_| answers.iter().all(Option::is_none));
     let (text, json): (Vec<String>, Vec<Value>) =
         answers.into_iter().flatten().map(|answer| (answer.text, answer.json)).unzip();
-    let mut text = text.join("\n");
+    let mut text = nobody.map_or_else(|| text.join("\n"), nobody_has);
     if request.style.lines && request.kernel.debug_info().is_none() {
         text += &request.kernel.why_no_lines(request.kernel.found().text);
         text.push('\n');

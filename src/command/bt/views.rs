@@ -97,9 +97,10 @@ fn grouped(context: &Context<'_>, options: &Options<'_>, tasks: &[VirtAddr]) -> 
     let renderer = Renderer::new(kernel, Style::read(options));
     if let Some(only) = options.value("R") {
         traced.retain(|(_, trace)| renderer.mentions(trace, only));
-        if traced.is_empty() {
-            return Err(super::nobody_has(only));
-        }
     }
-    Ok(group::output(&traced, &renderer, context.form))
+    let mut output = group::output(&traced, &renderer, context.form);
+    if let (Some(only), true) = (options.value("R"), traced.is_empty()) {
+        output.text = super::nobody_has(only);
+    }
+    Ok(output)
 }
