@@ -29,8 +29,9 @@ const CALLS_ON_STACK: [&str; 3] = ["asm_call_on_stack", "asm_call_sysvec_on_stac
 /// The frames of a thread as JSON: of each `pc` and `sp`, by which the client knows it again, `cfa`, `function` (its
 /// start) and its `name`, the registers of its `caller` (`null`: there is none), and whether call frame information would
 /// get it `wrong`: those `kept` are then the frame's own, which the client knows. Where registers were saved between the
-/// two, `saved` is where their `ip` is, and `through` the pc of the code in [`super::libraries`] that stands for that. It ends before the first frame that is a guess; the last row then says
-/// why in `broken`, as it does where the walk ended short of a root.
+/// two, `saved` is where their `ip` is, and `through` the pc of the code in [`super::libraries`] that stands for that. It
+/// ends before the first frame that is a guess; the last row then says why in `broken`, as it does where the walk ended
+/// short of a root.
 pub(super) fn of(machine: &Machine, threads: &Threads, thread: Thread) -> Option<Value> {
     let tracer = Tracer::new(machine)?;
     let trace = match threads.task(machine, thread) {
