@@ -10,7 +10,7 @@ mod support;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use support::gdb_session::functions;
-use support::live::{Gdb, Guest, PATIENCE, Plan, SERIES, finish, kill, number, wait_until};
+use support::live::{Gdb, Guest, PATIENCE, Plan, SERIES, again, finish, kill, number, wait_until};
 
 /// `p`'s answer without `$1 = `.
 fn value(gdb: &mut Gdb, expression: &str) -> String {
@@ -37,74 +37,86 @@ fn assert_at(guest: &Guest, gdb: &mut Gdb, function: &str) {
 /// From `start_kernel()` to the heartbeat, on every kernel, with one CPU and with several.
 #[test]
 fn from_the_first_line_to_the_heartbeat() {
-    let mut texts = Vec::new();
-    for (series, cpus) in SERIES.into_iter().flat_map(|series| [(series, 1), (series, 4)]) {
-        let Some(guest) = Plan::new(series).cpus(cpus).shared_ram().argument("-S").boot() else { return };
-        assert_eq!(guest.run_state(), "prelaunch");
-        let start = Instant::now();
-        let mut gdb = Gdb::start(&guest, &["--wait-kernel"]);
-        eprintln!("{series}, {cpus} CPUs: at start_kernel() after {:.1} s", start.elapsed().as_secs_f64());
-        assert_at(&guest, &mut gdb, "start_kernel");
-        let text = address(&mut gdb, "&_text");
-        let bt = gdb.ask("bt");
-        let calls = functions(&bt);
-        // Some compilers jump to start_kernel(), which never returns. What calls C code first was secondary_startup_64 until
-        // about v6.5, and is common_startup_64 since.
-        assert!(calls.len() >= 2 && calls[0] == "start_kernel", "{bt}");
-        assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
-        assert!(!bt.contains("ends here"), "{bt}");
-        let threads = gdb.ask("info threads");
-        assert_eq!(threads.lines().filter(|line| line.contains("(CPU ")).count(), cpus as usize, "{threads}");
-        assert!(gdb.ask("p linux_banner").contains(guest.release()), "{}", gdb.everything());
+    again(|| {
+        let mut texts = Vec::new();
+        for (series, cpus) in SERIES.into_iter().flat_map(|series| [(series, 1), (series, 4)]) {
+            let Some(guest) = Plan::new(series).cpus(cpus).shared_ram().argument("-S").boot() else { return };
+            assert_eq!(guest.run_state(), "prelaunch");
+            let start = Instant::now();
+            let mut gdb = Gdb::start(&guest, &["--wait-kernel"]);
+            eprintln!(
+                "{series}, {cpus} CPUs: at start_kernel() after {:.1} s",
+                start.elapsed().as_secs_f64()
+            );
+            assert_at(&guest, &mut gdb, "start_kernel");
+            let text = address(&mut gdb, "&_text");
+            let bt = gdb.ask("bt");
+            let calls = functions(&bt);
+            // Some compilers jump to start_kernel(), which never returns. What calls C code first was secondary_startup_64 until
+            // about v6.5, and is common_startup_64 since.
+            assert!(calls.len() >= 2 && calls[0] == "start_kernel", "{bt}");
+            assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
+            assert!(!bt.contains("ends here"), "{bt}");
+            let threads = gdb.ask("info threads");
+            assert_eq!(
+                threads.lines().filter(|line| line.contains("(CPU ")).count(),
+                cpus as usize,
+                "{threads}"
+            );
+            assert!(gdb.ask("p linux_banner").contains(guest.release()), "{}", gdb.everything());
 
-        // The scheduler is there, the other CPUs are not.
-        gdb.ask("tbreak rest_init");
-        let stop = gdb.ask("continue");
-        assert!(stop.contains("Temporary breakpoint"), "{stop}");
-        assert_at(&guest, &mut gdb, "rest_init");
-        let bt = gdb.ask("bt");
-        let calls = functions(&bt);
-        assert!(calls[0] == "rest_init" && calls.contains(&"start_kernel".to_owned()), "{bt}");
-        assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
-        assert!(!bt.contains("ends here"), "{bt}");
-        // A function that the kernel throws away after its boot.
-        gdb.ask("tbreak kernel_init_freeable");
-        assert!(gdb.ask("continue").contains("Temporary breakpoint"), "{}", gdb.everything());
-        let bt = gdb.ask("bt");
-        assert!(
-            functions(&bt).starts_with(&["kernel_init_freeable", "kernel_init"].map(str::to_owned)),
-            "{bt}"
-        );
-        assert_eq!(value(&mut gdb, "p $_thread"), "1");
-        // User space, by when the kernel has left the page tables that it began with.
-        gdb.ask("tbreak __x64_sys_mount");
-        assert!(gdb.ask("continue").contains("Temporary breakpoint"), "{}", gdb.everything());
-        let bt = gdb.ask("bt");
-        assert!(functions(&bt).contains(&"do_syscall_64".to_owned()) && bt.contains("<user mode>"), "{bt}");
-        assert!(gdb.ask("monitor ps").contains("kthreadd"), "{}", gdb.everything());
-        // Code that was not there yet.
-        gdb.ask("set breakpoint pending on");
-        gdb.ask("tbreak kstub_live_tick");
-        let stop = gdb.ask("continue");
-        assert!(stop.contains("Temporary breakpoint") && stop.contains("kstub_live_tick"), "{stop}");
-        gdb.ask("delete");
-        gdb.send("continue");
-        guest.wait_ready();
-        assert_eq!(guest.number("symbol._text"), text, "gdb's symbols are not where the kernel is");
-        gdb.interrupt();
-        gdb.wait().unwrap();
-        assert_eq!(address(&mut gdb, "kstub_live_constant"), guest.number("constant"));
-        assert_eq!(address(&mut gdb, "&_text"), text);
-        gdb.quit();
-        // It stood before kstub came.
-        assert_ne!(guest.run_state(), "running");
-        guest.cont();
-        guest.assert_alive("after its boot below gdb");
-        texts.push(text);
-    }
-    texts.sort_unstable();
-    texts.dedup();
-    assert!(texts.len() > 1, "KASLR has moved no kernel: {texts:x?}");
+            // The scheduler is there, the other CPUs are not.
+            gdb.ask("tbreak rest_init");
+            let stop = gdb.ask("continue");
+            assert!(stop.contains("Temporary breakpoint"), "{stop}");
+            assert_at(&guest, &mut gdb, "rest_init");
+            let bt = gdb.ask("bt");
+            let calls = functions(&bt);
+            assert!(calls[0] == "rest_init" && calls.contains(&"start_kernel".to_owned()), "{bt}");
+            assert!(calls.last().is_some_and(|name| name.contains("_startup_64")), "{bt}");
+            assert!(!bt.contains("ends here"), "{bt}");
+            // A function that the kernel throws away after its boot.
+            gdb.ask("tbreak kernel_init_freeable");
+            assert!(gdb.ask("continue").contains("Temporary breakpoint"), "{}", gdb.everything());
+            let bt = gdb.ask("bt");
+            assert!(
+                functions(&bt).starts_with(&["kernel_init_freeable", "kernel_init"].map(str::to_owned)),
+                "{bt}"
+            );
+            assert_eq!(value(&mut gdb, "p $_thread"), "1");
+            // User space, by when the kernel has left the page tables that it began with.
+            gdb.ask("tbreak __x64_sys_mount");
+            assert!(gdb.ask("continue").contains("Temporary breakpoint"), "{}", gdb.everything());
+            let bt = gdb.ask("bt");
+            assert!(
+                functions(&bt).contains(&"do_syscall_64".to_owned()) && bt.contains("<user mode>"),
+                "{bt}"
+            );
+            assert!(gdb.ask("monitor ps").contains("kthreadd"), "{}", gdb.everything());
+            // Code that was not there yet.
+            gdb.ask("set breakpoint pending on");
+            gdb.ask("tbreak kstub_live_tick");
+            let stop = gdb.ask("continue");
+            assert!(stop.contains("Temporary breakpoint") && stop.contains("kstub_live_tick"), "{stop}");
+            gdb.ask("delete");
+            gdb.send("continue");
+            guest.wait_ready();
+            assert_eq!(guest.number("symbol._text"), text, "gdb's symbols are not where the kernel is");
+            gdb.interrupt();
+            gdb.wait().unwrap();
+            assert_eq!(address(&mut gdb, "kstub_live_constant"), guest.number("constant"));
+            assert_eq!(address(&mut gdb, "&_text"), text);
+            gdb.quit();
+            // It stood before kstub came.
+            assert_ne!(guest.run_state(), "running");
+            guest.cont();
+            guest.assert_alive("after its boot below gdb");
+            texts.push(text);
+        }
+        texts.sort_unstable();
+        texts.dedup();
+        assert!(texts.len() > 1, "KASLR has moved no kernel: {texts:x?}");
+    });
 }
 
 /// A guest that never was in gdb's hands boots and finds no breakpoint anywhere.
@@ -157,18 +169,20 @@ fn another_kernel_comes() {
 /// is one.
 #[test]
 fn a_boot_that_is_looked_on() {
-    let Some(guest) = Plan::new("6.12").cpus(4).shared_ram().argument("-S").boot() else { return };
-    let mut gdb = Gdb::start(&guest, &[]);
-    assert_eq!(address(&mut gdb, "$pc"), 0xfff0);
-    gdb.send("continue");
-    guest.wait_ready();
-    gdb.interrupt();
-    let stop = gdb.wait().unwrap();
-    assert!(stop.contains("A kernel was found"), "{stop}");
-    assert!(gdb.ask("monitor ps").contains("kstub-tick"), "{}", gdb.everything());
-    assert!(gdb.ask("monitor sym _text").contains(&format!("{:x}", guest.number("symbol._text"))));
-    gdb.quit();
-    assert_ne!(guest.run_state(), "running", "it stood before");
-    guest.cont();
-    guest.assert_alive("after a boot below gdb");
+    again(|| {
+        let Some(guest) = Plan::new("6.12").cpus(4).shared_ram().argument("-S").boot() else { return };
+        let mut gdb = Gdb::start(&guest, &[]);
+        assert_eq!(address(&mut gdb, "$pc"), 0xfff0);
+        gdb.send("continue");
+        guest.wait_ready();
+        gdb.interrupt();
+        let stop = gdb.wait().unwrap();
+        assert!(stop.contains("A kernel was found"), "{stop}");
+        assert!(gdb.ask("monitor ps").contains("kstub-tick"), "{}", gdb.everything());
+        assert!(gdb.ask("monitor sym _text").contains(&format!("{:x}", guest.number("symbol._text"))));
+        gdb.quit();
+        assert_ne!(guest.run_state(), "running", "it stood before");
+        guest.cont();
+        guest.assert_alive("after a boot below gdb");
+    });
 }

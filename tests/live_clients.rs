@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use support::Rng;
 use support::gdb_session::KSTUB;
 use support::live::{
-    self, Gdb, Guest, PATIENCE, Plan, checks, finish, finish_within, kill, number, wait_until,
+    self, Gdb, Guest, PATIENCE, Plan, again, checks, finish, finish_within, kill, number, wait_until,
 };
 
 #[test]
@@ -384,39 +384,49 @@ fn qemu_is_killed() {
 /// Another boot is another KASLR offset: whoever comes then is right, and whoever was there is told.
 #[test]
 fn the_guest_is_started_again() {
-    let Some(guest) = Plan::new("6.12").cpus(4).pti(true).shared_ram().boot() else { return };
-    let server = Server::start(&guest, &[]);
-    let mut texts = vec![guest.number("symbol._text")];
-    let text = |client: &mut RspClient| monitor(client, "sym _text");
-    let mut client = server.owner();
-    let said = text(&mut client);
-    assert!(said.contains(&format!("{:x}", texts[0])), "{said}");
-    client.send_raw(&packet("vCont;c"));
-    guest.assert_alive("below a client");
-    for boot in 2..4 {
-        guest.send("reboot");
-        assert!(wait_until(PATIENCE * 3, || guest.boots() == boot), "{}", guest.console());
-        texts.push(guest.number("symbol._text"));
-        guest.assert_alive("after a reboot");
-        // A program that starts now.
-        drop(client);
-        assert!(wait_until(PATIENCE, || guest.run_state() == "running"), "{}", guest.run_state());
-        client = server.owner();
+    again(|| {
+        let Some(guest) = Plan::new("6.12").cpus(4).pti(true).shared_ram().boot() else { return };
+        let server = Server::start(&guest, &[]);
+        let mut texts = vec![guest.number("symbol._text")];
+        let text = |client: &mut RspClient| monitor(client, "sym _text");
+        let mut client = server.owner();
         let said = text(&mut client);
-        assert!(said.contains(&format!("{:x}", texts[boot - 1])), "boot {boot}: {said} {texts:x?}");
-        assert!(monitor(&mut client, "ps").contains("kstub-tick"));
-        drop(client);
-        let mut gdb = server.gdb();
-        assert!(gdb.ask("info symbol kstub_live_tick").contains("kstub_live_tick"), "{}", gdb.everything());
-        assert!(gdb.ask("p/x &_text").ends_with(&format!("{:#x}", texts[boot - 1])), "{}", gdb.everything());
-        drop(gdb);
-        client = server.owner();
+        assert!(said.contains(&format!("{:x}", texts[0])), "{said}");
         client.send_raw(&packet("vCont;c"));
-        guest.assert_alive("below the next client");
-    }
-    texts.dedup();
-    assert!(texts.len() > 1, "KASLR has not moved the kernel: {texts:x?}");
-    drop(client);
-    server.end();
-    assert_free(&guest, "after two reboots");
+        guest.assert_alive("below a client");
+        for boot in 2..4 {
+            guest.send("reboot");
+            assert!(wait_until(PATIENCE * 3, || guest.boots() == boot), "{}", guest.console());
+            texts.push(guest.number("symbol._text"));
+            guest.assert_alive("after a reboot");
+            // A program that starts now.
+            drop(client);
+            assert!(wait_until(PATIENCE, || guest.run_state() == "running"), "{}", guest.run_state());
+            client = server.owner();
+            let said = text(&mut client);
+            assert!(said.contains(&format!("{:x}", texts[boot - 1])), "boot {boot}: {said} {texts:x?}");
+            assert!(monitor(&mut client, "ps").contains("kstub-tick"));
+            drop(client);
+            let mut gdb = server.gdb();
+            assert!(
+                gdb.ask("info symbol kstub_live_tick").contains("kstub_live_tick"),
+                "{}",
+                gdb.everything()
+            );
+            assert!(
+                gdb.ask("p/x &_text").ends_with(&format!("{:#x}", texts[boot - 1])),
+                "{}",
+                gdb.everything()
+            );
+            drop(gdb);
+            client = server.owner();
+            client.send_raw(&packet("vCont;c"));
+            guest.assert_alive("below the next client");
+        }
+        texts.dedup();
+        assert!(texts.len() > 1, "KASLR has not moved the kernel: {texts:x?}");
+        drop(client);
+        server.end();
+        assert_free(&guest, "after two reboots");
+    });
 }

@@ -8,55 +8,60 @@ use support::live::{self, Plan};
 /// A guest that is stopped is seen to be stopped, and one that runs to run; its facts are its own.
 #[test]
 fn guests_tell_the_truth() {
-    for (series, cpus, pti) in [("6.1", 4, true), ("6.12", 1, false)] {
-        let Some(guest) = Plan::new(series).cpus(cpus).pti(pti).shared_ram().boot() else { return };
-        assert_eq!(guest.number("cpus"), u64::from(cpus));
-        assert_eq!(guest.fact("release"), guest.release());
-        assert_eq!(guest.number("symbol._text") % (2 << 20), 0);
-        guest.assert_alive("after the boot");
-        guest.events();
-        guest.stop();
-        guest.assert_stands("after stop");
-        assert_eq!(guest.events(), ["STOP"]);
+    live::again(|| {
+        for (series, cpus, pti) in [("6.1", 4, true), ("6.12", 1, false)] {
+            let Some(guest) = Plan::new(series).cpus(cpus).pti(pti).shared_ram().boot() else { return };
+            assert_eq!(guest.number("cpus"), u64::from(cpus));
+            assert_eq!(guest.fact("release"), guest.release());
+            assert_eq!(guest.number("symbol._text") % (2 << 20), 0);
+            guest.assert_alive("after the boot");
+            guest.events();
+            guest.stop();
+            guest.assert_stands("after stop");
+            assert_eq!(guest.events(), ["STOP"]);
 
-        // The shared file is the guest's RAM, and a module's counter is in it.
-        let file = std::fs::read(guest.path("ram")).unwrap();
-        assert!(file == guest.ram(), "the RAM file is not what QEMU saves");
-        guest.cont();
-        guest.assert_alive("after cont");
-        assert_eq!(guest.registers().len(), cpus as usize);
+            // The shared file is the guest's RAM, and a module's counter is in it.
+            let file = std::fs::read(guest.path("ram")).unwrap();
+            assert!(file == guest.ram(), "the RAM file is not what QEMU saves");
+            guest.cont();
+            guest.assert_alive("after cont");
+            assert_eq!(guest.registers().len(), cpus as usize);
 
-        let cpu = cpus - 1;
-        let spinner = guest.ask_facts(&format!("plant spin-user {cpu}"));
-        let rip = live::number(&spinner["rip"]);
-        let spins = || guest.registers().iter().position(|cpu| cpu["cpl"] == 3 && cpu["rip"] == rip);
-        assert!(live::wait_until(live::PATIENCE, || spins() == Some(cpu as usize)), "nobody spins");
-        let tasks = guest.ask("tasks");
-        assert!(tasks.iter().any(|line| *line == format!("{} 1 R kstub-spin", spinner["pid"])), "{tasks:?}");
-        guest.ask("quiet");
-        assert!(!guest.ask("tasks").iter().any(|line| line.ends_with("kstub-spin")));
+            let cpu = cpus - 1;
+            let spinner = guest.ask_facts(&format!("plant spin-user {cpu}"));
+            let rip = live::number(&spinner["rip"]);
+            let spins = || guest.registers().iter().position(|cpu| cpu["cpl"] == 3 && cpu["rip"] == rip);
+            assert!(live::wait_until(live::PATIENCE, || spins() == Some(cpu as usize)), "nobody spins");
+            let tasks = guest.ask("tasks");
+            assert!(
+                tasks.iter().any(|line| *line == format!("{} 1 R kstub-spin", spinner["pid"])),
+                "{tasks:?}"
+            );
+            guest.ask("quiet");
+            assert!(!guest.ask("tasks").iter().any(|line| line.ends_with("kstub-spin")));
 
-        let counter = |guest: &live::Guest| {
-            let facts = guest.ask_facts("cat /proc/kstub_live");
-            assert_eq!(live::number(&facts["count"]) % 3, 0);
-            live::number(&facts["count"])
-        };
-        let before = counter(&guest);
-        guest.assert_alive("while the counter counts");
-        assert!(counter(&guest) > before);
+            let counter = |guest: &live::Guest| {
+                let facts = guest.ask_facts("cat /proc/kstub_live");
+                assert_eq!(live::number(&facts["count"]) % 3, 0);
+                live::number(&facts["count"])
+            };
+            let before = counter(&guest);
+            guest.assert_alive("while the counter counts");
+            assert!(counter(&guest) > before);
 
-        assert_eq!(guest.ask_facts("plant syscalls 0")["buffer"], "0x5a5a5000");
-        guest.ask("plant load 2");
-        guest.assert_alive("under load");
-        guest.ask("insmod kstub_late factor=3");
-        assert_eq!(guest.ask("cat /sys/module/kstub_late/parameters/factor"), ["3"]);
-        guest.ask("rmmod kstub_late");
-        guest.send("insmod kstub_missing");
-        assert!(guest.answer().unwrap_err().starts_with("error 2 "), "no such module");
-        guest.send("reboot");
-        assert!(live::wait_until(live::PATIENCE * 2, || guest.boots() == 2), "{}", guest.console());
-        guest.assert_alive("after the reboot");
-    }
+            assert_eq!(guest.ask_facts("plant syscalls 0")["buffer"], "0x5a5a5000");
+            guest.ask("plant load 2");
+            guest.assert_alive("under load");
+            guest.ask("insmod kstub_late factor=3");
+            assert_eq!(guest.ask("cat /sys/module/kstub_late/parameters/factor"), ["3"]);
+            guest.ask("rmmod kstub_late");
+            guest.send("insmod kstub_missing");
+            assert!(guest.answer().unwrap_err().starts_with("error 2 "), "no such module");
+            guest.send("reboot");
+            assert!(live::wait_until(live::PATIENCE * 2, || guest.boots() == 2), "{}", guest.console());
+            guest.assert_alive("after the reboot");
+        }
+    });
 }
 
 #[test]
@@ -90,4 +95,16 @@ fn the_variable_has_three_states() {
     assert_eq!(live::wanted(Some("0"), Some("true")), Some(false));
     assert_eq!(live::wanted(None, None), None);
     assert_eq!(live::wanted(None, Some("true")), Some(true));
+}
+
+#[test]
+fn deaths_by_qemu_are_told_from_breakpoints_that_were_left() {
+    let console = |code: &str| {
+        format!("up\n[ 1.7] Oops: int3: 0000 [#1] SMP\n[ 1.7] RIP: 0010:f+0x9\n[ 1.7] Code: {code}\n")
+    };
+    assert!(live::died_of_qemu(&console("41 54 55 53 66 <90> e8 31")));
+    assert!(!live::died_of_qemu(&console("41 54 55 53 cc <90> e8 31")));
+    assert!(!live::died_of_qemu(&(console("66 <90>") + &console("cc <90>"))));
+    assert!(!live::died_of_qemu("[ 1.7] Oops: int3: 0000 [#1] SMP\n"));
+    assert!(!live::died_of_qemu("up\n"));
 }

@@ -38,60 +38,66 @@ fn assert_free(guest: &Guest, why: &str) {
 /// Breakpoints that were set before a reboot are hit after it, in the kernel and in a module, wherever those are now.
 #[test]
 fn breakpoints_go_with_the_kernel() {
-    for (series, cpus) in SERIES.into_iter().zip([1, 4]) {
-        let Some(guest) = Plan::new(series).cpus(cpus).shared_ram().boot() else { return };
-        let mut texts = vec![guest.number("symbol._text")];
-        let mut gdb = Gdb::start(&guest, &[]);
-        gdb.ask("set breakpoint pending on");
-        gdb.ask("break __x64_sys_mount");
-        gdb.ask("break kstub_live_init");
-        gdb.ask("watch kstub_live_constant");
-        for boot in 2..4 {
-            gdb.send("continue");
-            guest.assert_alive("before its reboot");
-            match boot {
-                2 => guest.send("reboot"),
-                _ => drop(guest.qmp("system_reset", serde_json::json!({}))),
+    live::again(|| {
+        for (series, cpus) in SERIES.into_iter().zip([1, 4]) {
+            let Some(guest) = Plan::new(series).cpus(cpus).shared_ram().boot() else { return };
+            let mut texts = vec![guest.number("symbol._text")];
+            let mut gdb = Gdb::start(&guest, &[]);
+            gdb.ask("set breakpoint pending on");
+            gdb.ask("break __x64_sys_mount");
+            gdb.ask("break kstub_live_init");
+            gdb.ask("watch kstub_live_constant");
+            for boot in 2..4 {
+                gdb.send("continue");
+                guest.assert_alive("before its reboot");
+                match boot {
+                    2 => guest.send("reboot"),
+                    _ => drop(guest.qmp("system_reset", serde_json::json!({}))),
+                }
+                let stop = gdb.wait().unwrap();
+                assert!(stop.contains("The guest was started again"), "{stop}");
+                assert_at(&guest, &mut gdb, "start_kernel");
+                texts.push(address(&mut gdb, "&_text"));
+                // Once in some hundred boots KASLR chooses the same place again.
+                let moved = texts[boot - 1] != texts[boot - 2];
+                let said = if moved { "symbols and breakpoints were moved" } else { "It is where it was" };
+                assert!(stop.contains(said), "{stop}");
+                let bt = gdb.ask("bt");
+                assert!(functions(&bt)[0] == "start_kernel" && bt.contains("_startup_64"), "{bt}");
+                gdb.ask("delete 3");
+                let stop = gdb.ask("continue");
+                assert!(
+                    stop.contains("Breakpoint 1, ") && stop.contains("__x64_sys_mount"),
+                    "boot {boot}: {stop}"
+                );
+                assert_at(&guest, &mut gdb, "__x64_sys_mount");
+                assert!(gdb.ask("bt").contains("<user mode>"), "{}", gdb.everything());
+                gdb.ask("disable 1");
+                let stop = gdb.ask("continue");
+                assert!(
+                    stop.contains("Breakpoint 2, ") && stop.contains("kstub_live_init"),
+                    "boot {boot}: {stop}"
+                );
+                assert!(
+                    functions(&gdb.ask("bt")).contains(&"do_init_module".to_owned()),
+                    "{}",
+                    gdb.everything()
+                );
+                gdb.send("continue");
+                assert!(wait_until(PATIENCE * 3, || guest.boots() == boot), "{}", guest.console());
+                assert_eq!(guest.number("symbol._text"), texts[boot - 1], "boot {boot}");
+                guest.assert_alive("below gdb after its reboot");
+                gdb.interrupt();
+                gdb.wait().unwrap();
+                assert_eq!(address(&mut gdb, "kstub_live_constant"), guest.number("constant"));
+                gdb.ask("enable 1");
             }
-            let stop = gdb.wait().unwrap();
-            assert!(stop.contains("The guest was started again"), "{stop}");
-            assert_at(&guest, &mut gdb, "start_kernel");
-            texts.push(address(&mut gdb, "&_text"));
-            // Once in some hundred boots KASLR chooses the same place again.
-            let moved = texts[boot - 1] != texts[boot - 2];
-            let said = if moved { "symbols and breakpoints were moved" } else { "It is where it was" };
-            assert!(stop.contains(said), "{stop}");
-            let bt = gdb.ask("bt");
-            assert!(functions(&bt)[0] == "start_kernel" && bt.contains("_startup_64"), "{bt}");
-            gdb.ask("delete 3");
-            let stop = gdb.ask("continue");
-            assert!(
-                stop.contains("Breakpoint 1, ") && stop.contains("__x64_sys_mount"),
-                "boot {boot}: {stop}"
-            );
-            assert_at(&guest, &mut gdb, "__x64_sys_mount");
-            assert!(gdb.ask("bt").contains("<user mode>"), "{}", gdb.everything());
-            gdb.ask("disable 1");
-            let stop = gdb.ask("continue");
-            assert!(
-                stop.contains("Breakpoint 2, ") && stop.contains("kstub_live_init"),
-                "boot {boot}: {stop}"
-            );
-            assert!(functions(&gdb.ask("bt")).contains(&"do_init_module".to_owned()), "{}", gdb.everything());
-            gdb.send("continue");
-            assert!(wait_until(PATIENCE * 3, || guest.boots() == boot), "{}", guest.console());
-            assert_eq!(guest.number("symbol._text"), texts[boot - 1], "boot {boot}");
-            guest.assert_alive("below gdb after its reboot");
-            gdb.interrupt();
-            gdb.wait().unwrap();
-            assert_eq!(address(&mut gdb, "kstub_live_constant"), guest.number("constant"));
-            gdb.ask("enable 1");
+            gdb.quit();
+            assert_free(&guest, "after two reboots below gdb");
+            texts.dedup();
+            assert!(texts.len() > 1, "KASLR has not moved the kernel: {texts:x?}");
         }
-        gdb.quit();
-        assert_free(&guest, "after two reboots below gdb");
-        texts.dedup();
-        assert!(texts.len() > 1, "KASLR has not moved the kernel: {texts:x?}");
-    }
+    });
 }
 
 /// Whoever leaves, or is killed, while the guest boots leaves nothing in it.

@@ -4,11 +4,13 @@
 //! could use; the tests' own eyes are a second QMP socket, the guest's report (its facts and heartbeat), and a serial
 //! line on which it takes commands.
 
+mod again;
 mod disk;
 mod gdb;
 mod qmp;
 mod watch;
 
+pub use again::{again, died_of_qemu};
 pub use disk::empty_qcow2;
 pub use gdb::{Gdb, Session};
 pub use qmp::Qmp;
@@ -16,6 +18,7 @@ pub use watch::{Ended, finish, finish_within, kill, wait_until};
 
 use super::gdb_session::KSTUB;
 use super::lab;
+use again::BOOTS;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -29,7 +32,6 @@ use std::time::{Duration, Instant};
 
 const QEMU: &str = "qemu-system-x86_64";
 const BOOT: Duration = Duration::from_secs(120);
-const BOOTS: u32 = 3;
 /// How long something that takes a moment may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -129,9 +131,8 @@ impl Plan {
     /// Boots it; `None` if tests with guests are to be skipped, which is then said.
     pub fn boot(self) -> Option<Guest> {
         let manifest = manifest(&self.series)?;
-        // A kernel that changes its own code now and then dies of it where several emulated CPUs run at once (QEMU 7.2);
-        // and once in some hundred boots nothing comes at all. There is no kstub yet.
-        let is_qemus = |why: &str| why.contains("Oops: int3") || why.trim_end().ends_with("has not come up:");
+        // Once in some hundred boots nothing comes at all. There is no kstub yet.
+        let is_qemus = |why: &str| died_of_qemu(why) || why.trim_end().ends_with("has not come up:");
         for _ in 1..BOOTS {
             match self.clone().try_boot(&manifest) {
                 Ok(guest) => return Some(guest),
@@ -574,6 +575,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
+        again::note_death(&self.console());
         drop(self.end.take());
         let _ = self.ended.recv_timeout(PATIENCE);
     }
