@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use support::live::{self, Plan};
 
 /// A guest that is stopped is seen to be stopped, and one that runs to run; its facts are its own.
@@ -95,6 +96,26 @@ fn the_variable_has_three_states() {
     assert_eq!(live::wanted(Some("0"), Some("true")), Some(false));
     assert_eq!(live::wanted(None, None), None);
     assert_eq!(live::wanted(None, Some("true")), Some(true));
+}
+
+/// Only a test whose guest died of its QEMU begins again.
+#[test]
+fn tests_begin_again() {
+    static BEGUN: AtomicU32 = AtomicU32::new(0);
+    struct Dies(&'static str);
+    impl Drop for Dies {
+        fn drop(&mut self) {
+            live::note_death(self.0);
+        }
+    }
+    fn fails_once(console: &'static str) {
+        let _guest = Dies(console);
+        assert!(BEGUN.fetch_add(1, Ordering::Relaxed) != 0, "fails once, on purpose");
+    }
+    live::again(|| fails_once("Oops: int3\nCode: 66 <90>\n"));
+    assert_eq!(BEGUN.swap(0, Ordering::Relaxed), 2);
+    assert!(std::panic::catch_unwind(|| live::again(|| fails_once("Oops: int3\nCode: cc <90>\n"))).is_err());
+    assert_eq!(BEGUN.swap(0, Ordering::Relaxed), 1);
 }
 
 #[test]

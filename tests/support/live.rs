@@ -10,7 +10,7 @@ mod gdb;
 mod qmp;
 mod watch;
 
-pub use again::{again, died_of_qemu};
+pub use again::{again, died_of_qemu, note_death};
 pub use disk::empty_qcow2;
 pub use gdb::{Gdb, Session};
 pub use qmp::Qmp;
@@ -575,7 +575,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        again::note_death(&self.console());
+        note_death(&self.console());
         drop(self.end.take());
         let _ = self.ended.recv_timeout(PATIENCE);
     }
