@@ -42,13 +42,18 @@ pub fn map_with<T: Sync, S, R: Send>(
         batches
     });
     batches.sort_by_key(|(number, _)| *number);
-    batches.into_iter().flat_map(|(_, done)| done).collect()
+    let mut all = Vec::with_capacity(batches.iter().map(|(_, done)| done.len()).sum());
+    batches.into_iter().for_each(|(_, mut done)| all.append(&mut done));
+    all
 }
 
 /// Sorts by a key that no two items share, or whose order among equals does not matter. `batch`: as for [`map`].
 pub fn sort_by_key<T: Send, K: Ord>(items: &mut [T], batch: usize, key: impl Fn(&T) -> K + Sync) {
     let workers =
         std::thread::available_parallelism().map_or(1, usize::from).min(items.len().div_ceil(batch.max(1)));
+    if items.is_sorted_by_key(&key) {
+        return;
+    }
     if workers <= 1 {
         return items.sort_unstable_by_key(key);
     }

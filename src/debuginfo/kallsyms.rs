@@ -11,6 +11,8 @@ use crate::bytes::{cstr_at, u16_at, u32_at, u64_at};
 const SYMBOLS_MAX: usize = 1 << 22;
 /// `KSYM_NAME_LEN` is 512, 128 before v6.1.
 const NAME_MAX: usize = 1024;
+/// Room for a name with its letter and end: more than the average of any kernel.
+const NAME_USUAL: usize = 32;
 /// Bytes of all names together; kernels have some 6 MiB.
 const STRINGS_MAX: usize = 64 << 20;
 /// Tables are aligned to 8 bytes or, since they hold nothing wider (in v7.0), to 4.
@@ -107,7 +109,8 @@ impl Names {
         }
         let tokens = tokens(image, layout).ok_or(Error::CutShort("kallsyms_token_table"))?;
         let compressed = image.get(layout.names..).ok_or(Error::CutShort("kallsyms_names"))?;
-        let (mut strings, mut names, mut at) = (Vec::new(), Vec::with_capacity(count), 0);
+        let (mut strings, mut names, mut at) =
+            (Vec::with_capacity(count * NAME_USUAL), Vec::with_capacity(count), 0);
         for index in 0..count {
             let name = record(compressed, at).ok_or(Error::Name { index, what: "it is cut short" })?;
             at += name.len() + if name.len() > 0x7f { 2 } else { 1 };

@@ -83,7 +83,11 @@ impl SymbolTable {
                 letter: letter(*record.get(4)?, letter_of(index, section)),
             })
         };
-        Self::new(symtab.chunks_exact(RECORD).enumerate().filter_map(entry).collect(), strings)
+        let records = symtab.chunks_exact(RECORD);
+        // Nearly every record is wanted.
+        let mut entries = Vec::with_capacity(records.len());
+        entries.extend(records.enumerate().filter_map(entry));
+        Self::new(entries, strings)
     }
 
     /// `entries` with their names in `strings`.

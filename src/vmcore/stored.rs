@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 /// What is read and kept for a word that is asked for: copying a page takes longer than asking the system for it.
 const BLOCK: u64 = 1024;
+/// No more is worth keeping of what needs no decoding: memory that is new to the process costs more than reading again.
+const KEPT_MAX: u64 = 8 << 20;
 
 /// Pieces of files by physical address; pages read in part are kept.
 pub(super) struct StoredMemory {
@@ -30,7 +32,7 @@ impl StoredMemory {
     /// Puts together claims of `(start, end, backing)` on `sources`, keeping up to `cache_bytes` of pages.
     pub fn new(sources: Vec<Source>, claims: Vec<(PhysAddr, PhysAddr, Backing)>, cache_bytes: u64) -> Self {
         let sources = sources.into_iter().map(|source| (window::new_id(), source)).collect();
-        Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes, BLOCK) }
+        Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes.min(KEPT_MAX), BLOCK) }
     }
 
     /// The memory whose bytes are in the files, sorted.
