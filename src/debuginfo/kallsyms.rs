@@ -13,6 +13,8 @@ const SYMBOLS_MAX: usize = 1 << 22;
 const NAME_MAX: usize = 1024;
 /// Room for a name with its letter and end: more than the average of any kernel.
 const NAME_USUAL: usize = 32;
+/// Most tokens are no longer.
+const SHORT: usize = 16;
 /// Bytes of all names together; kernels have some 6 MiB.
 const STRINGS_MAX: usize = 64 << 20;
 /// Tables are aligned to 8 bytes or, since they hold nothing wider (in v7.0), to 4.
@@ -116,7 +118,15 @@ impl Names {
             at += name.len() + if name.len() > 0x7f { 2 } else { 1 };
             let start = strings.len();
             for &byte in name {
-                strings.extend_from_slice(tokens.get(usize::from(byte)).copied().unwrap_or_default());
+                let Some((token, padded)) = tokens.get(usize::from(byte)) else { continue };
+                match SHORT.checked_sub(token.len()) {
+                    // A length that the compiler knows takes two instructions.
+                    Some(excess) => {
+                        strings.extend_from_slice(padded);
+                        strings.truncate(strings.len() - excess);
+                    }
+                    None => strings.extend_from_slice(token),
+                }
             }
             if strings.len() - start > NAME_MAX || strings.len() > STRINGS_MAX {
                 return Err(Error::Name { index, what: "it is too long" });
@@ -258,11 +268,18 @@ fn record(names: &[u8], at: usize) -> Option<&[u8]> {
     names.get(start..start.checked_add(len)?).filter(|name| !name.is_empty())
 }
 
-/// What each byte of a compressed name stands for.
-fn tokens<'a>(image: &'a [u8], layout: &Layout) -> Option<Vec<&'a [u8]>> {
+/// What each byte of a compressed name stands for, and the same with zeros behind it, if it is short.
+fn tokens<'a>(image: &'a [u8], layout: &Layout) -> Option<Vec<(&'a [u8], [u8; SHORT])>> {
+    let padded = |token: &'a [u8]| {
+        let mut padded = [0; SHORT];
+        padded.iter_mut().zip(token).for_each(|(to, &from)| *to = from);
+        (token, padded)
+    };
     let table = image.get(layout.token_table..)?;
     (0..256)
-        .map(|i| cstr_at(table, usize::from(u16_at(image, layout.token_index + 2 * i)?), NAME_MAX))
+        .map(|i| {
+            cstr_at(table, usize::from(u16_at(image, layout.token_index + 2 * i)?), NAME_MAX).map(padded)
+        })
         .collect()
 }
 

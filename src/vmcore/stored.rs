@@ -32,7 +32,11 @@ impl StoredMemory {
     /// Puts together claims of `(start, end, backing)` on `sources`, keeping up to `cache_bytes` of pages.
     pub fn new(sources: Vec<Source>, claims: Vec<(PhysAddr, PhysAddr, Backing)>, cache_bytes: u64) -> Self {
         let sources = sources.into_iter().map(|source| (window::new_id(), source)).collect();
-        Self { sources, map: SegmentMap::new(claims), cache: PageCache::new(cache_bytes.min(KEPT_MAX), BLOCK) }
+        Self {
+            sources,
+            map: SegmentMap::new(claims),
+            cache: PageCache::new(cache_bytes.min(KEPT_MAX), BLOCK),
+        }
     }
 
     /// The memory whose bytes are in the files, sorted.
