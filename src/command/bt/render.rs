@@ -54,6 +54,8 @@ pub struct Renderer<'a> {
     /// What a line says of a pc, by the pc and whether it is exact.
     places: RefCell<HashMap<(u64, bool), Rc<str>>>,
     lines: RefCell<HashMap<u64, Rc<[Location]>>>,
+    /// Room for a text while it grows: what is given out has its own length and no more.
+    room: RefCell<String>,
 }
 
 impl<'a> Renderer<'a> {
@@ -65,12 +67,22 @@ impl<'a> Renderer<'a> {
             symbols: RefCell::default(),
             places: RefCell::default(),
             lines: RefCell::default(),
+            room: RefCell::default(),
         }
     }
 
     /// The whole of `trace`, with its heading.
     pub fn text(&self, trace: &Trace, info: Option<&TaskInfo>) -> String {
-        let mut text = info.map(heading).unwrap_or_default();
+        let mut room = self.room.borrow_mut();
+        room.clear();
+        self.write(&mut room, trace, info);
+        room.as_str().to_owned()
+    }
+
+    fn write(&self, text: &mut String, trace: &Trace, info: Option<&TaskInfo>) {
+        if let Some(info) = info {
+            text.push_str(&heading(info));
+        }
         if let (Some(cpu), None) = (trace.cpu, info) {
             let _ = writeln!(text, "CPU {cpu}");
         }
@@ -84,21 +96,21 @@ impl<'a> Renderer<'a> {
             text.push_str("    (addresses of code that lie on its stack, stale ones among them: bt -t)\n");
         }
         if self.style.raw {
-            self.raw(&mut text, trace);
-            return text;
+            self.raw(text, trace);
+            return;
         }
         let mut number = 0;
         for (index, segment) in trace.segments.iter().enumerate() {
             for (nth, frame) in segment.frames.iter().enumerate() {
-                self.frame(&mut text, number, frame);
+                self.frame(text, number, frame);
                 if self.style.words {
                     let (from, to) = words_of(segment, nth);
-                    self.words(&mut text, from, to);
+                    self.words(text, from, to);
                 }
                 number += 1;
             }
             if let Some(boundary) = &segment.boundary {
-                self.boundary(&mut text, boundary);
+                self.boundary(text, boundary);
             }
             // crash marks the end of a stack that was switched to.
             let next = trace.segments.get(index + 1).map(|next| next.stack);
@@ -109,8 +121,7 @@ impl<'a> Renderer<'a> {
                 let _ = writeln!(text, "--- <{}> ---", stack.kind.name());
             }
         }
-        self.ended(&mut text, trace);
-        text
+        self.ended(text, trace);
     }
 
     /// The symbol of a frame.
