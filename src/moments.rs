@@ -3,7 +3,7 @@
 use anyhow::Context;
 use kstub::addr::{PAGE_SIZE, PhysAddr, VirtAddr};
 use kstub::backend::live::{LiveControl, LiveError, RunState};
-use kstub::backend::{Backend, Overlay};
+use kstub::backend::{Copies, Overlay};
 use kstub::command::{CommandError, Output};
 use kstub::kernel::{CpuId, Machine};
 use serde_json::Value;
@@ -103,28 +103,15 @@ fn in_json(json: &Value) -> usize {
 /// The machine with the registers and the stacks of its CPUs at one moment, for which it was stopped, and for how
 /// long; `None` if it stood anyway.
 fn frozen(machine: &Machine, live: &dyn LiveControl) -> Result<(Machine, Option<Duration>), LiveError> {
-    // What takes time and does not change is found before, and what changes rarely is in caches then.
-    let mut pages = pages_of(machine, ranges_of_cpus(machine));
+    // What takes time and does not change is found before.
+    let mut copies = Copies::with_room(&pages_of(machine, ranges_of_cpus(machine)));
     pages_of(machine, ranges_of_tasks(machine));
-    let ran = live.run_state()? == RunState::Running;
-    if ran {
-        live.pause()?;
-    }
-    let copied = copy(machine, live, &mut pages);
-    let stood = if ran { Some(live.unpause()?) } else { None };
-    Ok((machine.again(copied?), stood))
-}
-
-/// Copies `pages`, and those of the tasks that the CPUs have now.
-fn copy(
-    machine: &Machine,
-    live: &dyn LiveControl,
-    pages: &mut BTreeSet<PhysAddr>,
-) -> Result<Arc<dyn Backend>, LiveError> {
-    let snapshot = live.snapshot()?;
-    let now = machine.again(snapshot.clone());
-    pages.extend(pages_of(&now, ranges_of_tasks(&now)));
-    Ok(Arc::new(Overlay::copy(snapshot, pages.iter().copied())))
+    let glimpse = live.glimpse(&mut |standing| {
+        copies.fill(&**standing);
+        let now = machine.again(Arc::clone(standing));
+        copies.add(&**standing, pages_of(&now, ranges_of_tasks(&now)));
+    })?;
+    Ok((machine.again(Arc::new(Overlay::new(glimpse.machine, copies))), glimpse.stood))
 }
 
 /// Where the CPUs' own stacks and per-CPU variables are.

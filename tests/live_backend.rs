@@ -172,10 +172,14 @@ fn shown(text: &str, cpu: u32, name: &str) -> u64 {
 
 fn registers_are_what_qemu_shows(guest: &Guest) {
     let machine = guest.take_snapshot().unwrap();
-    let text = guest.monitor("info registers -a").unwrap();
+    registers_are_those_of(&machine, &guest.monitor("info registers -a").unwrap());
+}
+
+/// `text` is what the monitor's `info registers -a` shows.
+fn registers_are_those_of(machine: &dyn Backend, text: &str) {
     assert_eq!(machine.saved_cpus().len(), 4);
     // Mutation check: the CPUs differ, so that a wrong one would be seen.
-    let stacks: Vec<u64> = (0..4).map(|cpu| shown(&text, cpu, "RSP")).collect();
+    let stacks: Vec<u64> = (0..4).map(|cpu| shown(text, cpu, "RSP")).collect();
     assert!(stacks.iter().enumerate().all(|(i, sp)| !stacks[..i].contains(sp)), "{stacks:x?}");
     for (cpu, saved) in (0..).zip(machine.saved_cpus()) {
         assert_eq!(saved.pid, Some(cpu + 1));
@@ -204,7 +208,7 @@ fn registers_are_what_qemu_shows(guest: &Guest) {
             (Reg::Mxcsr, "MXCSR"),
             (Reg::Fctrl, "FCW"),
         ] {
-            assert_eq!(saved.regs.u64(reg), Some(shown(&text, cpu, name)), "{name} of CPU {cpu}");
+            assert_eq!(saved.regs.u64(reg), Some(shown(text, cpu, name)), "{name} of CPU {cpu}");
         }
     }
 }
@@ -260,7 +264,7 @@ fn memory_by_every_way() {
         let machine = by_socket.take_snapshot().unwrap();
         machine.read_phys_u64(PhysAddr(0x410)).is_ok_and(|word| word != 0)
     });
-    by_socket.pause().unwrap();
+    by_socket.monitor("stop").unwrap();
     let devices = by_socket.monitor("info chardev").unwrap();
     let tcp = devices.lines().find_map(|line| line.split_once("tcp:")).unwrap().1;
     let tcp = tcp.split(',').next().unwrap();
@@ -343,15 +347,15 @@ fn a_running_guest_is_read_stopped_and_left_as_it_was() {
     a_running_guest_is_not_read_from_yesterday(&*guest.snapshot().unwrap());
 
     // Paused: what QEMU says, byte by byte.
-    guest.pause().unwrap();
+    guest.monitor("stop").unwrap();
     assert_eq!(guest.run_state().unwrap(), RunState::Stopped("paused"));
     registers_are_what_qemu_shows(&guest);
     memory_is_what_qemu_saves(&guest, u64::MAX, vm.directory.path());
-    guest.unpause().unwrap();
-    assert_eq!(guest.happenings(), [], "our own doing");
-    guest.monitor("stop").unwrap();
+    let glimpse = guest.glimpse(&mut |_| ()).unwrap();
+    assert_eq!((glimpse.stood, guest.run_state().unwrap()), (None, RunState::Stopped("paused")));
     guest.monitor("cont").unwrap();
     assert_eq!(guest.happenings(), [Happening::Stopped, Happening::Resumed]);
+    a_glimpse_is_of_one_moment(&guest);
 
     run_control(&vm, &guest);
 
@@ -367,25 +371,61 @@ fn a_running_guest_is_read_stopped_and_left_as_it_was() {
 
 /// One snapshot of a running guest sees memory change, also by reads that are small enough for a cache.
 fn a_running_guest_is_not_read_from_yesterday(machine: &dyn Backend) {
+    let at = changing(machine);
+    let first = machine.read_phys_u64(at).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while machine.read_phys_u64(at).unwrap() == first {
+        assert!(Instant::now() < deadline, "{at} seems not to change any more");
+    }
+}
+
+/// Memory and registers are those of one stop, which is our own and ends.
+fn a_glimpse_is_of_one_moment(guest: &Guest) {
+    const STOOD: Duration = Duration::from_millis(50);
+    let at = changing(&*guest.snapshot().unwrap());
+    let mut text = String::new();
+    let glimpse = guest
+        .glimpse(&mut |standing| {
+            assert_eq!(guest.run_state().unwrap(), RunState::Stopped("paused"));
+            text = guest.monitor("info registers -a").unwrap();
+            let first = standing.read_phys_u64(at).unwrap();
+            std::thread::sleep(STOOD);
+            assert_eq!(standing.read_phys_u64(at).unwrap(), first);
+        })
+        .unwrap();
+    assert_eq!(guest.run_state().unwrap(), RunState::Running);
+    assert_eq!(guest.happenings(), [], "our own doing");
+    assert!(glimpse.stood.is_some_and(|stood| stood >= STOOD));
+    registers_are_those_of(&*glimpse.machine, &text);
+    a_running_guest_is_not_read_from_yesterday(&*glimpse.machine);
+}
+
+/// Where memory of a running guest changes, again and again.
+fn changing(machine: &dyn Backend) -> PhysAddr {
     const CHUNK: usize = 1 << 20;
     let chunk = |at: u64| {
         let mut bytes = vec![0; CHUNK];
         machine.read_phys_exact(PhysAddr(at), &mut bytes).unwrap();
         bytes
     };
-    let changing = (1..512).map(|n| n * CHUNK as u64).find_map(|at| {
+    // Read past what small reads are kept in.
+    let word = |at: PhysAddr| chunk(at.0)[..8].to_vec();
+    let goes_on = |at: PhysAddr| {
+        let first = word(at);
+        let differs = |_| {
+            std::thread::sleep(Duration::from_millis(2));
+            word(at) != first
+        };
+        (0..100).any(differs)
+    };
+    let changing = (1..511).map(|n| n * CHUNK as u64).find_map(|at| {
         let before = chunk(at);
         std::thread::sleep(Duration::from_millis(2));
         let after = chunk(at);
-        let differs = (0..CHUNK).step_by(8).find(|&i| before[i..i + 8] != after[i..i + 8])?;
-        Some(PhysAddr(at + differs as u64))
+        let differs = (0..CHUNK).step_by(8).filter(|&i| before[i..i + 8] != after[i..i + 8]);
+        differs.map(|i| PhysAddr(at + i as u64)).take(8).find(|&at| goes_on(at) && goes_on(at))
     });
-    let at = changing.expect("some memory of a running guest changes");
-    let first = machine.read_phys_u64(at).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while machine.read_phys_u64(at).unwrap() == first {
-        assert!(Instant::now() < deadline, "{at} seems not to change any more");
-    }
+    changing.expect("some memory of a running guest changes")
 }
 
 fn run_control(vm: &Vm, guest: &Guest) {
@@ -481,7 +521,7 @@ fn run_control(vm: &Vm, guest: &Guest) {
     guest.attach().unwrap();
     guest.detach(false).unwrap();
     assert!(matches!(guest.run_state().unwrap(), RunState::Stopped(_)));
-    guest.unpause().unwrap();
+    guest.monitor("cont").unwrap();
 
     // Dropped while attached: it runs as it did before.
     let stub = vm.path("gdb");

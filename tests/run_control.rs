@@ -7,7 +7,7 @@ mod rsp_client;
 use kstub::addr::{PhysAddr, PhysRange, VirtAddr};
 use kstub::arch::x86_64::{Reg, RegisterFile};
 use kstub::backend::live::{
-    DumpOrder, Dumped, Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason,
+    DumpOrder, Dumped, Glimpse, Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason,
 };
 use kstub::backend::{Backend, Fact, RegisterSource, SavedCpu};
 use kstub::gdb::{Files, Flow, Front, Live, MAX_REQUEST, OnDisconnect, Policy, Settings};
@@ -111,11 +111,8 @@ impl LiveControl for FakeGuest {
     fn monitor(&self, line: &str) -> Result<String, LiveError> {
         self.note(format!("monitor {line}")).map(|()| format!("QEMU says {line}\r\n"))
     }
-    fn pause(&self) -> Result<(), LiveError> {
-        self.note("pause".into())
-    }
-    fn unpause(&self) -> Result<Duration, LiveError> {
-        self.note("unpause".into()).map(|()| Duration::ZERO)
+    fn glimpse(&self, _: &mut dyn FnMut(&Arc<dyn Backend>)) -> Result<Glimpse, LiveError> {
+        self.note("glimpse".into()).map(|()| panic!("no client asks for one"))
     }
     fn attach(&self) -> Result<Stop, LiveError> {
         self.note("attach".into())?;

@@ -77,6 +77,14 @@ pub enum Happening {
     Resumed,
 }
 
+/// What was seen of a guest that stood.
+pub struct Glimpse {
+    /// The machine, with its registers of then.
+    pub machine: Arc<dyn Backend>,
+    /// How long it was stopped for that; `None` if it stood anyway.
+    pub stood: Option<Duration>,
+}
+
 /// A dump of the guest that is to be written.
 #[derive(Clone, Copy, Debug)]
 pub struct DumpOrder<'a> {
@@ -177,11 +185,10 @@ pub trait LiveControl: Send + Sync {
     /// Answers a line of QEMU's human monitor. The caller sees to it that the line is harmless or allowed.
     fn monitor(&self, line: &str) -> Result<String, LiveError>;
 
-    /// Stops the guest without run control, as the monitor's `stop` does; nothing if it is stopped.
-    fn pause(&self) -> Result<(), LiveError>;
-
-    /// Lets it run, as the monitor's `cont` does, and says how long it was paused.
-    fn unpause(&self) -> Result<Duration, LiveError>;
+    /// Shows the machine to `look` while it stands, with registers of about that time. A guest that runs is stopped for
+    /// it, as the monitor's `stop` does, and runs again. Returns the machine with the registers of then, over memory
+    /// that goes on.
+    fn glimpse(&self, look: &mut dyn FnMut(&Arc<dyn Backend>)) -> Result<Glimpse, LiveError>;
 
     /// Takes run control (QEMU's own GDB stub, which is started if none is), which stops the guest, and says where.
     /// Nothing but the answer if it is taken.

@@ -9,7 +9,7 @@ pub mod qemu;
 mod registers;
 
 pub use dump::Dump;
-pub use overlay::Overlay;
+pub use overlay::{Copies, Overlay};
 
 use crate::arch::x86_64::RegisterFile;
 use crate::memory::PhysicalMemory;

@@ -2,57 +2,100 @@
 
 use super::live::LiveControl;
 use super::{Backend, Fact, SavedCpu};
-use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
+use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange, join_ranges};
 use crate::memory::{PhysicalMemory, ReadOutcome};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+/// Pages as they were at one moment.
+#[derive(Default)]
+pub struct Copies {
+    /// Pages that follow one another, by the address of the first.
+    runs: BTreeMap<PhysAddr, Vec<u8>>,
+}
+
+impl Copies {
+    /// Room for the pages that begin at `pages`, for [`Self::fill`].
+    pub fn with_room(pages: &BTreeSet<PhysAddr>) -> Self {
+        let ranges = pages.iter().filter_map(|page| PhysRange::new(page.page_start(), PAGE_SIZE)).collect();
+        // Written to, so that the system hands it out now and not when it is filled.
+        let room = |range: PhysRange| (range.start, vec![u8::MAX; range.len() as usize]);
+        Self { runs: join_ranges(ranges).into_iter().map(room).collect() }
+    }
+
+    /// Copies what there is room for; pages that cannot be read are left out.
+    pub fn fill(&mut self, from: &dyn PhysicalMemory) {
+        for (mut start, mut bytes) in std::mem::take(&mut self.runs) {
+            while !bytes.is_empty() {
+                let filled = from.read_phys(start, &mut bytes).filled;
+                let mut rest = bytes.split_off(filled - filled % PAGE_SIZE as usize);
+                let next = start.wrapping_add(bytes.len() as u64 + PAGE_SIZE);
+                if !bytes.is_empty() {
+                    self.runs.insert(start, bytes);
+                }
+                rest.drain(..rest.len().min(PAGE_SIZE as usize));
+                (start, bytes) = (next, rest);
+            }
+        }
+    }
+
+    /// Copies more pages, but for those that are copied.
+    pub fn add(&mut self, from: &dyn PhysicalMemory, mut pages: BTreeSet<PhysAddr>) {
+        pages.retain(|page| self.from(page.page_start()).is_none());
+        let mut more = Self::with_room(&pages);
+        more.fill(from);
+        self.runs.append(&mut more.runs);
+    }
+
+    /// What was copied from `at` on, to the end of its run.
+    fn from(&self, at: PhysAddr) -> Option<&[u8]> {
+        let (start, bytes) = self.runs.range(..=at).next_back()?;
+        let into = usize::try_from(at.offset_from(*start)?).ok()?;
+        bytes.get(into..).filter(|rest| !rest.is_empty())
+    }
+
+    /// Where behind `at` the next run begins.
+    fn next(&self, at: PhysAddr) -> Option<PhysAddr> {
+        self.runs.range(at..).next().map(|(start, _)| *start)
+    }
+}
 
 /// A machine of which some pages are as they were.
 pub struct Overlay {
     under: Arc<dyn Backend>,
-    pages: HashMap<u64, Box<[u8; PAGE_SIZE as usize]>>,
+    copies: Copies,
 }
 
 impl Overlay {
-    /// Copies the pages that begin at `pages`; those that cannot be read stay what they are.
-    pub fn copy(under: Arc<dyn Backend>, pages: impl IntoIterator<Item = PhysAddr>) -> Self {
-        let copy = |page: PhysAddr| {
-            let mut bytes = Box::new([0; PAGE_SIZE as usize]);
-            under.read_phys_exact(page, &mut *bytes).ok().map(|()| (page.0, bytes))
-        };
-        let pages = pages.into_iter().filter_map(|page| copy(page.page_start())).collect();
-        Self { under, pages }
+    /// `under` with `copies` in place of its own.
+    pub fn new(under: Arc<dyn Backend>, copies: Copies) -> Self {
+        Self { under, copies }
     }
 }
 
 impl PhysicalMemory for Overlay {
     fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
         let mut filled = 0;
-        while filled < buf.len() {
-            let here = PhysAddr(at.0.wrapping_add(filled as u64));
-            // What is under is read up to the next page that was copied.
-            let mut len = (here.left_in_page() as usize).min(buf.len() - filled);
-            let page = self.pages.get(&here.page_start().0);
-            if page.is_none() {
-                while filled + len < buf.len()
-                    && !self.pages.contains_key(
-                        &here.page_start().0.wrapping_add((here.page_offset() as usize + len) as u64),
-                    )
-                {
-                    len = (len + PAGE_SIZE as usize).min(buf.len() - filled);
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let here = at.wrapping_add(filled as u64);
+            match self.copies.from(here) {
+                Some(copied) => {
+                    let len = copied.len().min(rest.len());
+                    rest.iter_mut().zip(copied).for_each(|(to, from)| *to = *from);
+                    filled += len;
                 }
-            }
-            let Some(to) = buf.get_mut(filled..filled + len) else { break };
-            match page.and_then(|page| page.get(here.page_offset() as usize..)?.get(..len)) {
-                Some(bytes) => to.copy_from_slice(bytes),
                 None => {
-                    let outcome = self.under.read_phys(here, to);
+                    let left = self.copies.next(here).and_then(|next| next.offset_from(here));
+                    let len = left.map_or(rest.len(), |left| {
+                        rest.len().min(usize::try_from(left).unwrap_or(usize::MAX))
+                    });
+                    let outcome = self.under.read_phys(here, rest.get_mut(..len).unwrap_or_default());
+                    filled += outcome.filled;
                     if outcome.stopped.is_some() {
-                        return ReadOutcome { filled: filled + outcome.filled, ..outcome };
+                        return ReadOutcome { filled, ..outcome };
                     }
                 }
             }
-            filled += len;
         }
         ReadOutcome::complete(filled)
     }
@@ -137,15 +180,22 @@ mod tests {
         let machine = Arc::new(Changing(Mutex::new(MemoryImage::new())));
         let fill = |byte| machine.0.lock().unwrap().write(PhysAddr(0), &[byte; 5 * 4096]);
         fill(1);
-        let overlay = Overlay::copy(machine.clone(), [PhysAddr(4096), PhysAddr(3 * 4096), PhysAddr(1 << 40)]);
+        let pages = |numbers: &[u64]| numbers.iter().map(|number| PhysAddr(number * 4096)).collect();
+        let mut copies = Copies::with_room(&pages(&[1, 4, 5, 1 << 28]));
+        copies.fill(&*machine);
+        copies.add(&*machine, pages(&[3, 1 << 29]));
         fill(2);
+        // What is copied is not copied again.
+        copies.add(&*machine, pages(&[1, 4]));
+        assert_eq!(copies.runs.values().map(Vec::len).sum::<usize>(), 3 * 4096);
+        let overlay = Overlay::new(machine.clone(), copies);
         let mut all = [0; 5 * 4096 - 1];
         assert_eq!(overlay.read_phys(PhysAddr(1), &mut all), ReadOutcome::complete(all.len()));
         for (i, byte) in all.iter().enumerate() {
             let page = (i + 1) / 4096;
-            assert_eq!(*byte, if page == 1 || page == 3 { 1 } else { 2 }, "{i}");
+            assert_eq!(*byte, if [1, 3, 4].contains(&page) { 1 } else { 2 }, "{i}");
         }
-        // It stops where what is under stops.
+        // It stops where what is under stops, and where what was copied does.
         let mut beyond = [0; 8192];
         let outcome = overlay.read_phys(PhysAddr(4 * 4096 - 10), &mut beyond);
         assert_eq!((outcome.filled, outcome.stopped.unwrap().at), (4106, PhysAddr(5 * 4096)));

@@ -10,6 +10,7 @@ use super::qmp::Qmp;
 use super::stub::Stub;
 use crate::backend::live::LiveError;
 use qapi::qmp::{cont, query_status};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::ffi::OsString;
@@ -21,6 +22,10 @@ use std::sync::OnceLock;
 
 /// What the guarded process says when the guest needs no help.
 const FAREWELL: &[u8] = b"farewell\n";
+/// What a guardian says once it knows its errand.
+const READY: &[u8] = b"ready\n";
+/// How long it may take until then.
+const START: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 /// The longest errand that is read.
 const LONGEST_ERRAND: u64 = 64 << 10;
 
@@ -60,7 +65,7 @@ impl Guardian {
             let mut child = Command::new(program)
                 .args(arguments)
                 .stdin(Stdio::piped())
-                .stdout(Stdio::null())
+                .stdout(Stdio::piped())
                 .stderr(Stdio::null())
                 // Ctrl-C on our terminal is not meant for it.
                 .process_group(0)
@@ -69,6 +74,12 @@ impl Guardian {
             let mut line = serde_json::to_vec(errand)?;
             line.push(b'\n');
             pipe.write_all(&line)?;
+            let mut words = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+            // It takes time to start that the guest shall not have to wait for.
+            if rustix::event::poll(&mut [PollFd::new(&words, PollFlags::IN)], Some(&START))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            words.read_exact(&mut [0; READY.len()])?;
             Ok(Self { child, pipe })
         };
         start()
@@ -94,6 +105,7 @@ pub fn run() -> Result<(), LiveError> {
     let failed = |error: io::Error| LiveError::Gone(format!("no errand: {error}"));
     Read::take(&mut input, LONGEST_ERRAND).read_until(b'\n', &mut line).map_err(failed)?;
     let errand: Errand = serde_json::from_slice(&line).map_err(|error| failed(error.into()))?;
+    io::stdout().write_all(READY).and_then(|()| io::stdout().flush()).map_err(failed)?;
     let mut word = Vec::new();
     let heard = Read::take(&mut input, LONGEST_ERRAND).read_to_end(&mut word);
     if heard.is_ok() && word == FAREWELL {

@@ -5,7 +5,7 @@
 
 use super::control::Control;
 use super::events::Events;
-use super::guard::{Errand, Guardian};
+use super::guard::Guardian;
 use super::memory::Memory;
 use super::patches::{INT3, Patches};
 use super::qmp::{Qmp, SOON, lock, nonsense};
@@ -14,10 +14,12 @@ use super::stub::Interrupter;
 use super::{QmpAddress, StubAddress, dump, registers};
 use crate::addr::{PhysAddr, PhysRange, VirtAddr};
 use crate::arch::x86_64::RegisterFile;
-use crate::backend::live::{DumpOrder, Dumped, Go, Happening, LiveControl, LiveError, Point, RunState, Stop};
+use crate::backend::live::{
+    DumpOrder, Dumped, Glimpse, Go, Happening, LiveControl, LiveError, Point, RunState, Stop,
+};
 use crate::backend::{Backend, RegisterSource, SavedCpu};
 use qapi::Command;
-use qapi::qmp::{cont, query_kvm, query_status, stop};
+use qapi::qmp::{cont, query_kvm, query_status};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -37,11 +39,11 @@ const STANDSTILL: Duration = Duration::from_secs(10);
 /// A guest of a QEMU on this machine, or reached over its sockets.
 pub struct Guest {
     me: Weak<Guest>,
-    qmp: Arc<Qmp>,
+    pub(super) qmp: Arc<Qmp>,
     address: QmpAddress,
     stub: Option<StubAddress>,
     kvm: bool,
-    events: Arc<Events>,
+    pub(super) events: Arc<Events>,
     map: Mutex<Option<Map>>,
     control: Mutex<Option<Control>>,
     /// As long as there is run control.
@@ -50,9 +52,7 @@ pub struct Guest {
     let_go: AtomicBool,
     patches: Patches,
     /// While it is stopped by its monitor for us.
-    guardian: Mutex<Option<Guardian>>,
-    /// Since when it is paused.
-    paused: Mutex<Option<Instant>>,
+    pub(super) guardian: Mutex<Option<Guardian>>,
     /// Clients may change the guest.
     may_write: AtomicBool,
     /// Why it must not be dumped.
@@ -109,7 +109,6 @@ impl Guest {
             dumping: Mutex::new(()),
             patches: Patches::default(),
             guardian: Mutex::new(None),
-            paused: Mutex::new(None),
         });
         let memory = guest.memory()?;
         for (way, bytes) in memory.ways() {
@@ -154,32 +153,20 @@ impl Guest {
     pub fn take_snapshot(&self) -> Result<Snapshot, LiveError> {
         let guest = self.me.upgrade().ok_or_else(|| LiveError::Gone("the session ended".into()))?;
         let generation = self.events.generation();
-        let state = match *lock(&self.paused) {
-            Some(_) => RunState::Stopped("paused"),
-            None => self.run_state()?,
-        };
+        let state = self.run_state()?;
         let memory = self.memory()?;
-        let cpus = self.registers()?.into_iter().map(|(cpu, regs)| SavedCpu {
-            regs,
-            source: RegisterSource::Qemu,
-            pid: cpu.checked_add(1),
-            prstatus: Vec::new(),
-        });
-        Ok(Snapshot::new(guest, memory, cpus.collect(), state, generation))
+        Ok(Snapshot::new(guest, memory, self.saved_cpus()?, state, generation))
     }
 
     /// Each vCPU's registers: all of them from the stub if it may be asked, else those that the monitor shows.
-    fn registers(&self) -> Result<Vec<(u32, RegisterFile)>, LiveError> {
+    fn saved_cpus(&self) -> Result<Vec<SavedCpu>, LiveError> {
         if !self.let_go.load(Ordering::SeqCst)
             && let Some(control) = &mut *lock(&self.control)
             && !control.stub.is_running()
         {
-            return control.registers();
+            return Ok(of_cpus(control.registers()?));
         }
-        const WHAT: &str = "info registers -a";
-        let text = self.qmp.human(WHAT)?;
-        let cpus = registers::parse(&text);
-        if cpus.is_empty() { Err(nonsense(WHAT, &text)) } else { Ok(cpus) }
+        saved_cpus(self.qmp.human(REGISTERS)?)
     }
 
     /// The way to the guest's RAM, found anew when the memory map changed.
@@ -237,7 +224,7 @@ impl Guest {
         self.patches.undo(at, bytes);
     }
 
-    fn is_attached(&self) -> bool {
+    pub(super) fn is_attached(&self) -> bool {
         self.let_go.load(Ordering::SeqCst) || lock(&self.control).is_some()
     }
 
@@ -335,6 +322,25 @@ impl Drop for Guest {
     }
 }
 
+/// The line of QEMU's human monitor that shows every vCPU's registers.
+pub(super) const REGISTERS: &str = "info registers -a";
+
+/// The vCPUs of what the monitor answers to [`REGISTERS`].
+pub(super) fn saved_cpus(text: String) -> Result<Vec<SavedCpu>, LiveError> {
+    let cpus = registers::parse(&text);
+    if cpus.is_empty() { Err(nonsense(REGISTERS, &text)) } else { Ok(of_cpus(cpus)) }
+}
+
+fn of_cpus(registers: Vec<(u32, RegisterFile)>) -> Vec<SavedCpu> {
+    let saved = |(cpu, regs): (u32, RegisterFile)| SavedCpu {
+        regs,
+        source: RegisterSource::Qemu,
+        pid: cpu.checked_add(1),
+        prstatus: Vec::new(),
+    };
+    registers.into_iter().map(saved).collect()
+}
+
 /// The names that QEMU has for states in which no vCPU runs.
 const STATES: &[&str] = &[
     "debug",
@@ -388,39 +394,8 @@ impl LiveControl for Guest {
         answer
     }
 
-    fn pause(&self) -> Result<(), LiveError> {
-        // Looked at now, the memory map need not be while the guest stands.
-        self.memory()?;
-        let is_attached = self.is_attached();
-        if !is_attached {
-            if self.run_state()? != RunState::Running {
-                return Ok(());
-            }
-            let qmp = self.address.clone();
-            let errand = Errand { stub: None, qmp, ran: true, started: false, directory: None };
-            *lock(&self.guardian) = Guardian::start(&errand);
-        }
-        let start = Instant::now();
-        if !is_attached {
-            self.order(stop {})?;
-        } else if self.let_go.load(Ordering::SeqCst) {
-            self.interrupt()?;
-            self.wait_stop(STANDSTILL)?;
-        }
-        *lock(&self.paused) = Some(start);
-        Ok(())
-    }
-
-    fn unpause(&self) -> Result<Duration, LiveError> {
-        let paused = lock(&self.paused).take();
-        if !self.is_attached() {
-            self.order(cont {})?;
-        } else if !self.let_go.load(Ordering::SeqCst) {
-            self.resume(&[(None, Go::Continue)])?;
-        }
-        let stood = paused.map(|paused| paused.elapsed()).unwrap_or_default();
-        lock(&self.guardian).take().into_iter().for_each(Guardian::farewell);
-        Ok(stood)
+    fn glimpse(&self, look: &mut dyn FnMut(&Arc<dyn Backend>)) -> Result<Glimpse, LiveError> {
+        self.show_standing(look)
     }
 
     fn attach(&self) -> Result<Stop, LiveError> {

@@ -11,6 +11,7 @@ mod dump;
 mod events;
 #[doc(hidden)]
 pub mod fuzzing;
+mod glimpse;
 pub mod guard;
 mod guest;
 mod memory;

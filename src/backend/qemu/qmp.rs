@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -107,7 +107,7 @@ impl Qmp {
         command: C,
         patience: Duration,
     ) -> Result<Value, LiveError> {
-        self.ask(command, C::NAME, patience, None)
+        self.send(command)?.answer(patience)
     }
 
     /// Gives QEMU a descriptor under a name, which commands can take it by. Refused where the way to QEMU takes none.
@@ -116,7 +116,8 @@ impl Qmp {
             let why = "a TCP connection passes no file descriptors".to_owned();
             return Err(LiveError::Refused { what: getfd::NAME.to_owned(), why });
         }
-        self.ask(getfd { fdname: name.to_owned() }, getfd::NAME, SOON, Some(fd)).map(drop)
+        let command = getfd { fdname: name.to_owned() };
+        self.send_as(command, getfd::NAME.to_owned(), Some(fd))?.answer(SOON).map(drop)
     }
 
     /// What the human monitor says to `line`, with plain newlines; an error's text comes the same way.
@@ -131,26 +132,31 @@ impl Qmp {
         cpu: Option<u32>,
         patience: Duration,
     ) -> Result<String, LiveError> {
-        let command = human_monitor_command { cpu_index: cpu.map(i64::from), command_line: line.to_owned() };
-        let what = format!("monitor command '{}'", printable(line));
-        match self.ask(command, &what, patience, None)? {
-            Value::String(text) => Ok(text.replace("\r\n", "\n")),
-            other => Err(nonsense(&what, &other.to_string())),
-        }
+        self.send_human(line, cpu)?.text(patience)
     }
 
-    fn ask<C: Command>(
+    /// Sends a command, and waits for nothing. QEMU executes what is sent one after the other.
+    pub(super) fn send<C: Command>(&self, command: C) -> Result<Asked<'_>, LiveError> {
+        self.send_as(command, C::NAME.to_owned(), None)
+    }
+
+    /// Sends a line of the human monitor.
+    pub(super) fn send_human(&self, line: &str, cpu: Option<u32>) -> Result<Asked<'_>, LiveError> {
+        let command = human_monitor_command { cpu_index: cpu.map(i64::from), command_line: line.to_owned() };
+        self.send_as(command, format!("monitor command '{}'", printable(line)), None)
+    }
+
+    fn send_as<C: Command>(
         &self,
         command: C,
-        what: &str,
-        patience: Duration,
+        what: String,
         fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Value, LiveError> {
+    ) -> Result<Asked<'_>, LiveError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let mut line = serde_json::to_vec(&Execute::with_id(command, id))
-            .map_err(|error| nonsense(what, &error.to_string()))?;
+            .map_err(|error| nonsense(&what, &error.to_string()))?;
         line.push(b'\n');
-        let (sender, receiver) = sync_channel(1);
+        let (sender, answer) = sync_channel(1);
         match &mut *lock(&self.waiting) {
             Waiting::For(waiting) => waiting.insert(id, sender),
             Waiting::Gone(why) => return Err(LiveError::Gone(why.clone())),
@@ -159,23 +165,44 @@ impl Qmp {
             Some(fd) => lock(&self.writer).write_with_fd(&line, fd),
             None => lock(&self.writer).write_all(&line),
         };
-        let answer = match sent {
-            Ok(()) => receiver.recv_timeout(patience).ok(),
+        if let Err(error) = sent {
             // Half a command may be sent: nothing can follow it.
-            Err(error) => {
-                lock(&self.writer).shutdown();
-                end(&self.waiting, &format!("sending to it failed: {error}"));
-                None
-            }
-        };
-        match (answer, &mut *lock(&self.waiting)) {
+            lock(&self.writer).shutdown();
+            end(&self.waiting, &format!("sending to it failed: {error}"));
+        }
+        Ok(Asked { qmp: self, id, what, answer })
+    }
+}
+
+/// A command that was sent.
+pub(super) struct Asked<'a> {
+    qmp: &'a Qmp,
+    id: u64,
+    what: String,
+    answer: Receiver<Answer>,
+}
+
+impl Asked<'_> {
+    /// What QEMU returned, if it does within `patience`.
+    pub(super) fn answer(self, patience: Duration) -> Result<Value, LiveError> {
+        let answer = self.answer.recv_timeout(patience).ok();
+        match (answer, &mut *lock(&self.qmp.waiting)) {
             (Some(Ok(value)), _) => Ok(value),
-            (Some(Err(why)), _) => Err(LiveError::Refused { what: what.to_owned(), why: printable(&why) }),
+            (Some(Err(why)), _) => Err(LiveError::Refused { what: self.what, why: printable(&why) }),
             (None, Waiting::Gone(why)) => Err(LiveError::Gone(why.clone())),
             (None, Waiting::For(waiting)) => {
-                waiting.remove(&id);
-                Err(LiveError::Timeout { what: what.to_owned(), seconds: patience.as_secs() })
+                waiting.remove(&self.id);
+                Err(LiveError::Timeout { what: self.what, seconds: patience.as_secs() })
             }
+        }
+    }
+
+    /// The same of a line of the human monitor, with plain newlines.
+    pub(super) fn text(self, patience: Duration) -> Result<String, LiveError> {
+        let what = self.what.clone();
+        match self.answer(patience)? {
+            Value::String(text) => Ok(text.replace("\r\n", "\n")),
+            other => Err(nonsense(&what, &other.to_string())),
         }
     }
 }
@@ -371,7 +398,7 @@ pub(super) mod tests {
             reply(command, "{}", to);
         });
         let asked = Instant::now();
-        let error = qmp.ask(stop {}, "stop", Duration::from_millis(50), None).unwrap_err();
+        let error = qmp.execute_within(stop {}, Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error, LiveError::Timeout { .. }), "{error}");
         assert!(asked.elapsed() < Duration::from_secs(2));
         assert!(qmp.execute(query_status {}).is_ok());

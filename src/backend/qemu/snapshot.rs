@@ -46,6 +46,20 @@ impl Snapshot {
         Self { guest, memory, cpus, state, generation, taken: Instant::now(), cache }
     }
 
+    pub(super) fn state(&self) -> RunState {
+        self.state
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The same guest, stopped by us, with other registers and nothing cached.
+    pub(super) fn stopped_at(&self, generation: u64, cpus: Vec<SavedCpu>) -> Self {
+        let (guest, memory) = (Arc::clone(&self.guest), Arc::clone(&self.memory));
+        Self::new(guest, memory, cpus, RunState::Stopped("paused"), generation)
+    }
+
     /// The name under which a page is cached now, as long as what is cached is what the guest has: its frame number,
     /// below the number of the age in which it was read.
     fn cached_as(&self, at: PhysAddr) -> Option<u64> {
