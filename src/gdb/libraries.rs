@@ -35,7 +35,7 @@ pub(super) const INTERRUPTED: u64 = FRAMES + 8;
 /// What stands for a user's code.
 const USER_MODE: u64 = FRAMES + 16;
 
-/// Bytes of files that are copied to put their sections at 0.
+/// Bytes of files that are copied because gdb cannot take them as they are.
 const COPIES_MAX: u64 = 2 << 30;
 
 /// The directory of their indexes, beside the files that are made.
@@ -193,7 +193,7 @@ impl Inner {
         let all = std::iter::zip(&kernel.modules().list, self.own());
         let own = all.map(|(module, own)| {
             let own = own.as_ref()?;
-            Some((own, self.relocatable(module, &own.file, &mut room)?))
+            Some((own, self.for_gdb(module, &own.file, &mut room)?))
         });
         let own: Vec<_> = own.collect();
         self.index(own.iter().flatten(), progress);
@@ -241,14 +241,14 @@ impl Inner {
         }
     }
 
-    /// The file, or a copy that gdb takes for relocatable; takes from `room` what is copied.
-    fn relocatable(&self, module: &Module, file: &ModuleFile, room: &mut u64) -> Option<PathBuf> {
-        if file.is_relocatable() {
+    /// The file, or a copy that gdb can take; takes from `room` what is copied.
+    fn for_gdb(&self, module: &Module, file: &ModuleFile, room: &mut u64) -> Option<PathBuf> {
+        if file.suits_gdb {
             return Some(file.path.clone());
         }
         *room = room.checked_sub(file.len)?;
         let path = self.shared.path(&format!("{}.ko.debug", module.name))?;
-        let write = |path: &Path| file.write_relocatable(path).map(|()| true);
+        let write = |path: &Path| file.write_for_gdb(path).map(|()| true);
         self.shared.once(path, format!("{:?}", module.build_id), &write)
     }
 

@@ -4,6 +4,7 @@
 //! What a dump says of itself becomes part of a path only if it is a plain name. Source: the packages of Debian, Fedora
 //! and openSUSE; GDB manual, "Separate Debug Files".
 
+mod for_gdb;
 mod module;
 mod remember;
 mod source;

@@ -6,20 +6,17 @@
 
 use super::super::sections::parse;
 use super::super::vmlinux::to_hex;
-use super::{Places, SYSTEM, is_hex, is_plain_name};
-use object::read::elf::{FileHeader, SectionHeader};
+use super::{Places, SYSTEM, for_gdb, is_hex, is_plain_name};
+use object::read::elf::SectionHeader;
 use object::{Object, ObjectSection, ReadCache, elf};
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Names in directories looked at; a distribution's modules are some 5000 files.
 const ENTRIES_MAX: usize = 200_000;
 const DEPTH_MAX: u32 = 12;
-/// Bytes of an `Elf64_Shdr`, and where in it `sh_addr` is.
-const SECTION_HEADER: u64 = 64;
-const SH_ADDR: u64 = 16;
 
 /// The files there are for the modules of one release, by the modules' names.
 #[derive(Default)]
@@ -57,23 +54,16 @@ pub struct ModuleFile {
     pub len: u64,
     /// Whether there is DWARF in it, with no index, and all of it: none shared with other modules in another file.
     pub has_plain_dwarf: bool,
-    /// Where in the file the addresses stand that are not 0 as a module's should be.
-    addresses: Vec<u64>,
+    /// Whether gdb takes it as it is.
+    pub suits_gdb: bool,
 }
 
 impl ModuleFile {
-    /// Whether all its sections are at 0. In some kernels (6.12) the linker leaves one elsewhere, and then gdb
-    /// takes nothing in the file for relocatable: variables come out at wrong addresses.
-    pub fn is_relocatable(&self) -> bool {
-        self.addresses.is_empty()
-    }
-
-    /// Writes the file with all sections at 0 to `path`.
-    pub fn write_relocatable(&self, path: &Path) -> std::io::Result<()> {
+    /// Writes to `path` what gdb takes in its place: the same, with its sections in another order and all at 0.
+    pub fn write_for_gdb(&self, path: &Path) -> std::io::Result<()> {
         std::fs::copy(&self.path, path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        let file = File::options().write(true).open(path)?;
-        self.addresses.iter().try_for_each(|&at| file.write_all_at(&[0; 8], at))
+        for_gdb::cure(&File::options().read(true).write(true).open(path)?)
     }
 }
 
@@ -147,12 +137,8 @@ fn read(path: PathBuf, build_id: &str) -> Option<ModuleFile> {
         return None;
     }
     let endian = elf.endian();
-    let (mut sections, mut addresses) = (Vec::new(), Vec::new());
-    let headers = elf.elf_header().e_shoff(endian);
+    let mut sections = Vec::new();
     for section in elf.sections() {
-        if section.address() != 0 {
-            addresses.push(headers.checked_add(section.index().0 as u64 * SECTION_HEADER + SH_ADDR)?);
-        }
         let flags = section.elf_section_header().sh_flags(endian);
         if flags.contains(elf::SHF_ALLOC) {
             let name = section.name().ok()?.to_owned();
@@ -164,5 +150,5 @@ fn read(path: PathBuf, build_id: &str) -> Option<ModuleFile> {
     let elsewhere = [&b".gdb_index"[..], b".debug_names", b".gnu_debugaltlink"].into_iter().any(has);
     let has_plain_dwarf = has(b".debug_info") && !elsewhere;
     let len = path.metadata().ok()?.len();
-    Some(ModuleFile { path, sections, len, has_plain_dwarf, addresses })
+    Some(ModuleFile { path, sections, len, has_plain_dwarf, suits_gdb: for_gdb::suits(&elf) })
 }
