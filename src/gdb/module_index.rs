@@ -227,9 +227,8 @@ mod tests {
     fn module(names: &[&str]) -> Option<Indexable> {
         let section =
             |(name, executable): (&str, bool)| LoadedSection { name: name.into(), size: 1, executable };
-        let mut file = ModuleFile::default();
-        file.has_plain_dwarf = true;
-        file.sections = names.iter().map(|name| section((name, !name.ends_with("data")))).collect();
+        let sections = names.iter().map(|name| section((name, !name.ends_with("data")))).collect();
+        let file = ModuleFile { has_plain_dwarf: true, sections, ..ModuleFile::default() };
         Indexable::new("00AB", &file)
     }
 

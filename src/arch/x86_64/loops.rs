@@ -107,7 +107,7 @@ impl Code {
     }
 
     /// Where control goes from an instruction, within the code.
-    fn successors(&self, index: usize) -> Vec<usize> {
+    pub(super) fn successors(&self, index: usize) -> Vec<usize> {
         let Some(one) = self.instructions.get(index).filter(|one| !one.is_invalid()) else {
             return Vec::new();
         };
@@ -158,33 +158,19 @@ impl Code {
         within.filter_map(|one| Some((operand(one)?, atomic(one)?))).collect()
     }
 
-    /// Registers that hold the function's first argument wherever nothing was popped: `rdi`, or what it was copied to
-    /// before it changed; registers that are written once more are none. `end` is the function's.
-    pub fn first_argument(&self, end: u64) -> Vec<Reg> {
-        let mut factory = InstructionInfoFactory::new();
-        let mut holders = vec![Register::RDI];
-        let mut spoilt: Vec<Register> = Vec::new();
-        for one in self.instructions.iter().take_while(|one| one.ip() < end) {
-            let copied = (one.mnemonic() == Mnemonic::Mov
-                && one.op0_kind() == OpKind::Register
-                && one.op1_kind() == OpKind::Register
-                && one.op1_register() == Register::RDI
-                && !spoilt.contains(&Register::RDI))
-            .then(|| one.op0_register());
-            for register in written(&mut factory, one) {
-                if Some(register) != copied && one.mnemonic() != Mnemonic::Pop {
-                    spoilt.push(register);
-                }
-            }
-            holders.extend(copied);
-        }
-        holders.retain(|register| !spoilt.contains(register));
-        holders.into_iter().filter_map(reg).collect()
+    /// The instruction with this number.
+    pub(super) fn instruction(&self, index: usize) -> Option<&Iced> {
+        self.instructions.get(index)
+    }
+
+    /// The number of the instruction at `pc`.
+    pub(super) fn index(&self, pc: u64) -> Option<usize> {
+        self.by_address.get(&pc).copied()
     }
 }
 
 /// Whole registers that an instruction writes. A call leaves only those that the compiler expects it to keep.
-fn written(factory: &mut InstructionInfoFactory, one: &Iced) -> Vec<Register> {
+pub(super) fn written(factory: &mut InstructionInfoFactory, one: &Iced) -> Vec<Register> {
     let writes = |access| {
         matches!(
             access,
@@ -321,7 +307,7 @@ fn tested<'a>(load: &Iced, behind: impl Iterator<Item = &'a Iced>) -> Option<u64
     None
 }
 
-fn reg(register: Register) -> Option<Reg> {
+pub(super) fn reg(register: Register) -> Option<Reg> {
     use Register::{R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
     Some(match register.full_register() {
         RAX => Reg::Rax,
@@ -402,16 +388,6 @@ mod tests {
         let found = around(&[0x89, 0xc1, 0xf0, 0x0f, 0xb1, 0x0b, 0x75, 0xf8], 0x1002).unwrap();
         assert_eq!(found.accesses[0].usage, Use::Atomic(Atomic::CompareExchange));
         assert!(!found.pauses);
-    }
-
-    #[test]
-    fn who_holds_the_first_argument() {
-        // push %rbx; mov %rdi,%rbx; xor %edi,%edi; pop %rbx; ret
-        let code = Code::new(&[0x53, 0x48, 0x89, 0xfb, 0x31, 0xff, 0x5b, 0xc3], 0x1000);
-        assert_eq!(code.first_argument(0x1008), [Reg::Rbx]);
-        // mov %rdi,%rsi; xor %esi,%esi; ret: only the argument's own register is left
-        let code = Code::new(&[0x48, 0x89, 0xfe, 0x31, 0xf6, 0xc3], 0x1000);
-        assert_eq!(code.first_argument(0x1006), [Reg::Rdi]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! x86-64: registers, page tables and machine code.
 
+mod argument;
 pub mod disasm;
 pub mod entry;
 pub mod loops;
