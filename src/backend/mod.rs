@@ -62,6 +62,11 @@ pub trait Backend: PhysicalMemory {
     /// What is wrong or missing in the source, one sentence each, with the cure where there is one.
     fn problems(&self) -> Vec<String>;
 
+    /// Whether memory is of later than the registers, because the machine goes on: tables that they name may be gone.
+    fn has_gone_on(&self) -> bool {
+        false
+    }
+
     /// The guest, if this is one and no dump.
     fn live(&self) -> Option<&dyn live::LiveControl> {
         None

@@ -134,6 +134,10 @@ impl Backend for Overlay {
         self.under.problems()
     }
 
+    fn has_gone_on(&self) -> bool {
+        self.under.has_gone_on()
+    }
+
     fn live(&self) -> Option<&dyn LiveControl> {
         self.under.live()
     }

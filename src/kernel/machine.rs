@@ -476,7 +476,10 @@ fn kernel_cpus(
             cpu.notes.push(BY_ORDER.to_owned());
         }
         let found = kernel.found();
-        if discover::runs_on(backend, &found.space, found.phys_base, &cpu.regs) == Some(false) {
+        // The tables of a program that has ended meanwhile are nothing's.
+        if discover::runs_on(backend, &found.space, found.phys_base, &cpu.regs) == Some(false)
+            && !backend.has_gone_on()
+        {
             cpu.notes.push(FOREIGN_TABLES.to_owned());
         }
         cpu

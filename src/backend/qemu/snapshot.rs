@@ -167,6 +167,10 @@ impl Backend for Snapshot {
         self.memory.problems().to_vec()
     }
 
+    fn has_gone_on(&self) -> bool {
+        self.state == RunState::Running || self.guest.generation() != self.generation
+    }
+
     fn live(&self) -> Option<&dyn LiveControl> {
         Some(&*self.guest)
     }
