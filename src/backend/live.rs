@@ -81,7 +81,7 @@ pub enum Happening {
 pub struct Glimpse {
     /// The machine, with its registers of then.
     pub machine: Arc<dyn Backend>,
-    /// How long it was stopped for that; `None` if it stood anyway.
+    /// How long it was stopped for that, from the order to stop until it went on; `None` if it stood anyway.
     pub stood: Option<Duration>,
 }
 

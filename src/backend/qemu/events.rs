@@ -34,6 +34,7 @@ pub(super) struct Events {
 struct Stand {
     since: Option<Instant>,
     lasted: Option<Duration>,
+    ended: Option<Instant>,
 }
 
 /// As long as it lives, stops and resumes are our own.
@@ -77,6 +78,12 @@ impl Events {
         lock(&self.stand).lasted
     }
 
+    /// How long after `start` the guest last went on, if it did: known more exactly than when that was answered, since then
+    /// its vCPUs want the cores that we run on.
+    pub(super) fn went_on_after(&self, start: Instant) -> Option<Duration> {
+        lock(&self.stand).ended?.checked_duration_since(start)
+    }
+
     /// A dump is about to begin: how another ended does not matter.
     pub(super) fn forget_dump(&self) {
         *lock(&self.dump) = None;
@@ -100,7 +107,7 @@ impl Events {
         match event {
             "STOP" => {
                 self.changed();
-                *lock(&self.stand) = Stand { since: Some(Instant::now()), lasted: None };
+                *lock(&self.stand) = Stand { since: Some(Instant::now()), ..Stand::default() };
                 if by_others {
                     self.push(Happening::Stopped);
                 }
@@ -108,7 +115,9 @@ impl Events {
             "RESUME" => {
                 self.changed();
                 let mut stand = lock(&self.stand);
-                stand.lasted = stand.since.take().map(|since| since.elapsed());
+                let now = Instant::now();
+                stand.lasted = stand.since.take().map(|since| now.duration_since(since));
+                stand.ended = Some(now);
                 drop(stand);
                 if by_others {
                     self.push(Happening::Resumed);
@@ -167,6 +176,20 @@ mod tests {
         assert_eq!(events.dump_ended(Duration::ZERO), Some(Err("no".to_owned())));
         assert_eq!(events.dump_ended(Duration::ZERO), None);
         assert!(events.stood().is_some());
+    }
+
+    #[test]
+    fn when_it_went_on_is_of_the_last_stop() {
+        let events = Events::default();
+        let start = Instant::now();
+        assert_eq!(events.went_on_after(start), None);
+        events.happened("STOP", &Value::Null);
+        events.happened("RESUME", &Value::Null);
+        assert!(events.went_on_after(start).is_some_and(|after| after <= start.elapsed()));
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(events.went_on_after(Instant::now()), None, "that was before");
+        events.happened("STOP", &Value::Null);
+        assert_eq!(events.went_on_after(start), None, "it stands");
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl Guest {
         let resumed = self.qmp.send(cont {})?;
         let registers = registers.and_then(|asked| asked.text(SOON));
         resumed.answer(SOON)?;
-        let stood = start.elapsed();
+        let stood = self.events.went_on_after(start).unwrap_or_else(|| start.elapsed());
         lock(&self.guardian).take().into_iter().for_each(Guardian::farewell);
         let cpus = saved_cpus(registers?)?;
         let machine = Arc::new(standing.stopped_at(standing.generation(), cpus));
