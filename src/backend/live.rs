@@ -168,7 +168,7 @@ pub enum LiveError {
 
 /// A running or stopped guest.
 ///
-/// Everything up to [`Self::attach`] neither stops nor changes it.
+/// Everything up to [`Self::attach`] but [`Self::glimpse`] neither stops nor changes it.
 pub trait LiveControl: Send + Sync {
     /// The machine with its registers as they are at this moment. A guest that runs is not stopped for it.
     fn snapshot(&self) -> Result<Arc<dyn Backend>, LiveError>;

@@ -25,16 +25,21 @@ impl Copies {
 
     /// Copies what there is room for; pages that cannot be read are left out.
     pub fn fill(&mut self, from: &dyn PhysicalMemory) {
-        for (mut start, mut bytes) in std::mem::take(&mut self.runs) {
-            while !bytes.is_empty() {
-                let filled = from.read_phys(start, &mut bytes).filled;
-                let mut rest = bytes.split_off(filled - filled % PAGE_SIZE as usize);
-                let next = start.wrapping_add(bytes.len() as u64 + PAGE_SIZE);
-                if !bytes.is_empty() {
+        const PAGE: usize = PAGE_SIZE as usize;
+        for (start, mut bytes) in std::mem::take(&mut self.runs) {
+            let mut done = 0;
+            while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+                let (here, wanted) = (start.wrapping_add(done as u64), rest.len());
+                let filled = from.read_phys(here, rest).filled;
+                let whole = filled - filled % PAGE;
+                if done == 0 && whole == wanted {
                     self.runs.insert(start, bytes);
+                    break;
                 }
-                rest.drain(..rest.len().min(PAGE_SIZE as usize));
-                (start, bytes) = (next, rest);
+                if let Some(read) = rest.get(..whole).filter(|read| !read.is_empty()) {
+                    self.runs.insert(here, read.to_vec());
+                }
+                done += if whole < wanted { whole + PAGE } else { whole };
             }
         }
     }
@@ -199,6 +204,10 @@ mod tests {
             let page = (i + 1) / 4096;
             assert_eq!(*byte, if [1, 3, 4].contains(&page) { 1 } else { 2 }, "{i}");
         }
+        // Nothing of it can be read: that takes no longer than its length.
+        let mut nothing = Copies::with_room(&pages(&(1 << 29..(1 << 29) + 20_000).collect::<Vec<_>>()));
+        nothing.fill(&*machine);
+        assert!(nothing.runs.is_empty());
         // It stops where what is under stops, and where what was copied does.
         let mut beyond = [0; 8192];
         let outcome = overlay.read_phys(PhysAddr(4 * 4096 - 10), &mut beyond);

@@ -7,6 +7,7 @@ pub mod cpus;
 pub mod discover;
 mod fields;
 mod globals;
+mod jump_label;
 mod lines;
 pub mod list;
 mod machine;

@@ -42,10 +42,12 @@ impl State {
         Some(Location::Slot(self.depth?.checked_add(displacement as i64)?))
     }
 
-    /// The register or the word of the stack that an operand is.
+    /// The whole register or the place on the stack that an operand is.
     fn location(&self, one: &Iced, operand: u32) -> Option<Location> {
         match one.op_kind(operand) {
-            OpKind::Register => Some(Location::Register(one.op_register(operand))),
+            OpKind::Register => {
+                Some(one.op_register(operand)).filter(|register| register.is_gpr64()).map(Location::Register)
+            }
             OpKind::Memory if one.memory_base() == Register::RSP && one.memory_index() == Register::None => {
                 self.slot(one.memory_displacement64())
             }
@@ -71,15 +73,13 @@ impl State {
         {
             next.holders.remove(&slot);
         }
-        // What writes to the stack takes what was there; a part of a word is the word.
-        for operand in 0..one.op_count().min(1) {
-            if one.op_kind(operand) == OpKind::Memory
-                && let Some(Location::Slot(at)) = self.location(one, operand)
-            {
-                let touches =
-                    |slot: &Location| matches!(slot, Location::Slot(other) if other.abs_diff(at) < 8);
-                next.holders.retain(|location| !touches(location));
-            }
+        // What may write to the stack takes every word that it touches.
+        if one.op0_kind() == OpKind::Memory
+            && let Some(Location::Slot(at)) = self.location(one, 0)
+        {
+            let end = at.saturating_add_unsigned(one.memory_size().size() as u64);
+            let touched = |slot: &i64| *slot < end && at < slot.saturating_add(8);
+            next.holders.retain(|location| !matches!(location, Location::Slot(slot) if touched(slot)));
         }
         next.depth = self.depth_after(one, factory);
         if next.depth.is_none() {
@@ -224,6 +224,21 @@ mod tests {
             let reached =
                 [0x1005, 0x1008].map(|pc| !code.first_argument(pc, 0x100c, &HashMap::new()).is_empty());
             assert!(reached[0] != reached[1]);
+        }
+    }
+
+    #[test]
+    fn half_a_word_is_no_argument() {
+        // mov %rdi,(%rsp); mov (%rsp),%eax; nop: the lower half only
+        let found = holders(b"\x48\x89\x3c\x24\x8b\x04\x24\x90");
+        assert_eq!(found[2], [Reg::Rdi]);
+        // mov %edi,%eax; nop
+        assert_eq!(holders(b"\x89\xf8\x90")[1], [Reg::Rdi]);
+        // mov %rdi,0x8(%rsp); movups %xmm0,(%rsp), or -0x8(%rsp), or 0x10(%rsp); mov 0x8(%rsp),%rax; nop
+        for (at, kept) in [(0x00, false), (0xf8, true), (0x10, true)] {
+            let code =
+                [&b"\x48\x89\x7c\x24\x08\x0f\x11\x44\x24"[..], &[at], b"\x48\x8b\x44\x24\x08\x90"].concat();
+            assert_eq!(holders(&code)[3].contains(&Reg::Rax), kept, "{at:#x}");
         }
     }
 

@@ -11,13 +11,14 @@ use super::stub::Stub;
 use crate::backend::live::LiveError;
 use qapi::qmp::{cont, query_status};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::io::{self, BufRead, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
 /// What the guarded process says when the guest needs no help.
@@ -70,23 +71,40 @@ impl Guardian {
                 // Ctrl-C on our terminal is not meant for it.
                 .process_group(0)
                 .spawn()?;
-            let mut pipe = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
-            let mut line = serde_json::to_vec(errand)?;
-            line.push(b'\n');
-            pipe.write_all(&line)?;
-            let mut words = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
-            // It takes time to start that the guest shall not have to wait for.
-            if rustix::event::poll(&mut [PollFd::new(&words, PollFlags::IN)], Some(&START))? == 0 {
-                return Err(io::ErrorKind::TimedOut.into());
+            let pipe = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
+            let words = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+            let mut guardian = Self { child, pipe };
+            match guardian.send(errand, words) {
+                Ok(()) => Ok(guardian),
+                Err(error) => {
+                    // Left alone it would find the pipe's end and help while we are there.
+                    let _ = guardian.child.kill();
+                    let _ = guardian.child.wait();
+                    Err(error)
+                }
             }
-            words.read_exact(&mut [0; READY.len()])?;
-            Ok(Self { child, pipe })
         };
         start()
             .inspect_err(|error| {
                 tracing::warn!("no guardian ({error}): if kstub is killed, the guest stays stopped");
             })
             .ok()
+    }
+
+    /// Tells it the errand and waits until it says that it is ready: to start takes time for which the guest shall not
+    /// stand.
+    fn send(&mut self, errand: &Errand, mut words: ChildStdout) -> io::Result<()> {
+        let mut line = serde_json::to_vec(errand)?;
+        line.push(b'\n');
+        self.pipe.write_all(&line)?;
+        let ready =
+            retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&words, PollFlags::IN)], Some(&START)))?;
+        if ready == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let mut word = [0; READY.len()];
+        words.read_exact(&mut word)?;
+        if word == READY { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
 
     /// The guest needs no help: the guardian ends.

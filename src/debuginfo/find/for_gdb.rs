@@ -47,6 +47,10 @@ fn arrange(file: &File, is_front: impl Fn(&Header) -> bool) -> io::Result<()> {
     let bytes = u64::from(start.e_shnum.get(LE)) * size_of::<Header>() as u64;
     let mut old = Table::read(file, at, bytes)?;
     let old = old.entries::<Header>();
+    // There are more sections than the header has a number for.
+    if old.is_empty() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
 
     let (front, rest): (Vec<_>, Vec<_>) =
         (0..).zip(&*old).partition(|(index, header)| *index == NONE || is_front(header));

@@ -16,11 +16,8 @@ use super::{CpuId, Kernel};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::loops::{Access, Atomic, Code, Loop, Use};
 use crate::arch::x86_64::{Reg, RegisterFile};
-use crate::bytes::u32_at;
 use crate::unwind::Regs;
-use std::collections::HashMap;
 use std::fmt;
-use std::ops::Range;
 
 /// Code looked at behind the pc.
 const BEHIND: u64 = 2048;
@@ -298,34 +295,7 @@ fn polled(found: &Loop) -> Option<&Access> {
     tested.or_else(|| steady.clone().find(|access| access.usage == Use::Read)).or_else(|| steady.next())
 }
 
-/// Most bytes that are read of a list of static branches: kernels have some 10,000 entries.
-const BRANCHES_MAX: u64 = 4 << 20;
-
 impl Kernel {
-    /// Static branches in `code`, which is the kernel image's, with where each leads while it is on.
-    /// Source: `include/linux/jump_label.h`, `struct jump_entry` (places are told from where they stand since v4.19).
-    fn static_branches(&self, code: Range<VirtAddr>) -> HashMap<u64, u64> {
-        let list = || {
-            let start = self.symbol("__start___jump_table")?;
-            let len =
-                self.symbol("__stop___jump_table")?.offset_from(start).filter(|&len| len <= BRANCHES_MAX)?;
-            let (from, to) = (self.member("jump_entry", "code")?, self.member("jump_entry", "target")?);
-            let size = self.types()?.size(self.types()?.composite("jump_entry")?)?;
-            let mut bytes = vec![0; len as usize];
-            let filled = self.read(start, &mut bytes).filled;
-            let place = |entry: u64, member: u64| {
-                let at = entry.checked_add(member)?;
-                let word = u32_at(&bytes, usize::try_from(at).ok()?)?;
-                Some(start.0.wrapping_add(at).wrapping_add_signed((word as i32).into()))
-            };
-            let entries = (0..filled as u64).step_by(usize::try_from(size).ok().filter(|&size| size != 0)?);
-            let all =
-                entries.filter_map(|entry| Some((place(entry, from.offset)?, place(entry, to.offset)?)));
-            Some(all.filter(|&(at, _)| code.contains(&VirtAddr(at))).collect())
-        };
-        list().unwrap_or_default()
-    }
-
     /// Where the function that starts at `start` ends: at the next symbol's start behind `pc`, or at `limit`.
     fn function_end(&self, start: VirtAddr, pc: VirtAddr, limit: u64) -> u64 {
         let is_in = |at: u64| {
