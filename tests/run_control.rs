@@ -118,6 +118,15 @@ impl LiveControl for FakeGuest {
         self.note("attach".into())?;
         Ok(Stop { cpu: 1, reason: StopReason::Signal(5) })
     }
+    fn ran_before(&self) -> Option<bool> {
+        Some(*self.is_running.lock().unwrap())
+    }
+    fn on_death(&self, running: Option<bool>) {
+        self.told.lock().unwrap().push(format!("on death {running:?}"));
+    }
+    fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
+        self.note(format!("packet {}", packet.escape_ascii())).map(|()| b"0x7".to_vec())
+    }
     fn detach(&self, running: bool) -> Result<(), LiveError> {
         self.note(format!("detach {running}"))
     }

@@ -194,6 +194,17 @@ pub trait LiveControl: Send + Sync {
     /// Nothing but the answer if it is taken.
     fn attach(&self) -> Result<Stop, LiveError>;
 
+    /// Whether the guest ran when run control was taken; `None` without run control.
+    fn ran_before(&self) -> Option<bool>;
+
+    /// What becomes of the guest if this process dies while it has run control: it runs, it stands, or (`None`) it is as it
+    /// was when run control was taken.
+    fn on_death(&self, running: Option<bool>);
+
+    /// Passes a packet on to QEMU's stub that is about stepping (`qqemu.sstep`, `Qqemu.sstep=7`, `qqemu.sstepbits`), and
+    /// returns its answer. Needs run control and a stopped guest.
+    fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError>;
+
     /// Gives run control up: all points are removed, and the guest runs or stays as `running` says.
     fn detach(&self, running: bool) -> Result<(), LiveError>;
 

@@ -137,18 +137,6 @@ impl Guest {
         self.events.generation()
     }
 
-    /// Passes a packet on to QEMU's stub that is about the stub itself (`qqemu.sstep`, `Qqemu.sstep=7`), and returns
-    /// its answer. Needs run control.
-    pub fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
-        let ours = packet.starts_with(b"qqemu.") || packet.starts_with(b"Qqemu.");
-        let physical = packet.get(1..).is_some_and(|rest| rest.starts_with(b"qemu.PhyMemMode"));
-        if !ours || (physical && packet.starts_with(b"Q")) {
-            let why = "only packets about stepping are passed on to QEMU".to_owned();
-            return Err(LiveError::NotNow { what: "passing a packet on".into(), why });
-        }
-        self.with_control("asking QEMU's stub", |control| control.stub.raw(packet))
-    }
-
     /// The machine with its registers as they are now: what [`LiveControl::snapshot`] gives, by its own type.
     pub fn take_snapshot(&self) -> Result<Snapshot, LiveError> {
         let guest = self.me.upgrade().ok_or_else(|| LiveError::Gone("the session ended".into()))?;
@@ -425,6 +413,22 @@ impl LiveControl for Guest {
                 Err(error)
             }
         }
+    }
+
+    fn ran_before(&self) -> Option<bool> {
+        lock(&self.control).as_ref().map(|control| control.ran)
+    }
+
+    fn on_death(&self, _running: Option<bool>) {}
+
+    fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
+        let ours = packet.starts_with(b"qqemu.") || packet.starts_with(b"Qqemu.");
+        let physical = packet.get(1..).is_some_and(|rest| rest.starts_with(b"qemu.PhyMemMode"));
+        if !ours || (physical && packet.starts_with(b"Q")) {
+            let why = "only packets about stepping are passed on to QEMU".to_owned();
+            return Err(LiveError::NotNow { what: "passing a packet on".into(), why });
+        }
+        self.with_control("asking QEMU's stub", |control| control.stub.raw(packet))
     }
 
     fn detach(&self, running: bool) -> Result<(), LiveError> {
