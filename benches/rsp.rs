@@ -24,6 +24,12 @@ struct Client {
     packet_size: usize,
 }
 
+/// Room for several packets of any stub.
+const INPUT: usize = 1 << 20;
+
+/// How many requests for memory are under way at once.
+const AHEAD: u32 = 2;
+
 /// What the floor stub announces: as much as kstub.
 const PACKET_SIZE: usize = kstub::gdb::MAX_REQUEST;
 
@@ -37,7 +43,7 @@ impl Client {
             Box::new(stream)
         };
         let mut client =
-            Self { stream, input: vec![1; 1 << 20], filled: 0, packet: 0, acks: true, packet_size: 0x400 };
+            Self { stream, input: vec![1; INPUT], filled: 0, packet: 0, acks: true, packet_size: 0x400 };
         // As gdb introduces itself; QThreadEvents tells a stub that this is gdb.
         let mut features = client
             .ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;qRelocInsn+;vContSupported+;QThreadEvents+");
@@ -52,6 +58,8 @@ impl Client {
             assert_eq!(client.ask(b"QStartNoAckMode"), b"OK");
             client.acks = false;
         }
+        // By this a stub knows that run lengths are understood.
+        client.ask(b"vMustReplyEmpty");
         client.ask(b"?");
         client
     }
@@ -104,15 +112,33 @@ impl Client {
     }
 }
 
-/// Appends the bytes of an answer to `x`, in blocks, and behind each escaped byte again, one further back; `false` if it
-/// is none.
-fn unescape(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
+/// The body without run lengths, in `room` if it has any.
+fn expand<'a>(body: &'a [u8], room: &'a mut Vec<u8>) -> &'a [u8] {
+    let mut from = 0;
+    room.clear();
+    for star in memchr::memchr_iter(b'*', body) {
+        // A count can be a star itself.
+        if star < from {
+            continue;
+        }
+        room.extend_from_slice(&body[from..star]);
+        let (last, count) = (body[star - 1], usize::from(body[star + 1]) - 29);
+        room.resize(room.len() + count, last);
+        from = star + 2;
+    }
+    if from == 0 {
+        return body;
+    }
+    room.extend_from_slice(&body[from..]);
+    room
+}
+
+/// Writes the bytes of an answer to `x` to the start of `out`, in blocks, and behind each escaped byte again, one further
+/// back; how many, if it is an answer. `out` is to have room for the answer as it is.
+fn unescape(answer: &[u8], out: &mut [u8]) -> Option<usize> {
     const BLOCK: usize = 64;
     const GATHER: u64 = 0x0102_0408_1020_4080;
-    let Some(body) = answer.strip_prefix(b"b") else { return false };
-    let start = bytes.len();
-    bytes.resize(start + body.len(), 0);
-    let out = &mut bytes[start..];
+    let body = answer.strip_prefix(b"b")?;
     let (mut at, mut filled) = (0, 0);
     while let Some(from) = body[at..].first_chunk::<{ 2 * BLOCK + 1 }>() {
         let block: &[u8; BLOCK] = from.first_chunk().expect("half of it");
@@ -139,27 +165,27 @@ fn unescape(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
         out[filled] = if escaped { body[at + 1] ^ 0x20 } else { body[at] };
         (at, filled) = (at + 1 + usize::from(escaped), filled + 1);
     }
-    bytes.truncate(start + filled);
-    true
+    Some(filled)
 }
 
-/// Appends the bytes of an answer to `m`, by arithmetic that is done for many at once; `false` if it is none. QEMU does
-/// not run-length encode; kstub does not either.
-fn unhex(answer: &[u8], bytes: &mut Vec<u8>) -> bool {
+/// Writes the bytes of an answer to `m` to the start of `out`, by arithmetic that is done for many at once; how many, if it
+/// is an answer.
+fn unhex(answer: &[u8], out: &mut [u8]) -> Option<usize> {
     let byte = |pair: [u8; 2]| {
         let digits = u16::from_le_bytes(pair);
         let nibbles = (digits & 0x0f0f) + (digits >> 6 & 0x0101) * 9;
         (nibbles << 4 | nibbles >> 8) as u8
     };
+    let out = &mut out[..answer.len() / 2];
     let (blocks, rest) = answer.as_chunks::<64>();
-    for block in blocks {
-        let mut out = [0; 32];
-        out.iter_mut().zip(block.as_chunks().0).for_each(|(out, pair)| *out = byte(*pair));
-        bytes.extend_from_slice(&out);
+    let (to, to_rest) = out.as_chunks_mut::<32>();
+    for (block, to) in blocks.iter().zip(to) {
+        to.iter_mut().zip(block.as_chunks().0).for_each(|(out, pair)| *out = byte(*pair));
     }
-    bytes.extend(rest.as_chunks().0.iter().map(|pair| byte(*pair)));
+    to_rest.iter_mut().zip(rest.as_chunks().0).for_each(|(out, pair)| *out = byte(*pair));
     let is_hex = |digit: u8| (digit.wrapping_sub(b'0') < 10) | (digit.wrapping_sub(b'a') < 6);
-    answer.len().is_multiple_of(2) && answer.iter().fold(true, |all, &digit| all & is_hex(digit))
+    let good = answer.len().is_multiple_of(2) && answer.iter().fold(true, |all, &digit| all & is_hex(digit));
+    good.then_some(out.len())
 }
 
 fn sum(bytes: &[u8]) -> u64 {
@@ -170,44 +196,50 @@ fn bulk(address: &str, from: u64, length: u64, binary: bool) {
     let mut client = Client::connect(address);
     // As much as fits, in binary if no more than one byte in sixteen must be escaped.
     let chunk = (client.packet_size - 16) / if binary { 17 } else { 2 } * if binary { 16 } else { 1 };
+    let length = length as usize;
+    let wanted = |had: usize| chunk.min(length - had);
     // Touched once, so that it is not the system's handing out of memory that is measured.
-    let mut bytes = vec![1u8; length as usize + client.packet_size];
-    bytes.clear();
+    let mut bytes = vec![1u8; length + INPUT];
+    let mut room = vec![1u8; INPUT];
     let start = Instant::now();
-    let wanted = |had: usize| chunk.min(length as usize - had);
-    client.request(from, wanted(0), binary);
-    while (bytes.len() as u64) < length {
-        let had = bytes.len();
+    // Several requests are under way, so that the stub is at the next ones while an answer is decoded; `asked` is how far.
+    let (mut had, mut asked, mut under_way) = (0, 0, 0);
+    while had < length {
+        while under_way < AHEAD && asked < length {
+            client.request(from + asked as u64, wanted(asked), binary);
+            asked += wanted(asked);
+            under_way += 1;
+        }
         let all = had + wanted(had);
         client.await_packet();
-        // Decoded while the stub is at the next one.
-        let more = (all as u64) < length;
-        if more {
-            client.request(from + all as u64, wanted(all), binary);
+        under_way -= 1;
+        let body = expand(client.body(), &mut room);
+        let decoded = if binary { unescape(body, &mut bytes[had..]) } else { unhex(body, &mut bytes[had..]) };
+        match decoded {
+            Some(more) if more > 0 => had += more,
+            _ => panic!("{:#x}: {}", from + had as u64, String::from_utf8_lossy(body)),
         }
-        let body = client.body();
-        let good = if binary { unescape(body, &mut bytes) } else { unhex(body, &mut bytes) };
-        assert!(good && bytes.len() > had, "{:#x}: {}", from + had as u64, String::from_utf8_lossy(body));
-        if more && bytes.len() < all {
+        if had < all {
             // It took more room than it had: what was asked for ahead is from further on.
-            client.await_packet();
-            client.request(from + bytes.len() as u64, wanted(bytes.len()), binary);
+            (0..std::mem::take(&mut under_way)).for_each(|_| client.await_packet());
+            asked = had;
         }
     }
     let seconds = start.elapsed().as_secs_f64();
     println!(
         "{{\"bytes\": {length}, \"sum\": \"{:016x}\", \"packet\": {chunk}, \"seconds\": {seconds:.6}}}",
-        sum(&bytes)
+        sum(&bytes[..length])
     );
 }
 
 fn small(address: &str, from: u64, count: u64) {
     let mut client = Client::connect(address);
-    let mut bytes = Vec::new();
+    let mut bytes = vec![0; 8 * count as usize];
+    let mut room = Vec::new();
     let start = Instant::now();
-    for i in 0..count {
-        client.request(from + i * 8 % 4096, 8, false);
-        assert!(unhex(client.receive(), &mut bytes), "no memory at {from:#x}");
+    for (i, word) in bytes.chunks_mut(8).enumerate() {
+        client.request(from + i as u64 * 8 % 4096, 8, false);
+        assert_eq!(unhex(expand(client.receive(), &mut room), word), Some(8), "no memory at {from:#x}");
     }
     let seconds = start.elapsed().as_secs_f64();
     println!("{{\"reads\": {count}, \"sum\": \"{:016x}\", \"seconds\": {seconds:.6}}}", sum(&bytes));

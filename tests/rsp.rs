@@ -42,9 +42,12 @@ fn a_session_over_tcp_and_over_a_unix_socket() {
 
 #[test]
 fn large_reads_are_whole() {
-    let mut client = RspClient::tcp(&server(":0")).like_gdb();
+    let address = server(":0");
+    let client = || RspClient::tcp(&address).like_gdb();
     let wanted: Vec<u8> = (0..BULK_PAGES * 4096).map(pattern).collect();
-    for binary in [false, true] {
+    let ways =
+        [(client(), false), (client(), true), (client().with_runs(), false), (client().with_runs(), true)];
+    for (mut client, binary) in ways {
         let mut bytes = Vec::new();
         while bytes.len() < wanted.len() {
             let (at, left) = (BULK + bytes.len() as u64, wanted.len() - bytes.len());

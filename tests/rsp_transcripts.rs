@@ -183,6 +183,22 @@ fn binary_reads_give_the_same_bytes() {
 }
 
 #[test]
+fn runs_are_sent_short_to_gdb_alone() {
+    let at = TEXT + 0x40;
+    let mut s = Session::of(GDB);
+    assert_eq!(s.ask(format!("m{at:x},40")), "cc".repeat(64));
+    // gdb's probe, which no other client has.
+    assert_eq!(s.ask("vMustReplyEmpty"), "");
+    // 98 digits and 30: as many repetitions as the character's value less 29.
+    assert_eq!(s.ask(format!("m{at:x},40")), "c*~c*:");
+    assert_eq!(s.raw(&packet(format!("x{at:x},40"))), packet(b"b\xcc*\\"));
+    assert_eq!(s.ask(format!("m{at:x},3f")), "cc".repeat(63), "less than a block is no run");
+    let mut other = Session::of(LLDB);
+    assert_eq!(other.ask("vMustReplyEmpty"), "");
+    assert_eq!(other.ask(format!("m{at:x},40")), "cc".repeat(64));
+}
+
+#[test]
 fn the_selected_thread_decides_whose_memory_is_read() {
     let mut s = Session::of(GDB);
     for (thread, cpu) in [("p1.1", 0), ("1", 0), ("p1.4", 3), ("p1.2", 1), ("0", 3), ("p0.0", 3), ("-1", 3)] {

@@ -9,7 +9,7 @@ import time
 import initramfs
 import kernels
 from common import LAB, LabError, read_json, say, step, write_json
-from machine import Machine, Qmp
+from machine import Machine, Qmp, boots_again
 
 LIVE = LAB / "live"
 BOOT_TIMEOUT = 300
@@ -34,6 +34,7 @@ def _description(name):
     return read_json(path) if path.exists() else None
 
 
+@boots_again
 def start(kernel_spec, name, levels, memory, smp, vmcoreinfo):
     """Boots a guest in the background, waits until it is ready, and says how to reach it."""
     running = _description(name)

@@ -1,6 +1,7 @@
 """A QEMU process that is always cleaned up, its QMP socket, its console and its disks."""
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -12,13 +13,37 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import LabError, make_sparse, run
+from common import LabError, make_sparse, run, warn
 
 QEMU = "qemu-system-x86_64"
 PR_SET_PDEATHSIG = 1
 FACTS_DISK_SIZE = 128 << 20
 PAGES_DISK_SIZE = 256 << 20
 FAILURE_MARKERS = ("KSTUB-GUEST-FAILED",)
+# Up to version 8.0, QEMU may run an int3 on one emulated CPU when another has put the instruction back already, while a guest
+# boots and changes its own code; once in some hundred boots the guest dies of that.
+DEATH_MARKER = "Oops: int3"
+BOOTS = 3
+
+
+class DiedOfQemu(LabError):
+    """A guest died of its QEMU, not of what it was told to do."""
+
+
+def boots_again(make):
+    """Has `make` begin again if its guest died of its QEMU."""
+
+    @functools.wraps(make)
+    def wrapper(*arguments, **options):
+        for left in reversed(range(BOOTS)):
+            try:
+                return make(*arguments, **options)
+            except DiedOfQemu as error:
+                if not left:
+                    raise
+                warn(f"another boot after: {error}")
+
+    return wrapper
 
 
 class Qmp:
@@ -193,6 +218,8 @@ class Machine:
             text = self.console_text()
             if text.count(marker) >= count:
                 return text
+            if DEATH_MARKER in text:
+                raise DiedOfQemu(f"the guest died of a race in QEMU ({DEATH_MARKER})", "use QEMU 8.1 or newer, or try again")
             problem = None
             if any(failure in text for failure in FAILURE_MARKERS):
                 problem = "the guest says that it failed"

@@ -30,7 +30,7 @@ from common import (
     step,
     write_json,
 )
-from machine import Machine
+from machine import Machine, boots_again
 
 SETS = LAB / "sets"
 SCHEMA = 1
@@ -277,6 +277,7 @@ def _stamp(recipe, kernel):
     return recipe_hash(SCHEMA, shape, recipe.command_line(), machine, initramfs.recipe(), kernel_facts, *own)
 
 
+@boots_again
 def make(name, extra=False):
     """Makes one set unless it is there and its recipe is unchanged."""
     recipe = Recipe.parse(name, extra)

@@ -12,8 +12,14 @@ from common import LAB, LabError, fresh_directory, is_current, read_json, run, s
 TOOLS = LAB / "tools"
 SUITE = "sid"
 # What each program needs said to find its own data inside the tree.
-ARGUMENTS = {"gdb": ["--data-directory={tree}/usr/share/gdb"]}
-NAMES = ["makedumpfile", "gdb", "crash", "lldb", "drgn"]
+ARGUMENTS = {
+    "gdb": ["--data-directory={tree}/usr/share/gdb"],
+    "qemu": ["-L", "{tree}/usr/share/qemu", "-L", "{tree}/usr/share/seabios"],
+}
+NAMES = ["makedumpfile", "gdb", "crash", "lldb", "qemu", "drgn"]
+# Packages and programs that are called otherwise.
+PACKAGES = {"qemu": ["qemu-system-x86", "seabios"]}
+PROGRAMS = {"qemu": "qemu-system-x86_64"}
 # Not from Debian: its wheel on PyPI has libkdumpfile inside.
 DRGN_VERSION = "0.3.0"
 
@@ -28,7 +34,7 @@ def _find(tree, pattern, what):
 def _wrapper(name, tree):
     """A script that starts the tool with the tree's loader and libraries, and python's files there."""
     loader = _find(tree, "ld-linux-x86-64.so.2", "the dynamic loader").relative_to(tree)
-    binary = _find(tree, f"bin/{name}", name).relative_to(tree)
+    binary = _find(tree, f"bin/{PROGRAMS.get(name, name)}", name).relative_to(tree)
     library_directories = sorted(
         {
             str(path.parent.relative_to(tree))
@@ -41,7 +47,7 @@ def _wrapper(name, tree):
     return f"""#!/bin/sh
 # {name} of Debian {SUITE}, with that release's loader and libraries.
 tree='{tree}'
-export PYTHONHOME="$tree/usr" PYTHONDONTWRITEBYTECODE=1
+export PYTHONHOME="$tree/usr" PYTHONDONTWRITEBYTECODE=1 QEMU_MODULE_DIR="$tree/usr/lib/x86_64-linux-gnu/qemu"
 exec "$tree/{loader}" --library-path "{libraries}" "$tree/{binary}" {arguments} "$@"
 """
 
@@ -98,7 +104,8 @@ def install(name, refresh=False):
         return wrapper, read_json(final / "tool.json")["version"]
     with step(f"tool {name} of {SUITE}"):
         debian.update(force=refresh)
-        version, packages = debian.download_with_dependencies(name, SUITE)
+        package, *more = PACKAGES.get(name, [name])
+        version, packages = debian.download_with_dependencies(package, SUITE, *more)
         with fresh_directory(final, version) as work:
             unpack_tree(packages, work)
             upstream = version.partition(":")[2] or version

@@ -74,15 +74,15 @@ fn hex(text: &str) -> Vec<u8> {
 
 fn read(machine: &Machine, space: Space, request: &[u8]) -> Vec<u8> {
     let mut left = READ_MAX;
-    let mut body = Vec::new();
+    let (mut body, mut room) = (Vec::new(), Vec::new());
     for (i, piece) in request.split(|&byte| byte == b';').enumerate() {
         if i > 0 {
             body.push(b';');
         }
         // An unreadable piece is an empty field.
-        let bytes = memory::read(machine, space, piece, left).unwrap_or_default();
+        let bytes = memory::read(machine, space, piece, left, &mut room).unwrap_or_default();
         left -= bytes.len().min(left);
-        rsp::encode(&bytes, &mut body);
+        rsp::encode(bytes, &mut body);
     }
     body
 }

@@ -50,6 +50,9 @@ pub(super) struct Client {
     pub(super) gdb: bool,
     /// It selects a thread before each command: gdb since 16, which is also the first to announce long errors.
     pub(super) selects_for_commands: bool,
+    /// It expands run lengths. Every client should, and those made for stubs that send none do not: gdb is known by the probe
+    /// that no other client has.
+    knows_runs: bool,
 }
 
 /// One client's session.
@@ -63,6 +66,8 @@ pub struct Front {
     acknowledge: bool,
     /// The last packet sent, for a client that asks for it again.
     last_packet: Vec<u8>,
+    /// For memory on its way to the client.
+    room: Vec<u8>,
     physical: bool,
     pub(super) files: OpenFiles,
     /// What `info os` was last asked for, and the document.
@@ -132,6 +137,7 @@ impl Front {
             supported: None,
             acknowledge: true,
             last_packet: Vec::new(),
+            room: Vec::new(),
             physical: false,
             files: OpenFiles::new(settings.files),
             table: Default::default(),
@@ -193,8 +199,10 @@ impl Front {
     fn packet(&mut self, body: &[u8], out: &mut Vec<u8>) -> Flow {
         self.ack(out);
         tracing::debug!("<- {}", abbreviated(body));
-        if body == b"QStartNoAckMode" {
-            self.acknowledge = false;
+        match body {
+            b"QStartNoAckMode" => self.acknowledge = false,
+            b"vMustReplyEmpty" => self.client.knows_runs = self.client.gdb,
+            _ => {}
         }
         self.catch_up();
         self.follow_selection(body);
@@ -208,7 +216,11 @@ impl Front {
         match reply {
             Reply::One(body) => self.send(body, out),
             Reply::Later => {}
-            Reply::Memory => self.send_with(out, |front, packet| front.read_memory(body, packet)),
+            Reply::Memory => {
+                let mut room = std::mem::take(&mut self.room);
+                self.send_with(out, |front, packet| front.read_memory(body, &mut room, packet));
+                self.room = room;
+            }
             Reply::Console(text, body) => {
                 let mut console = b"O".to_vec();
                 rsp::encode(text.as_bytes(), &mut console);
@@ -322,6 +334,7 @@ impl Front {
             multiprocess: features.contains(&&b"multiprocess+"[..]),
             gdb: features.contains(&&b"QThreadEvents+"[..]),
             selects_for_commands: features.contains(&&b"error-message+"[..]),
+            knows_runs: false,
         };
         let mut reply =
             format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+;qXfer:osdata:read+").into_bytes();
@@ -373,25 +386,26 @@ impl Front {
         }
     }
 
-    fn read(&self, request: &[u8], max: usize) -> Result<Vec<u8>, u8> {
-        memory::read(&self.machine, self.space(), request, max)
-    }
-
-    /// Appends the answer to `m` or `x` to `body`. Only gdb knows our form of `x`; an old lldb probes for another form
-    /// with an empty read.
-    fn read_memory(&self, packet: &[u8], body: &mut Vec<u8>) {
-        let result = match packet {
-            [b'm', request @ ..] => self.read(request, MAX_PAYLOAD).map(|bytes| rsp::encode(&bytes, body)),
-            [b'x', request @ ..] if self.client.gdb => self.read(request, MAX_REPLY).map(|bytes| {
-                // Most bytes are sent as they are: the reply has as many as fit.
-                body.push(b'b');
-                rsp::escape_up_to(&bytes, MAX_REPLY - 1, body);
-            }),
-            _ => Ok(()),
+    /// Appends the answer to `m` or `x` to `body`; `room` is for the bytes. Only gdb knows our form of `x`; an old lldb probes
+    /// for another form with an empty read.
+    fn read_memory(&self, packet: &[u8], room: &mut Vec<u8>, body: &mut Vec<u8>) {
+        let (request, max, binary) = match packet {
+            [b'm', request @ ..] => (request, MAX_PAYLOAD, false),
+            [b'x', request @ ..] if self.client.gdb => (request, MAX_REPLY, true),
+            _ => return,
         };
-        if let Err(errno) = result {
-            body.extend_from_slice(&error(errno));
+        let bytes = match memory::read(&self.machine, self.space(), request, max, room) {
+            Ok(bytes) => bytes,
+            Err(errno) => return body.extend_from_slice(&error(errno)),
+        };
+        if !binary {
+            let encode = if self.client.knows_runs { rsp::encode_runs } else { rsp::encode };
+            return encode(bytes, body);
         }
+        // Most bytes are sent as they are: the reply has as many as fit.
+        body.push(b'b');
+        let escape = if self.client.knows_runs { rsp::escape_runs_up_to } else { rsp::escape_up_to };
+        escape(bytes, MAX_REPLY - 1, body);
     }
 
     /// A stop reply. It must name a thread, or gdb warns and selects the first one.

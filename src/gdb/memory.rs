@@ -20,26 +20,36 @@ pub(super) enum Space {
     Physical,
 }
 
-/// Reads what `ADDR,LEN` asks for, at most `max` bytes of it; the error is an errno.
-pub(super) fn read(machine: &Machine, space: Space, request: &[u8], max: usize) -> Result<Vec<u8>, u8> {
+/// Reads what `ADDR,LEN` asks for, at most `max` bytes of it, into `room`, which grows as needed and is there to be used
+/// again; the error is an errno.
+pub(super) fn read<'r>(
+    machine: &Machine,
+    space: Space,
+    request: &[u8],
+    max: usize,
+    room: &'r mut Vec<u8>,
+) -> Result<&'r [u8], u8> {
     let (at, len) = parse(request).ok_or(errno::EINVAL)?;
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(max)];
+    let wanted = usize::try_from(len).unwrap_or(usize::MAX).min(max);
+    if room.len() < wanted {
+        room.resize(wanted, 0);
+    }
+    let bytes = room.get_mut(..wanted).unwrap_or_default();
     let filled = match space {
         Space::Virtual(cpu) => {
             let own = |at, buf: &mut [u8]| machine.read_virt(cpu, at, buf);
-            read_virtual(machine, &own, &|| Some(cpu), VirtAddr(at), &mut bytes)
+            read_virtual(machine, &own, &|| Some(cpu), VirtAddr(at), bytes)
         }
         Space::Task(task) => {
             let own = |at, buf: &mut [u8]| machine.read_as_task(task, at, buf);
-            read_virtual(machine, &own, &|| last_cpu(machine, task), VirtAddr(at), &mut bytes)
+            read_virtual(machine, &own, &|| last_cpu(machine, task), VirtAddr(at), bytes)
         }
-        Space::Physical => machine.backend().read_phys(PhysAddr(at), &mut bytes).filled,
+        Space::Physical => machine.backend().read_phys(PhysAddr(at), bytes).filled,
     };
     if filled == 0 && len > 0 {
         return Err(errno::EFAULT);
     }
-    bytes.truncate(filled);
-    Ok(bytes)
+    Ok(bytes.get(..filled).unwrap_or_default())
 }
 
 /// The CPU that a task runs on or last ran on.

@@ -70,9 +70,9 @@ pub fn escape_up_to(bytes: &[u8], room: usize, body: &mut Vec<u8>) -> usize {
 const SPECIAL: [u8; 4] = *b"#$}*";
 
 /// Bytes that are looked at together: as many as there are bits in what says which are special.
-const BLOCK: usize = u64::BITS as usize;
+pub(super) const BLOCK: usize = u64::BITS as usize;
 
-fn is_special(byte: u8) -> bool {
+pub(super) fn is_special(byte: u8) -> bool {
     SPECIAL.iter().fold(false, |found, &special| found | (byte == special))
 }
 

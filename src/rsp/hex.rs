@@ -6,7 +6,7 @@
 const BLOCK: usize = 32;
 
 /// Both digits of a byte, by arithmetic that the compiler can do for many bytes at once: memory is sent this way.
-fn digits(byte: u8) -> [u8; 2] {
+pub(super) fn digits(byte: u8) -> [u8; 2] {
     let nibbles = u16::from(byte) >> 4 | (u16::from(byte) & 0xf) << 8;
     // 1 for each nibble above 9, whose digits are not '0' and up, but 'a' and up.
     let letters = (nibbles + 0x0606) >> 4 & 0x0101;

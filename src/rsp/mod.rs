@@ -6,10 +6,12 @@
 mod encode;
 mod framer;
 mod hex;
+mod runs;
 
 pub use encode::{escape, escape_up_to, frame, frame_into};
 pub use framer::{Event, Framer, unescape};
 pub use hex::{decode, encode, parse_u64};
+pub use runs::{encode_runs, escape_runs_up_to};
 
 /// The sum of the body's bytes modulo 256, as sent after `#`.
 fn checksum(body: &[u8]) -> u8 {

@@ -74,7 +74,10 @@ pub(super) fn start(source: Source, settings: Settings, client: Client) {
         tracing::info!("a client came");
         let session = AssertUnwindSafe(|| match client {
             Client::Tcp(stream) => converse(source.front(settings)?, Attentive(&stream), &stream),
-            Client::Unix(stream) => converse(source.front(settings)?, Attentive(&stream), &stream),
+            Client::Unix(stream) => {
+                make_room(&stream);
+                converse(source.front(settings)?, Attentive(&stream), &stream)
+            }
         });
         match std::panic::catch_unwind(session) {
             Ok(Ok(end)) => tracing::info!("{end}"),
@@ -84,6 +87,15 @@ pub(super) fn start(source: Source, settings: Settings, client: Client) {
     };
     if let Err(error) = std::thread::Builder::new().name("kstub-session".to_owned()).spawn(work) {
         tracing::warn!("no thread for a new client: {error}");
+    }
+}
+
+/// Has the kernel keep two of the longest replies for a client that is still at the last one. Of what there is room for by
+/// default such a reply does not fit, and who waits for room is woken when three quarters are empty: neither side works
+/// meanwhile. (TCP's buffers grow by themselves.)
+fn make_room(stream: &UnixStream) {
+    if let Err(error) = rustix::net::sockopt::set_socket_send_buffer_size(stream, 2 * MAX_REQUEST) {
+        tracing::info!("replies have the room that there is: {error}");
     }
 }
 

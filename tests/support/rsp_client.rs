@@ -16,6 +16,7 @@ pub struct RspClient {
     /// Received and not yet used.
     pending: Vec<u8>,
     acknowledge: bool,
+    knows_runs: bool,
 }
 
 /// `$body#cs`
@@ -30,13 +31,13 @@ impl RspClient {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        Self { stream: Box::new(stream), pending: Vec::new(), acknowledge: true }
+        Self { stream: Box::new(stream), pending: Vec::new(), acknowledge: true, knows_runs: false }
     }
 
     pub fn unix(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        Self { stream: Box::new(stream), pending: Vec::new(), acknowledge: true }
+        Self { stream: Box::new(stream), pending: Vec::new(), acknowledge: true, knows_runs: false }
     }
 
     /// What gdb does first.
@@ -45,6 +46,13 @@ impl RspClient {
         assert!(features.contains("PacketSize="), "{features}");
         assert_eq!(self.ask("QStartNoAckMode"), "OK");
         self.acknowledge = false;
+        self
+    }
+
+    /// The same, and takes run lengths as gdb does.
+    pub fn with_runs(mut self) -> Self {
+        assert_eq!(self.ask("vMustReplyEmpty"), "");
+        self.knows_runs = true;
         self
     }
 
@@ -80,14 +88,24 @@ impl RspClient {
         let checksum = self.pending.get(hash + 1..hash + 3)?;
         let sum: u32 = self.pending[start + 1..hash].iter().map(|&b| u32::from(b)).sum();
         assert_eq!(String::from_utf8_lossy(checksum), format!("{:02x}", sum % 256), "checksum of a reply");
+        // gdb expands run lengths first, others while they look for escapes: both must find the same.
         let mut body = Vec::new();
         let mut bytes = self.pending[start + 1..hash].iter();
+        let mut is_escaped = false;
         while let Some(&byte) = bytes.next() {
             match byte {
+                b'*' => {
+                    assert!(
+                        self.knows_runs && !is_escaped,
+                        "run lengths are not asked for, or of an escaped byte"
+                    );
+                    let (&last, count) = (body.last().unwrap(), *bytes.next().unwrap());
+                    body.extend(std::iter::repeat_n(last, usize::from(count) - 29));
+                }
                 b'}' => body.push(bytes.next().unwrap() ^ 0x20),
-                b'*' => panic!("run lengths are not used"),
                 byte => body.push(byte),
             }
+            is_escaped = byte == b'}';
         }
         self.pending.drain(..hash + 3);
         Some(body)
