@@ -226,9 +226,11 @@ fn bulk(address: &str, from: u64, length: u64, binary: bool) {
         }
     }
     let seconds = start.elapsed().as_secs_f64();
+    let bytes = &bytes[..length];
+    let zero = bytes.chunks(4096).filter(|page| page.iter().all(|&byte| byte == 0)).count();
     println!(
-        "{{\"bytes\": {length}, \"sum\": \"{:016x}\", \"packet\": {chunk}, \"seconds\": {seconds:.6}}}",
-        sum(&bytes[..length])
+        "{{\"bytes\": {length}, \"zero_pages\": {zero}, \"sum\": \"{:016x}\", \"packet\": {chunk}, \"seconds\": {seconds:.6}}}",
+        sum(bytes)
     );
 }
 
