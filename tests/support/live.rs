@@ -30,7 +30,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-const QEMU: &str = "qemu-system-x86_64";
+/// The QEMU that guests run in: `KSTUB_QEMU`, else the system's.
+pub fn qemu() -> String {
+    std::env::var("KSTUB_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
+
 const BOOT: Duration = Duration::from_secs(120);
 /// How long something that takes a moment may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -211,8 +215,8 @@ fn manifest(series: &str) -> Option<Value> {
     let there = std::fs::read_to_string(&path)
         .map_err(|_| format!("no live guest {}; make it with scripts/lab vm", path.display()))
         .and_then(|text| {
-            let found = Command::new(QEMU).arg("--version").stdout(Stdio::null()).status();
-            found.map(|_| text).map_err(|_| format!("no {QEMU}; install it with scripts/lab packages"))
+            let found = Command::new(qemu()).arg("--version").stdout(Stdio::null()).status();
+            found.map(|_| text).map_err(|_| format!("no {}; install it with scripts/lab packages", qemu()))
         });
     match there {
         Ok(text) => Some(serde_json::from_str(&text).expect("vm.json")),
@@ -269,7 +273,7 @@ impl Guest {
         let dir = tempfile::tempdir().expect("temporary directory");
         let log = std::fs::File::create(dir.path().join("qemu.log")).expect("qemu.log");
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", QEMU]).args(plan.argv(&manifest, dir.path()));
+        command.args(["--pdeathsig", "KILL", &qemu()]).args(plan.argv(&manifest, dir.path()));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("qemu.log")).stderr(log);
         // The signal comes when the thread ends that started it: one that lives as long as the guest.
         let (pid_sender, pid) = channel();
