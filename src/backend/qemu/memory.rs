@@ -1,6 +1,7 @@
 //! A guest's RAM, read from beside QEMU: by file where it is shared, else from QEMU's own memory, else by the monitor.
 //!
-//! Everything is a `pread`, of the RAM's file or of `/proc/PID/mem`: a truncated file is a short read, where a
+//! Everything is a `pread`, of the RAM's file or of `/proc/PID/mem`, or for large parts of a process's memory
+//! `process_vm_readv`, which copies them once where a `pread` copies them twice, page by page: a truncated file is a short read, where a
 //! mapping of it would end this process by SIGBUS (as it ends QEMU), and no slice ever lies over memory that changes.
 //! A read of eight bytes costs one system call, which a page cache over a guest that stands still makes up for.
 //! Whether the bytes are the guest's is not believed but compared with what the monitor shows.
@@ -11,13 +12,15 @@ use super::mtree::{Region, regions};
 use super::qmp::{Qmp, nonsense};
 use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange, join_ranges};
 use crate::backend::live::LiveError;
-use crate::bytes::u64_at;
+use crate::bytes::{printable, u64_at};
 use crate::memory::{ReadOutcome, Unreadable};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
 use qapi::qmp::{qom_get, query_memdev};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +30,12 @@ const LOOKED_AT: u64 = 64;
 const COMPARED: u32 = 3;
 /// How often a place of a guest that runs is compared before it counts as different.
 const TRIES: u32 = 5;
+/// A process whose memory differs from the guest's in this much of RAM is not QEMU. Less may be what firmware has just moved.
+const TELLING: u64 = 1 << 20;
+/// Reads of a process's memory from this on are made at once.
+const AT_ONCE: usize = 16 << 10;
+/// How many parts the address space may have: a machine has some ten, and each costs questions.
+const MOST_REGIONS: usize = 4096;
 /// How much the monitor is asked for at once.
 const MONITOR_READ: usize = 8 << 10;
 
@@ -56,8 +65,8 @@ enum Source {
 struct Opened {
     file: File,
     name: String,
-    /// A process's memory has no end that is worth telling; a file's may be cut.
-    process: bool,
+    /// The process, if it is one's memory: that has no end that is worth telling; a file may be cut.
+    process: Option<u32>,
 }
 
 /// A mapping of a process that is shared with a file: a line of `/proc/PID/maps`.
@@ -75,8 +84,16 @@ impl Memory {
         const WHAT: &str = "monitor command 'info mtree -f'";
         let regions = regions(mtree).ok_or_else(|| nonsense(WHAT, mtree))?;
         let mut finder = Finder::new(monitor)?;
+        if let Some(more @ 1..) = regions.len().checked_sub(MOST_REGIONS) {
+            finder.problems.push(format!(
+                "QEMU's memory map has {} parts: the last {more}, from {:#x} on, are not read (a machine with so many is \
+                 no x86-64 that kstub knows)",
+                regions.len(),
+                regions.get(MOST_REGIONS).map_or(PhysAddr(0), |region| region.range.start),
+            ));
+        }
         let mut pieces = Vec::new();
-        for region in regions {
+        for region in regions.into_iter().take(MOST_REGIONS) {
             let source = finder.source(&region)?;
             pieces.push(Piece { range: region.range, rom: region.rom, source });
         }
@@ -174,11 +191,11 @@ impl Memory {
 impl Opened {
     /// Fills `buf` from `offset` and says how far, and why not further.
     fn read(&self, offset: u64, buf: &mut [u8]) -> (usize, Option<Unreadable>) {
-        let mut filled = 0;
+        let mut filled = self.process.map_or(0, |pid| self.read_at_once(pid, offset, buf));
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let at = offset.wrapping_add(filled as u64);
             let why = match self.file.read_at(rest, at) {
-                Ok(0) if self.process => {
+                Ok(0) if self.process.is_some() => {
                     Unreadable::Io { offset: at, message: "QEMU's process has ended".into() }
                 }
                 Ok(0) => Unreadable::Truncated { offset: at },
@@ -192,6 +209,23 @@ impl Opened {
             return (filled, Some(why));
         }
         (filled, None)
+    }
+
+    /// Reads from a process's memory what can be had in one call, and says how much that is: nothing if it is little or not
+    /// allowed. The rest is for who reads the descriptor.
+    fn read_at_once(&self, pid: u32, offset: u64, buf: &mut [u8]) -> usize {
+        let (Ok(pid), Ok(base)) = (i32::try_from(pid), usize::try_from(offset)) else { return 0 };
+        if buf.len() < AT_ONCE {
+            return 0;
+        }
+        let from = [RemoteIoVec { base, len: buf.len() }];
+        let read = process_vm_readv(Pid::from_raw(pid), &mut [IoSliceMut::new(buf)], &from).unwrap_or(0);
+        // Another process may have this number now. The descriptor is of the one that was opened, and reads nothing once
+        // that has ended.
+        match self.file.read_at(&mut [0], offset) {
+            Ok(1) => read,
+            _ => 0,
+        }
     }
 }
 
@@ -259,6 +293,17 @@ impl<'a> Finder<'a> {
         let ids = shared.filter_map(|one| one.get("id").and_then(Value::as_str));
         let backends = ids.map(|id| (id.to_owned(), Backing::Unopened)).collect();
         let mut problems = Vec::new();
+        let confidential =
+            qom_get { path: "/machine".to_owned(), property: "confidential-guest-support".to_owned() };
+        if let Ok(Value::String(object)) = monitor.execute(confidential)
+            && !object.is_empty()
+        {
+            problems.push(format!(
+                "the guest's memory is encrypted ({}): what is read is ciphertext; start QEMU without \
+                 confidential-guest-support to look into it",
+                printable(&object)
+            ));
+        }
         let process = monitor.peer().map(|(pid, _)| Process::new(pid, &mut problems));
         Ok(Self { monitor, backends, process, problems })
     }
@@ -273,11 +318,14 @@ impl<'a> Finder<'a> {
         if let (Some(host), Some(process)) = (host, &mut self.process)
             && let Some(source) = process.source(host, region.range.len())
         {
-            if self.is_the_guests(region, &source)? {
+            // Twice: what firmware maps anew meanwhile differs once.
+            if self.is_the_guests(region, &source)? || self.is_the_guests(region, &source)? {
                 return Ok(source);
             }
             // The process at the other end of the socket is not QEMU but one in between.
-            self.process = None;
+            if !region.rom && region.range.len() >= TELLING {
+                self.process = None;
+            }
         }
         let slow = "part of the guest's RAM can be read only through QEMU's monitor, which is slow: run kstub as the \
                     user of QEMU (or root) over a Unix socket, or give QEMU its RAM as \
@@ -310,7 +358,7 @@ impl<'a> Finder<'a> {
             {
                 let offset = property("offset")?.and_then(|value| value.as_u64()).unwrap_or(0);
                 let name = format!("the file {path}");
-                *backing = Backing::Opened(Arc::new(Opened { file, name, process: false }), offset);
+                *backing = Backing::Opened(Arc::new(Opened { file, name, process: None }), offset);
             }
         }
         let Backing::Opened(opened, offset) = backing else { return Ok(None) };
@@ -378,7 +426,9 @@ impl Process {
     fn new(pid: u32, problems: &mut Vec<String>) -> Self {
         let path = format!("/proc/{pid}/mem");
         let memory = match File::open(&path) {
-            Ok(file) => Some(Arc::new(Opened { file, name: format!("QEMU's memory {path}"), process: true })),
+            Ok(file) => {
+                Some(Arc::new(Opened { file, name: format!("QEMU's memory {path}"), process: Some(pid) }))
+            }
             Err(error) => {
                 problems.push(format!(
                     "QEMU's memory cannot be opened ({path}: {error}): run kstub as the user of QEMU with \
@@ -438,12 +488,13 @@ fn open_by_descriptor(pid: u32, file: (u64, u64)) -> Option<Opened> {
         std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && (meta.dev(), meta.ino()) == file)
     })?;
     let name = format!("the file {}", found.display());
-    Some(Opened { file: File::open(&found).ok()?, name, process: false })
+    Some(Opened { file: File::open(&found).ok()?, name, process: None })
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::qmp::tests::{fake, reply};
     use super::*;
 
     #[test]
@@ -456,6 +507,87 @@ mod tests {
         assert_eq!(bytes[16..], [1, 0, 0, 0, 0, 0, 0, 0]);
         assert!(words_of("0000000090000000: Cannot access memory\n").is_empty());
         assert_eq!(words_of("0: 0x1 0xzz 0x2"), [1, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    /// The other end of a fake's socket is this process: what it "is" of a guest is ours.
+    fn open(monitor: &Arc<Qmp>, regions: &[(u64, u64)]) -> Memory {
+        let lines =
+            regions.iter().map(|(start, last)| format!("  {start:016x}-{last:016x} (prio 0, ram): r\n"));
+        let text = format!("FlatView #0\n AS \"memory\", root: system\n{}", lines.collect::<String>());
+        Memory::open(monitor, &text).unwrap()
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_guests_memory_is_said() {
+        let (qmp, _) = fake(|command, to| {
+            let value = match command["execute"].as_str().unwrap() {
+                "query-memdev" => "[]",
+                "qom-get" => "\"/objects/sev0\"",
+                _ => "\"\"",
+            };
+            reply(command, value, to);
+        });
+        let regions: Vec<(u64, u64)> =
+            (0..MOST_REGIONS as u64 + 10).map(|n| (n << 13, (n << 13) + 0xfff)).collect();
+        let memory = open(&Arc::new(qmp), &regions);
+        assert_eq!(memory.ranges().len(), MOST_REGIONS);
+        let said = memory.problems().join("\n");
+        assert!(said.contains("4106 parts: the last 10, from 0x2000000 on"), "{said}");
+        assert!(said.contains("encrypted (/objects/sev0)"), "{said}");
+    }
+
+    /// A small part that differs is read by the monitor, and says nothing of the others.
+    #[test]
+    fn one_small_difference_makes_no_other_process() {
+        let [small, large] = [vec![0x11u8; 0x1_0000], vec![0x22u8; 2 << 20]];
+        let (small_at, large_at) = (small.as_ptr() as u64, large.as_ptr() as u64);
+        let (qmp, _) = fake(move |command, to| {
+            let line = command["arguments"]["command-line"].as_str().unwrap_or_default();
+            let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+            let value = match (command["execute"].as_str().unwrap(), line.split_once(' ')) {
+                ("query-memdev", _) => "[]".to_owned(),
+                (_, Some(("gpa2hva", at))) => {
+                    let at = number(at);
+                    let host = if at < 0x10_0000 { small_at + at } else { large_at + at - 0x10_0000 };
+                    format!("\"Host virtual address for {at:#x} (r) is {host:#x}\"")
+                }
+                // The same bytes everywhere.
+                (_, Some(("xp", _))) => "\"0: 0x2222222222222222\"".to_owned(),
+                _ => "\"\"".to_owned(),
+            };
+            reply(command, &value, to);
+        });
+        let memory = open(&Arc::new(qmp), &[(0, 0xffff), (0x10_0000, 0x2f_ffff)]);
+        let ways = memory.ways();
+        assert!(ways[0].0.contains("monitor") && ways[0].1 == 0x1_0000, "{ways:?}");
+        assert!(ways[1].0.contains("/mem") && ways[1].1 == 2 << 20, "{ways:?}");
+        let mut read = vec![0; 1 << 20];
+        assert_eq!(memory.read(PhysAddr(0x10_0000), &mut read), ReadOutcome::complete(1 << 20));
+        assert!(read.iter().all(|byte| *byte == 0x22));
+        drop((small, large));
+    }
+
+    /// A number that another process has now is noticed by the descriptor, which has nothing to read any more.
+    #[test]
+    fn a_process_of_the_same_number_is_another() {
+        let mut gone = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let of = |pid: u32| {
+            let file = File::open(format!("/proc/{pid}/mem")).unwrap();
+            Opened { file, name: String::new(), process: Some(std::process::id()) }
+        };
+        let (ended, ours) = (of(gone.id()), of(std::process::id()));
+        gone.kill().unwrap();
+        gone.wait().unwrap();
+        let bytes: Vec<u8> = (0..2 * AT_ONCE).map(|n| n as u8).collect();
+        let (at, mut buf) = (bytes.as_ptr() as u64, vec![0; bytes.len()]);
+        assert_eq!(ended.read_at_once(std::process::id(), at, &mut buf), 0);
+        assert!(ended.read(at, &mut buf).1.is_some());
+        assert_eq!(ours.read_at_once(std::process::id(), at, &mut buf), bytes.len());
+        assert_eq!(buf, bytes);
+        // Where nothing is mapped it stops as a `pread` does.
+        let start = u64::MAX >> 17;
+        assert_eq!(ours.read_at_once(std::process::id(), start, &mut buf), 0);
+        assert_eq!(ours.read(start, &mut buf).0, 0);
     }
 
     #[test]
