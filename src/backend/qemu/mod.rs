@@ -14,15 +14,18 @@ pub mod fuzzing;
 mod glimpse;
 pub mod guard;
 mod guest;
+mod hold;
 mod memory;
 mod mtree;
 mod new_file;
+mod offer;
 mod patches;
 mod qmp;
 mod registers;
 mod replies;
 mod snapshot;
 mod socket;
+mod state;
 mod stub;
 
 pub use guest::Guest;
