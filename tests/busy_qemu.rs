@@ -36,6 +36,8 @@ struct Machine {
     fatal: Option<&'static str>,
     /// The stub says nothing at all.
     mute: bool,
+    /// The stub is another guest's: the monitor knows of no client of its own.
+    elsewhere: bool,
 }
 
 impl Machine {
@@ -104,6 +106,9 @@ fn answer(machine: &mut Machine, name: &str, command: &Value) -> Value {
         "query-status" => {
             let stopped = if machine.suspended { "suspended" } else { "paused" };
             json!({ "running": !machine.stands, "status": if machine.stands { stopped } else { "running" } })
+        }
+        "query-chardev" if machine.elsewhere => {
+            json!([{ "label": "gdb", "filename": "disconnected:tcp:0.0.0.0:1234,server=on" }])
         }
         "query-memdev" | "query-chardev" => json!([]),
         "query-cpus-fast" => json!([{ "cpu-index": 0 }, { "cpu-index": 1 }]),
@@ -268,6 +273,14 @@ fn an_attach_that_fails_leaves_a_guest_that_runs() {
     let guest = fake.guest();
     assert!(matches!(guest.attach(), Err(LiveError::Timeout { .. })));
     assert!(!fake.machine().stands && fake.machine().has("cont"));
+}
+
+#[test]
+fn another_guests_stub_is_left() {
+    let fake = Fake::start(Machine { elsewhere: true, ..Machine::default() });
+    let refused = fake.guest().attach().unwrap_err().to_string();
+    assert!(refused.contains("another guest answers") && refused.contains("gdbserver none"), "{refused}");
+    assert!(!fake.machine().stands && fake.machine().has("D;1"));
 }
 
 /// Before QEMU 9.0 a guest that sleeps is not stopped, and must not be let run: it has to be woken.

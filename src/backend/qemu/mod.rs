@@ -20,6 +20,7 @@ mod mtree;
 mod new_file;
 mod offer;
 mod patches;
+mod process;
 mod qmp;
 mod registers;
 mod replies;
