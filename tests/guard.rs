@@ -115,3 +115,34 @@ fn who_is_killed_in_the_moment_of_a_pause_leaves_a_guest_that_runs() {
         assert_eq!(cont, 1, "SIG{signal}");
     }
 }
+
+/// What a guardian is told last is what it does, and half a line is nothing.
+#[test]
+fn the_last_errand_counts() {
+    for (lines, runs) in
+        [(&[true][..], true), (&[true, false], false), (&[false, true], true), (&[false], false)]
+    {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp");
+        let told = fake(&path);
+        told.lock().unwrap().stands = true;
+        let mut guardian = Command::new(env!("CARGO_BIN_EXE_kstub"))
+            .arg("__guard")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut pipe = guardian.stdin.take().unwrap();
+        for runs in lines {
+            let errand = json!({
+                "stub": null, "qmp": { "Unix": path }, "runs": runs, "stepped": false, "started": false,
+                "directory": null,
+            });
+            writeln!(pipe, "{errand}").unwrap();
+        }
+        pipe.write_all(b"{\"stub\": null, \"ru").unwrap();
+        drop(pipe);
+        assert!(guardian.wait().unwrap().success());
+        assert_eq!(told.lock().unwrap().stands, !runs, "{lines:?}");
+    }
+}

@@ -3,11 +3,14 @@
 //! `KSTUB_VM`: unset, the tests run if QEMU and a kernel of the lab are there; 1, they must; 0, they are skipped.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "live_backend/others.rs"]
+mod others;
+
 use kstub::addr::{PhysAddr, VirtAddr};
 use kstub::arch::x86_64::{Reg, Saved};
 use kstub::backend::Backend;
 use kstub::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, StopReason};
-use kstub::backend::qemu::{Guest, QmpAddress, guard};
+use kstub::backend::qemu::{Guest, QmpAddress};
 use kstub::memory::PhysicalMemory;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -536,54 +539,6 @@ fn run_control(vm: &Vm, guest: &Guest) {
     assert_eq!(guest.run_state().unwrap(), RunState::Running);
 }
 
-const VICTIM: &str = "KSTUB_TEST_VICTIM";
-
-/// A session that takes run control and is killed.
-fn victim(address: &str) -> ! {
-    guard::enable(env!("CARGO_BIN_EXE_kstub").into(), vec!["__guard".into()]);
-    let guest = Guest::connect(&QmpAddress::parse(address).unwrap()).unwrap();
-    // A word: its guardian goes without one.
-    guest.attach().unwrap();
-    guest.detach(true).unwrap();
-    assert_eq!(guest.run_state().unwrap(), RunState::Running);
-    guest.attach().unwrap();
-    guest.insert(Point::Hardware, VirtAddr(0xffff_ffff_8100_0000), 1).unwrap();
-    std::fs::write(format!("{address}.attached"), "").unwrap();
-    loop {
-        std::thread::park();
-    }
-}
-
-#[test]
-fn the_guest_of_a_killed_session_runs_on() {
-    // The session is this test in a process of its own.
-    if let Ok(address) = std::env::var(VICTIM) {
-        victim(&address);
-    }
-    let _one = ONE_AT_A_TIME.lock();
-    if !wanted(false) {
-        return;
-    }
-    let vm = Vm::start("q35", &["-m", "64M"]);
-    let mut victim = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "the_guest_of_a_killed_session_runs_on"])
-        .env(VICTIM, vm.path("qmp"))
-        .spawn()
-        .unwrap();
-    vm.until("it has run control", || vm.path("qmp.attached").exists());
-    victim.kill().unwrap();
-    victim.wait().unwrap();
-    // The monitor is the guardian's first.
-    std::thread::sleep(Duration::from_secs(2));
-    let mut guest = None;
-    vm.until("the monitor is free", || {
-        guest = Guest::connect(&vm.address()).ok();
-        guest.as_ref().is_some_and(|guest| guest.run_state().is_ok_and(|state| state == RunState::Running))
-    });
-    let guest = guest.unwrap();
-    assert!(!guest.monitor("info chardev").unwrap().lines().any(|line| line.starts_with("gdb:")));
-}
-
 /// KVM's breakpoints are in the guest's memory, and nobody sees them.
 #[test]
 fn breakpoints_under_kvm_are_not_read() {
@@ -615,7 +570,14 @@ fn breakpoints_under_kvm_are_not_read() {
     assert_eq!((before, really(&guest)), (0x90, 0x90));
     guest.insert(Point::Software, at, 1).unwrap();
     assert_eq!((byte(&guest), really(&guest)), (before, 0xcc));
+    // Put twice it is there until it was removed twice.
+    guest.insert(Point::Software, at, 1).unwrap();
+    guest.remove(Point::Software, at, 1).unwrap();
+    assert_eq!((byte(&guest), really(&guest)), (before, 0xcc));
     guest.remove(Point::Software, at, 1).unwrap();
     assert_eq!((byte(&guest), really(&guest)), (before, before));
+    // And given back there is none.
+    guest.insert(Point::Software, at, 1).unwrap();
     guest.detach(false).unwrap();
+    assert_eq!(really(&guest), before);
 }

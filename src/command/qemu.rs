@@ -10,13 +10,14 @@ pub const COMMAND: Command = Command {
     arguments: "LINE",
     summary: "QEMU's own monitor (live guests)",
     help: "Passes LINE on to QEMU's human monitor and prints what it says. What changes the guest or QEMU (quit, \
-           system_reset, device_add, stop, ...) needs --allow-write.\n\n\
-           Examples:\n  qemu info registers -a\n  qemu info mtree -f\n  qemu xp /4gx 0x100000\n",
+           system_reset, device_add, stop, ...) needs --allow-write, and so do x and xp, which read devices' registers, \
+           too: use rd.\n\n\
+           Examples:\n  qemu info registers -a\n  qemu info mtree -f\n  qemu info chardev\n",
     run,
 };
 
 /// The first words of lines that look and change nothing.
-const HARMLESS: [&str; 9] = ["info", "x", "xp", "p", "print", "gpa2hva", "gpa2hpa", "gva2gpa", "help"];
+const HARMLESS: [&str; 7] = ["info", "p", "print", "gpa2hva", "gpa2hpa", "gva2gpa", "help"];
 
 fn run(context: &Context<'_>, arguments: &[&str]) -> Result<Output, CommandError> {
     let Some(live) = context.machine.backend().live() else {

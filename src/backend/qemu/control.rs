@@ -3,22 +3,24 @@
 //! A stub that was started here is ended here. Source: QEMU `hmp-commands.hx` (`gdbserver`), `gdbstub/system.c`.
 
 use super::events::Ours;
-use super::guard::{Errand, Guardian};
-use super::qmp::{Qmp, nonsense};
+use super::guard::{self, Errand, Guardian};
+use super::offer::{self, Offer};
+use super::qmp::Qmp;
 use super::replies::StopReply;
-use super::stub::Stub;
-use super::{QmpAddress, SocketAddress, StubAddress};
+use super::state::{FLUSHED, SUSPENDED, let_run, run_state};
+use super::stub::{KERNEL_HALF, Stub};
+use super::{QmpAddress, StubAddress};
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::RegisterFile;
-use crate::backend::live::{LiveError, Point, Stop, StopReason};
-use qapi::qmp::query_chardev;
-use serde_json::Value;
-use std::fs::Permissions;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use crate::backend::live::{Go, LiveError, Point, RunState, Stop, StopReason};
+use qapi::qmp::{cont, query_cpus_fast};
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
-const ATTACHING: &str = "attaching to QEMU's GDB stub";
+/// How long a guest may take to stand still once it was told to.
+const STANDSTILL: Duration = Duration::from_secs(10);
+/// How long the stub is listened to before QEMU is asked what the guest does.
+const SLICE: Duration = Duration::from_millis(50);
 
 /// The protocol's number for a stop that was asked for.
 const SIGINT: u8 = 2;
@@ -34,8 +36,10 @@ pub(super) struct Control {
     pub(super) state: &'static str,
     /// While it runs: its stop is not by others.
     pub(super) hold: Option<Ours>,
+    /// As often as it was put: QEMU counts.
     points: Vec<(Point, VirtAddr, u64)>,
-    started: Option<Started>,
+    offer: Offer,
+    errand: Errand,
     guardian: Option<Guardian>,
 }
 
@@ -43,59 +47,122 @@ pub(super) struct Control {
 #[must_use]
 pub(super) struct Lifted(Vec<(VirtAddr, u64)>);
 
-/// A stub that was started for us; its socket's directory, unless it listens at a port.
-struct Started {
-    directory: Option<tempfile::TempDir>,
-}
-
 impl Control {
-    /// Takes run control, which stops the guest. `ran` is whether it ran before.
+    /// Takes run control, which stops the guest. `ran` is whether it ran before, `runs` whether it is to if this process dies.
     pub(super) fn attach(
         qmp: &Qmp,
         qmp_address: &QmpAddress,
         given: Option<&StubAddress>,
         ran: bool,
+        runs: bool,
     ) -> Result<Self, LiveError> {
-        let (address, started) = match given {
-            Some(address) => (address.clone(), None),
-            None => match running_stub(qmp)? {
-                Some(address) => (address, None),
-                None => {
-                    let (address, started) = start_stub(qmp)?;
-                    (address, Some(started))
-                }
-            },
+        let offer = Offer::find(qmp, qmp_address, given)?;
+        let errand = Errand {
+            stub: Some(offer.address.clone()),
+            qmp: qmp_address.clone(),
+            runs,
+            stepped: false,
+            started: offer.is_ours,
+            directory: offer.directory(),
         };
         // Before the guest is stopped.
-        let guardian = Guardian::start(&Errand {
-            stub: Some(address.clone()),
-            qmp: qmp_address.clone(),
-            ran,
-            started: started.is_some(),
-            directory: started.as_ref().and_then(|one| Some(one.directory.as_ref()?.path().to_owned())),
+        let guardian = Guardian::start(&errand);
+        let connected = Stub::connect(&offer.address).and_then(|(stub, stop)| {
+            let stub = offer::of_this_guest(qmp, &offer.address, stub)?;
+            Ok((stub, stop))
         });
-        match Stub::connect(&address) {
-            Ok((stub, stop)) => {
-                tracing::info!("attached to QEMU's GDB stub at {address}");
-                let stop = stop_of(stop);
+        match connected {
+            Ok((mut stub, stop)) => {
+                tracing::info!("attached to QEMU's GDB stub at {}", offer.address);
+                if offer.is_left_over {
+                    stub.suspect_steps();
+                }
                 Ok(Self {
                     stub,
                     ran,
-                    stop,
+                    stop: stop_of(stop),
                     state: "paused",
                     hold: None,
                     points: Vec::new(),
-                    started,
+                    offer,
+                    errand,
                     guardian,
                 })
             }
             Err(error) => {
-                end_stub(qmp, started);
-                // Who called lets the guest run again.
-                guardian.into_iter().for_each(Guardian::farewell);
+                offer.withdraw(qmp);
+                // To connect may have stopped it, or does so when QEMU comes to it.
+                let runs = match ran {
+                    true => qmp.execute_within(cont {}, FLUSHED).and_then(|_| let_run(qmp)),
+                    false => Ok(()),
+                };
+                match runs {
+                    Ok(()) => guardian.into_iter().for_each(Guardian::farewell),
+                    Err(error) => tracing::warn!("the guest may stand: {error}"),
+                }
                 Err(error)
             }
         }
+    }
+
+    /// What the guardian is to do is another thing now.
+    pub(super) fn amend(&mut self, change: impl FnOnce(&mut Errand)) {
+        change(&mut self.errand);
+        if let Some(guardian) = &mut self.guardian
+            && let Err(error) = guardian.tell(&self.errand)
+        {
+            tracing::warn!(
+                "the guardian is gone ({error}): if kstub is killed, the guest stays as it is then"
+            );
+        }
+    }
+
+    /// Sees to it that a guest that counts as stopped is: another monitor may have let it run.
+    pub(super) fn stand(&mut self, qmp: &Qmp) -> Result<(), LiveError> {
+        if run_state(qmp)? != RunState::Running {
+            return Ok(());
+        }
+        tracing::info!("somebody else let the guest run; it is stopped again");
+        self.stub.halt()?;
+        let deadline = Instant::now() + STANDSTILL;
+        while Instant::now() < deadline {
+            let state = run_state(qmp)?;
+            if self.wait(SLICE)?.is_some() {
+                self.follow_cpus(qmp);
+                return Ok(());
+            }
+            // It was stopped at the same moment: QEMU said nothing.
+            if let RunState::Stopped(why) = state {
+                self.state = why;
+                self.unreported_stop();
+                return Ok(());
+            }
+        }
+        let what = "stopping the guest, which somebody else let run".to_owned();
+        Err(LiveError::Timeout { what, seconds: STANDSTILL.as_secs() })
+    }
+
+    /// Takes note of vCPUs that came or went while the guest ran.
+    pub(super) fn follow_cpus(&mut self, qmp: &Qmp) {
+        let Ok(answer) = qmp.execute(query_cpus_fast {}) else { return };
+        let index = |one: &serde_json::Value| u32::try_from(one.get("cpu-index")?.as_u64()?).ok();
+        let now: BTreeSet<u32> = answer.as_array().into_iter().flatten().filter_map(index).collect();
+        let known: BTreeSet<u32> = self.stub.threads().iter().filter_map(|thread| thread.cpu()).collect();
+        if !now.is_empty()
+            && now != known
+            && let Err(error) = self.stub.list_threads_anew()
+        {
+            tracing::warn!("QEMU's CPUs have changed, and kstub does not know them: {error}");
+        }
+    }
+
+    /// Lets vCPUs go.
+    pub(super) fn resume(&mut self, actions: &[(Option<u32>, Go)]) -> Result<(), LiveError> {
+        let steps = self.offer.is_left_over || actions.iter().any(|(_, go)| *go == Go::Step);
+        if steps && !self.errand.stepped {
+            self.amend(|errand| errand.stepped = true);
+        }
+        self.stub.resume(actions)
     }
 
     /// The registers of every vCPU, by its index.
@@ -112,15 +179,31 @@ impl Control {
 
     pub(super) fn insert(&mut self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.stub.point(true, point, at, len)?;
-        if !self.points.contains(&(point, at, len)) {
-            self.points.push((point, at, len));
-        }
+        self.points.push((point, at, len));
         Ok(())
     }
 
     pub(super) fn remove(&mut self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
-        self.points.retain(|one| *one != (point, at, len));
+        self.forget((point, at, len));
         self.stub.point(false, point, at, len)
+    }
+
+    /// By whose page tables a software breakpoint at `at` is put, in the stub's order: those of the vCPU that stopped, and if it
+    /// has none for the kernel's half, the others'.
+    pub(super) fn whose_tables(&self, at: VirtAddr) -> Vec<u32> {
+        let others = self.stub.threads().iter().filter(|_| at >= KERNEL_HALF);
+        std::iter::once(self.stop.cpu).chain(others.filter_map(|thread| thread.cpu())).collect()
+    }
+
+    /// Whether breakpoints are left where one was removed.
+    pub(super) fn has_breakpoint(&self, at: VirtAddr) -> bool {
+        self.points.iter().any(|(point, put, _)| *point == Point::Software && *put == at)
+    }
+
+    fn forget(&mut self, point: (Point, VirtAddr, u64)) {
+        if let Some(index) = self.points.iter().position(|one| *one == point) {
+            self.points.remove(index);
+        }
     }
 
     /// Takes away, for a while, the breakpoints that may stand in memory as instructions; returns them.
@@ -141,7 +224,7 @@ impl Control {
         let mut outcome = Ok(());
         for (at, len) in lifted.0 {
             if let Err(error) = self.stub.point(true, Point::Software, at, len) {
-                self.points.retain(|one| *one != (Point::Software, at, len));
+                self.forget((Point::Software, at, len));
                 outcome = Err(error);
             }
         }
@@ -150,12 +233,16 @@ impl Control {
 
     /// Whether QEMU would let the guest run in its state: otherwise it does nothing and says nothing.
     pub(super) fn may_run(&self) -> Result<(), LiveError> {
-        // Source: QEMU `softmmu/runstate.c`, `runstate_needs_reset`, and the states in which it is about to end.
-        if matches!(self.state, "internal-error" | "shutdown" | "guest-panicked") {
-            let why = format!("it cannot go on after '{}'; reset it, or load a snapshot", self.state);
-            return Err(LiveError::NotNow { what: "letting the guest run".into(), why });
-        }
-        Ok(())
+        // Source: QEMU `system/runstate.c`, `runstate_needs_reset`. A guest that panicked may go on.
+        let why = match self.state {
+            "internal-error" | "shutdown" => {
+                format!("it cannot go on after '{}'; reset it, or load a snapshot", self.state)
+            }
+            // Before QEMU 9.0 it would run, and not as one that was woken.
+            "suspended" => "it is suspended; wake it ('system_wakeup' in QEMU's monitor)".to_owned(),
+            _ => return Ok(()),
+        };
+        Err(LiveError::NotNow { what: "letting the guest run".into(), why })
     }
 
     /// The stop of a guest that was let go.
@@ -172,94 +259,42 @@ impl Control {
         self.stop
     }
 
-    /// Takes all points away and lets the guest run, or stay. Goes as far as it can.
+    /// Takes all points away and lets the guest run, or stay. Where that fails it is tried by another connection, as the
+    /// guardian would, which cannot reach QEMU's monitor as long as this process has it.
     pub(super) fn release(mut self, qmp: &Qmp, running: bool) -> Result<(), LiveError> {
-        let mut outcome = Ok(());
-        for (point, at, len) in std::mem::take(&mut self.points) {
-            match self.stub.point(false, point, at, len) {
-                Ok(()) | Err(LiveError::Refused { .. }) => {}
-                Err(error) => outcome = Err(error),
-            }
-        }
-        outcome = outcome.and(self.stub.end_steps());
-        if running {
-            outcome = outcome.and(self.stub.detach());
-        }
+        let mut outcome = self.give_back(qmp, running);
         drop(self.stub);
-        end_stub(qmp, self.started);
-        if outcome.is_ok() {
-            self.guardian.into_iter().for_each(Guardian::farewell);
+        if let Err(error) = &outcome {
+            tracing::info!("the guest is given back by another connection: {error}");
+            let sleeps = run_state(qmp).is_ok_and(|state| state == SUSPENDED);
+            outcome = guard::by_stub(&self.offer.address, running && !sleeps, self.errand.stepped);
+        }
+        // Whatever went wrong, it runs.
+        if running {
+            outcome = outcome.and(let_run(qmp));
+        }
+        match &outcome {
+            Ok(()) => {
+                self.offer.withdraw(qmp);
+                self.guardian.into_iter().for_each(Guardian::farewell);
+            }
+            // The guardian needs it.
+            Err(_) => self.offer.leave(),
         }
         outcome
+    }
+
+    fn give_back(&mut self, qmp: &Qmp, running: bool) -> Result<(), LiveError> {
+        self.stand(qmp)?;
+        self.stub.remove_all_points()?;
+        if (running || self.errand.stepped) && self.may_run().is_ok() {
+            self.stub.end_steps()?;
+        }
+        if running && run_state(qmp)? != SUSPENDED { self.stub.detach() } else { Ok(()) }
     }
 }
 
 /// A vCPU that the stub does not name is the first.
 fn stop_of(reply: StopReply) -> Stop {
     Stop { cpu: reply.thread.and_then(|thread| thread.cpu()).unwrap_or(0), reason: reply.reason }
-}
-
-/// What QEMU's character device for its stub is connected to.
-fn stub_device(qmp: &Qmp) -> Result<Option<String>, LiveError> {
-    let answer = qmp.execute(query_chardev {})?;
-    let devices = answer.as_array().map(Vec::as_slice).unwrap_or_default();
-    let text = |device: &Value, key: &str| device.get(key).and_then(Value::as_str).map(str::to_owned);
-    let stub = devices.iter().find(|device| text(device, "label").as_deref() == Some("gdb"));
-    Ok(stub.and_then(|device| text(device, "filename")))
-}
-
-/// Where a stub listens that QEMU has already.
-fn running_stub(qmp: &Qmp) -> Result<Option<StubAddress>, LiveError> {
-    let Some(device) = stub_device(qmp)? else { return Ok(None) };
-    let not_now = |why: String| LiveError::NotNow { what: ATTACHING.into(), why };
-    match device.strip_prefix("disconnected:") {
-        Some(address) => match SocketAddress::parse(address) {
-            // A killed session's, in a directory that is gone. QEMU has one stub at a time.
-            Ok(SocketAddress::Unix(path)) if !path.exists() && qmp.peer().is_some() => {
-                qmp.human("gdbserver none")?;
-                Ok(None)
-            }
-            Ok(address) => Ok(Some(address)),
-            Err(_) => Err(not_now(format!("it is at '{device}', where kstub cannot connect"))),
-        },
-        None => {
-            Err(not_now(format!("another debugger is connected to it ({device}); disconnect that first")))
-        }
-    }
-}
-
-/// Has QEMU start a stub that only this process finds.
-fn start_stub(qmp: &Qmp) -> Result<(StubAddress, Started), LiveError> {
-    // A socket in a directory of mode 0700 can be made by a QEMU of the same user, or of root.
-    if let Some((_, user)) = qmp.peer()
-        && let Ok(directory) =
-            tempfile::Builder::new().prefix("kstub-").permissions(Permissions::from_mode(0o700)).tempdir()
-        && directory.path().metadata().is_ok_and(|made| user == made.uid() || user == 0)
-    {
-        let path = directory.path().join("gdb");
-        // The monitor's words end at blanks, options at commas.
-        let plain = path.to_str().is_some_and(|path| !path.contains([' ', ',', '"', '\\']));
-        if plain {
-            qmp.human(&format!("gdbserver unix:{},server=on,wait=off", path.display()))?;
-            if path.exists() {
-                return Ok((SocketAddress::Unix(path), Started { directory: Some(directory) }));
-            }
-        }
-    }
-    let answer = qmp.human("gdbserver tcp:127.0.0.1:0,server=on,wait=off")?;
-    let device = stub_device(qmp)?.ok_or_else(|| LiveError::Refused {
-        what: "starting QEMU's GDB stub".into(),
-        why: answer.trim().to_owned(),
-    })?;
-    let address = device.strip_prefix("disconnected:").unwrap_or(&device);
-    let address = SocketAddress::parse(address).map_err(|_| nonsense("query-chardev", &device))?;
-    Ok((address, Started { directory: None }))
-}
-
-fn end_stub(qmp: &Qmp, started: Option<Started>) {
-    let Some(started) = started else { return };
-    if let Err(error) = qmp.human("gdbserver none") {
-        tracing::warn!("QEMU's GDB stub was not ended: {error}");
-    }
-    drop(started.directory);
 }

@@ -102,8 +102,23 @@ impl Description {
                 regs.set(reg, Saved::Known(value));
             }
         }
+        if may_be_narrow(&regs) {
+            EXTENDED.into_iter().for_each(|reg| regs.set(reg, Saved::NotSaved));
+        }
         regs
     }
+}
+
+/// What QEMU has zeros for in code that is not 64-bit, whatever the guest's are.
+const EXTENDED: [Reg; 8] = [Reg::R8, Reg::R9, Reg::R10, Reg::R11, Reg::R12, Reg::R13, Reg::R14, Reg::R15];
+
+/// Whether a vCPU may be in such code, which QEMU does not say: nothing in its registers needs more than 32 bits.
+/// Source: QEMU `target/i386/gdbstub.c`, `x86_cpu_gdb_read_register`.
+fn may_be_narrow(regs: &RegisterFile) -> bool {
+    use Reg::{Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rip, Rsi, Rsp};
+    let narrow = |reg| regs.u64(reg).is_none_or(|value| value <= u64::from(u32::MAX));
+    EXTENDED.into_iter().all(|reg| regs.u64(reg).is_none_or(|value| value == 0))
+        && [Rax, Rbx, Rcx, Rdx, Rsi, Rdi, Rbp, Rsp, Rip].into_iter().all(narrow)
 }
 
 fn little_endian(bytes: &[Option<u8>]) -> Option<u128> {
@@ -172,6 +187,20 @@ mod tests {
         assert_eq!(regs.get(Reg::Rip), Saved::NotSaved);
         assert_eq!(regs.get(Reg::St0), Saved::Known(0x2120_1f1e_1d1c_1b1a_1918));
         assert_eq!(description.decode(&bytes[..33]).get(Reg::St0), Saved::NotSaved);
+    }
+
+    /// QEMU has zeros for r8 and up where code is not 64-bit; which it is it does not say.
+    #[test]
+    fn zeros_that_may_be_none() {
+        let description =
+            read(&[("target.xml", "<reg name=\"rip\" bitsize=\"64\"/><reg name=\"r15\" bitsize=\"64\"/>")]);
+        let decode = |rip: u64, r15: u64| {
+            let bytes = [rip.to_le_bytes(), r15.to_le_bytes()].concat();
+            description.decode(&bytes.into_iter().map(Some).collect::<Vec<_>>()).get(Reg::R15)
+        };
+        assert_eq!(decode(0x0804_8000, 0), Saved::NotSaved);
+        assert_eq!(decode(0x0804_8000, 7), Saved::Known(7));
+        assert_eq!(decode(0xffff_ffff_8100_0000, 0), Saved::Known(0));
     }
 
     #[test]

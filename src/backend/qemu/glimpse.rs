@@ -5,7 +5,8 @@
 
 use super::guard::{Errand, Guardian};
 use super::guest::{Guest, REGISTERS, saved_cpus};
-use super::qmp::{SOON, lock};
+use super::qmp::lock;
+use super::state::FLUSHED;
 use crate::backend::Backend;
 use crate::backend::live::{Glimpse, LiveError, RunState};
 use qapi::qmp::{cont, stop};
@@ -29,22 +30,27 @@ impl Guest {
             return Err(LiveError::NotNow { what: "stopping the guest for a moment".into(), why });
         }
         let qmp = self.address().clone();
-        let errand = Errand { stub: None, qmp, ran: true, started: false, directory: None };
+        let errand = Errand { stub: None, qmp, runs: true, stepped: false, started: false, directory: None };
         *lock(&self.guardian) = Guardian::start(&errand);
         let (_ours, start) = (self.events.ours(), Instant::now());
         self.events.changed();
         let stopped = self.qmp.send(stop {})?;
         let registers = self.qmp.send_human(REGISTERS, None);
-        stopped.answer(SOON)?;
+        let stands = stopped.answer(FLUSHED);
         let standing = before.stopped_at(self.events.generation(), before.saved_cpus().to_vec());
         let standing = Arc::new(standing);
-        look(&(Arc::clone(&standing) as _));
-        // Whatever went wrong meanwhile, it goes on.
+        if stands.is_ok() {
+            look(&(Arc::clone(&standing) as _));
+        }
+        // Whatever went wrong meanwhile, it goes on: a QEMU that is late stops it all the same, and then hears this.
+        // Without an answer to that the guardian goes without a farewell.
+        let guardian = lock(&self.guardian).take();
         let resumed = self.qmp.send(cont {})?;
-        let registers = registers.and_then(|asked| asked.text(SOON));
-        resumed.answer(SOON)?;
+        let registers = registers.and_then(|asked| asked.text(FLUSHED));
+        resumed.answer(FLUSHED)?;
         let stood = self.events.went_on_after(start).unwrap_or_else(|| start.elapsed());
-        lock(&self.guardian).take().into_iter().for_each(Guardian::farewell);
+        guardian.into_iter().for_each(Guardian::farewell);
+        stands?;
         let cpus = saved_cpus(registers?)?;
         let machine = Arc::new(standing.stopped_at(standing.generation(), cpus));
         Ok(Glimpse { machine, stood: Some(stood) })

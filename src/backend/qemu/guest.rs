@@ -6,20 +6,20 @@
 use super::control::Control;
 use super::events::Events;
 use super::guard::Guardian;
+use super::hold::STANDSTILL;
 use super::memory::Memory;
 use super::patches::{INT3, Patches};
 use super::qmp::{Qmp, SOON, lock, nonsense};
 use super::snapshot::Snapshot;
 use super::stub::Interrupter;
-use super::{QmpAddress, StubAddress, dump, registers};
+use super::{QmpAddress, StubAddress, registers, state};
 use crate::addr::{PhysAddr, PhysRange, VirtAddr};
 use crate::arch::x86_64::RegisterFile;
 use crate::backend::live::{
     DumpOrder, Dumped, Glimpse, Go, Happening, LiveControl, LiveError, Point, RunState, Stop,
 };
 use crate::backend::{Backend, RegisterSource, SavedCpu};
-use qapi::Command;
-use qapi::qmp::{cont, query_kvm, query_status};
+use qapi::qmp::query_kvm;
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -33,24 +33,24 @@ const MAP_AGE: Duration = Duration::from_millis(200);
 const SLICE: Duration = Duration::from_millis(50);
 /// How often a guest that says nothing is looked at.
 const UNREPORTED: Duration = Duration::from_secs(1);
-/// How long a guest may take to stand still once a stop is reported, and to answer an interrupt.
-const STANDSTILL: Duration = Duration::from_secs(10);
 
 /// A guest of a QEMU on this machine, or reached over its sockets.
 pub struct Guest {
     me: Weak<Guest>,
     pub(super) qmp: Arc<Qmp>,
     address: QmpAddress,
-    stub: Option<StubAddress>,
+    pub(super) stub: Option<StubAddress>,
     kvm: bool,
     pub(super) events: Arc<Events>,
     map: Mutex<Option<Map>>,
-    control: Mutex<Option<Control>>,
+    pub(super) control: Mutex<Option<Control>>,
     /// As long as there is run control.
-    interrupter: Mutex<Option<Interrupter>>,
+    pub(super) interrupter: Mutex<Option<Interrupter>>,
     /// Whether the guest was let go under run control and no stop was seen since.
-    let_go: AtomicBool,
-    patches: Patches,
+    pub(super) let_go: AtomicBool,
+    pub(super) patches: Patches,
+    /// What becomes of the guest if this process dies; `None`: what it was before.
+    pub(super) on_death: Mutex<Option<bool>>,
     /// While it is stopped by its monitor for us.
     pub(super) guardian: Mutex<Option<Guardian>>,
     /// Clients may change the guest.
@@ -108,6 +108,7 @@ impl Guest {
             no_dumps: OnceLock::new(),
             dumping: Mutex::new(()),
             patches: Patches::default(),
+            on_death: Mutex::new(None),
             guardian: Mutex::new(None),
         });
         let memory = guest.memory()?;
@@ -143,12 +144,14 @@ impl Guest {
         let generation = self.events.generation();
         let state = self.run_state()?;
         let memory = self.memory()?;
-        Ok(Snapshot::new(guest, memory, self.saved_cpus()?, state, generation))
+        Ok(Snapshot::new(guest, memory, self.saved_cpus(state)?, state, generation))
     }
 
-    /// Each vCPU's registers: all of them from the stub if it may be asked, else those that the monitor shows.
-    fn saved_cpus(&self) -> Result<Vec<SavedCpu>, LiveError> {
-        if !self.let_go.load(Ordering::SeqCst)
+    /// Each vCPU's registers: all of them from the stub if it may be asked, else those that the monitor shows. To ask the stub
+    /// would stop a guest that somebody else let run.
+    fn saved_cpus(&self, state: RunState) -> Result<Vec<SavedCpu>, LiveError> {
+        if state != RunState::Running
+            && !self.let_go.load(Ordering::SeqCst)
             && let Some(control) = &mut *lock(&self.control)
             && !control.stub.is_running()
         {
@@ -158,7 +161,7 @@ impl Guest {
     }
 
     /// The way to the guest's RAM, found anew when the memory map changed.
-    fn memory(&self) -> Result<Arc<Memory>, LiveError> {
+    pub(super) fn memory(&self) -> Result<Arc<Memory>, LiveError> {
         let mut map = lock(&self.map);
         let old = self.events.take_map_is_old();
         if let Some(map) = &*map
@@ -180,28 +183,16 @@ impl Guest {
         Ok(memory)
     }
 
-    fn with_control<T>(
-        &self,
-        what: &str,
-        work: impl FnOnce(&mut Control) -> Result<T, LiveError>,
-    ) -> Result<T, LiveError> {
-        let not_now = |why: &str| Err(LiveError::NotNow { what: what.to_owned(), why: why.to_owned() });
-        if self.let_go.load(Ordering::SeqCst) {
-            return not_now("the guest runs; stop it first");
-        }
-        match &mut *lock(&self.control) {
-            Some(control) if control.stub.is_running() => not_now("the guest runs; stop it first"),
-            Some(control) => work(control),
-            None => not_now("kstub has no run control of the guest; attach to it first"),
-        }
-    }
-
-    /// What is at a virtual address of a vCPU, and where that is.
-    fn byte_at(&self, at: VirtAddr, cpu: u32) -> Result<Option<(PhysAddr, u8)>, LiveError> {
-        let text = self.qmp.human_within(&format!("gva2gpa {at:#x}"), Some(cpu), SOON)?;
-        let phys =
-            text.trim().strip_prefix("gpa: 0x").and_then(|digits| u64::from_str_radix(digits, 16).ok());
-        let Some(phys) = phys.map(PhysAddr) else { return Ok(None) };
+    /// What is at a virtual address of the first vCPU that has it, and where that is.
+    fn byte_at(&self, at: VirtAddr, cpus: &[u32]) -> Result<Option<(PhysAddr, u8)>, LiveError> {
+        let ask = |cpu: &u32| -> Result<Option<PhysAddr>, LiveError> {
+            let text = self.qmp.human_within(&format!("gva2gpa {at:#x}"), Some(*cpu), SOON)?;
+            let digits = text.trim().strip_prefix("gpa: 0x");
+            Ok(digits.and_then(|digits| u64::from_str_radix(digits, 16).ok()).map(PhysAddr))
+        };
+        let Some(phys) = cpus.iter().find_map(|cpu| ask(cpu).transpose()).transpose()? else {
+            return Ok(None);
+        };
         let mut byte = [0];
         let read = self.memory()?.read(phys, &mut byte).stopped.is_none();
         Ok(read.then_some((phys, byte[0])))
@@ -210,92 +201,6 @@ impl Guest {
     /// Puts back into bytes that were read at `at` what breakpoints stand in the place of.
     pub(super) fn without_breakpoints(&self, at: PhysAddr, bytes: &mut [u8]) {
         self.patches.undo(at, bytes);
-    }
-
-    pub(super) fn is_attached(&self) -> bool {
-        self.let_go.load(Ordering::SeqCst) || lock(&self.control).is_some()
-    }
-
-    /// Executes a command that stops the guest or lets it run, if it is not as wanted yet.
-    fn switch<C: Command>(&self, command: C, running: bool) -> Result<(), LiveError> {
-        if (self.run_state()? == RunState::Running) == running { Ok(()) } else { self.order(command) }
-    }
-
-    /// Executes a command that stops the guest or lets it run.
-    fn order<C: Command>(&self, command: C) -> Result<(), LiveError> {
-        let _ours = self.events.ours();
-        self.events.changed();
-        // Events come before the answer.
-        self.qmp.execute(command)?;
-        Ok(())
-    }
-
-    /// Whether no vCPU runs, and not only for as long as a snapshot is saved.
-    fn is_at_rest(&self) -> Result<bool, LiveError> {
-        let passing = ["save-vm", "restore-vm", "finish-migrate", "inmigrate"];
-        Ok(matches!(self.run_state()?, RunState::Stopped(why) if !passing.contains(&why)))
-    }
-
-    /// Has the dump written while no breakpoint of ours stands in memory, if the guest stands. Returns the size.
-    fn dump_without_breakpoints(
-        &self,
-        order: &DumpOrder<'_>,
-        progress: &dyn Fn(u64, u64),
-    ) -> Result<u64, LiveError> {
-        let least = match order.is_raw() {
-            true => self.memory()?.ranges().iter().map(|range| range.len()).sum(),
-            false => 0,
-        };
-        let write = || dump::write(&self.qmp, &self.events, order, least, progress);
-        if self.let_go.load(Ordering::SeqCst) {
-            return write();
-        }
-        // As long as it is held nobody lets the guest go.
-        let mut held = lock(&self.control);
-        match &mut *held {
-            Some(control) if !control.stub.is_running() => {
-                let lifted = control.lift()?;
-                let written = write();
-                control.put_back(lifted)?;
-                written
-            }
-            _ => write(),
-        }
-    }
-
-    /// QEMU's state once no vCPU runs.
-    fn standstill(&self) -> Result<&'static str, LiveError> {
-        let deadline = Instant::now() + STANDSTILL;
-        loop {
-            if let RunState::Stopped(why) = self.run_state()? {
-                return Ok(why);
-            }
-            if Instant::now() >= deadline {
-                let what = "waiting for the guest to stand still".to_owned();
-                return Err(LiveError::Timeout { what, seconds: STANDSTILL.as_secs() });
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn release(&self, running: bool) -> Result<(), LiveError> {
-        if self.let_go.load(Ordering::SeqCst) {
-            self.interrupt()?;
-            let _ = self.wait_stop(STANDSTILL)?;
-        }
-        let Some(control) = lock(&self.control).take() else { return Ok(()) };
-        lock(&self.interrupter).take();
-        let _ours = self.events.ours();
-        self.events.changed();
-        let released = control.release(&self.qmp, running);
-        self.patches.clear();
-        // What it caused is reported before this is answered.
-        let state = self.run_state();
-        released?;
-        if running && state? != RunState::Running {
-            self.switch(cont {}, true)?;
-        }
-        Ok(())
     }
 }
 
@@ -329,41 +234,13 @@ fn of_cpus(registers: Vec<(u32, RegisterFile)>) -> Vec<SavedCpu> {
     registers.into_iter().map(saved).collect()
 }
 
-/// The names that QEMU has for states in which no vCPU runs.
-const STATES: &[&str] = &[
-    "debug",
-    "inmigrate",
-    "internal-error",
-    "io-error",
-    "paused",
-    "postmigrate",
-    "prelaunch",
-    "finish-migrate",
-    "restore-vm",
-    "save-vm",
-    "shutdown",
-    "suspended",
-    "watchdog",
-    "guest-panicked",
-    "colo",
-];
-
 impl LiveControl for Guest {
     fn snapshot(&self) -> Result<Arc<dyn Backend>, LiveError> {
         Ok(Arc::new(self.take_snapshot()?))
     }
 
     fn run_state(&self) -> Result<RunState, LiveError> {
-        let answer = self.qmp.execute(query_status {})?;
-        match answer.get("running").and_then(Value::as_bool) {
-            Some(true) => Ok(RunState::Running),
-            Some(false) => {
-                let status = answer.get("status").and_then(Value::as_str);
-                let known = STATES.iter().copied().find(|&state| Some(state) == status);
-                Ok(RunState::Stopped(known.unwrap_or("stopped")))
-            }
-            None => Err(nonsense("query-status", &answer.to_string())),
-        }
+        state::run_state(&self.qmp)
     }
 
     fn happenings(&self) -> Vec<Happening> {
@@ -387,39 +264,16 @@ impl LiveControl for Guest {
     }
 
     fn attach(&self) -> Result<Stop, LiveError> {
-        if self.let_go.load(Ordering::SeqCst) {
-            let why = "the guest runs under run control already".to_owned();
-            return Err(LiveError::NotNow { what: "attaching".into(), why });
-        }
-        let mut held = lock(&self.control);
-        if let Some(control) = &*held {
-            return Ok(control.stop);
-        }
-        let _ours = self.events.ours();
-        let ran = self.run_state()? == RunState::Running;
-        let attached = Control::attach(&self.qmp, &self.address, self.stub.as_ref(), ran);
-        let attached = attached.and_then(|mut control| {
-            control.state = self.standstill()?;
-            *lock(&self.interrupter) = Some(control.stub.interrupter()?);
-            Ok(control)
-        });
-        match attached {
-            Ok(control) => Ok(held.insert(control).stop),
-            Err(error) => {
-                // To connect may have stopped it.
-                if ran {
-                    self.switch(cont {}, true)?;
-                }
-                Err(error)
-            }
-        }
+        self.take_control()
     }
 
     fn ran_before(&self) -> Option<bool> {
         lock(&self.control).as_ref().map(|control| control.ran)
     }
 
-    fn on_death(&self, _running: Option<bool>) {}
+    fn on_death(&self, running: Option<bool>) {
+        self.decide_for_death(running);
+    }
 
     fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
         let ours = packet.starts_with(b"qqemu.") || packet.starts_with(b"Qqemu.");
@@ -446,11 +300,11 @@ impl LiveControl for Guest {
 
     fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.with_control("putting a breakpoint or watchpoint", |control| {
-            let before =
-                if self.kvm && point == Point::Software { self.byte_at(at, control.stop.cpu)? } else { None };
+            let cpus = control.whose_tables(at);
+            let before = if self.kvm && point == Point::Software { self.byte_at(at, &cpus)? } else { None };
             control.insert(point, at, len)?;
             if let Some((phys, byte)) = before
-                && let Some((_, INT3)) = self.byte_at(at, control.stop.cpu)?
+                && let Some((_, INT3)) = self.byte_at(at, &cpus)?
                 && byte != INT3
             {
                 self.patches.add(at, phys, byte);
@@ -463,7 +317,7 @@ impl LiveControl for Guest {
     fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
         self.with_control("removing a breakpoint or watchpoint", |control| {
             control.remove(point, at, len)?;
-            if point == Point::Software {
+            if point == Point::Software && !control.has_breakpoint(at) {
                 self.patches.remove(at);
             }
             self.events.changed();
@@ -476,7 +330,7 @@ impl LiveControl for Guest {
             control.may_run()?;
             control.hold = Some(self.events.ours());
             self.events.changed();
-            control.stub.resume(actions)?;
+            control.resume(actions)?;
             self.let_go.store(true, Ordering::SeqCst);
             Ok(())
         })
@@ -536,12 +390,13 @@ impl LiveControl for Guest {
                 }
                 if !matches!(waited, Ok(None)) {
                     // A stop, or the connection's end.
-                    let state = self.standstill();
+                    let state = self.state_of_stop();
                     control.hold = None;
                     self.events.changed();
                     self.let_go.store(false, Ordering::SeqCst);
                     let stop = waited?;
                     control.state = state?;
+                    control.follow_cpus(&self.qmp);
                     return Ok(stop);
                 }
             }

@@ -1,25 +1,25 @@
 //! A guest's RAM, read from beside QEMU: by file where it is shared, else from QEMU's own memory, else by the monitor.
 //!
-//! Everything is a `pread`, of the RAM's file or of `/proc/PID/mem`: a truncated file is a short read, where a
-//! mapping of it would end this process by SIGBUS (as it ends QEMU), and no slice ever lies over memory that changes.
+//! Everything is a `pread`, of the RAM's file or of `/proc/PID/mem`, or for large parts of a process's memory
+//! `process_vm_readv`, which copies them once where a `pread` copies them twice, page by page: a truncated file is a
+//! short read, where a mapping of it would end this process by SIGBUS (as it ends QEMU), and no slice ever lies over
+//! memory that changes.
 //! A read of eight bytes costs one system call, which a page cache over a guest that stands still makes up for.
 //! Whether the bytes are the guest's is not believed but compared with what the monitor shows.
 //! Source: `proc_pid_mem(5)`, `proc_pid_fd(5)`; QEMU `qapi/qom.json` (`MemoryBackendFileProperties`),
 //! `hmp-commands.hx` (`gpa2hva`, `xp`).
 
 use super::mtree::{Region, regions};
+use super::process::{Opened, Process};
 use super::qmp::{Qmp, nonsense};
 use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange, join_ranges};
 use crate::backend::live::LiveError;
-use crate::bytes::u64_at;
+use crate::bytes::{printable, u64_at};
 use crate::memory::{ReadOutcome, Unreadable};
 use qapi::qmp::{qom_get, query_memdev};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How many places of a region are looked at for bytes to compare, and how many are compared.
@@ -27,6 +27,10 @@ const LOOKED_AT: u64 = 64;
 const COMPARED: u32 = 3;
 /// How often a place of a guest that runs is compared before it counts as different.
 const TRIES: u32 = 5;
+/// A process whose memory differs from the guest's in this much of RAM is not QEMU. Less may be what firmware has just moved.
+const TELLING: u64 = 1 << 20;
+/// How many parts the address space may have: a machine has some ten, and each costs questions.
+const MOST_REGIONS: usize = 4096;
 /// How much the monitor is asked for at once.
 const MONITOR_READ: usize = 8 << 10;
 
@@ -53,30 +57,22 @@ enum Source {
     Monitor,
 }
 
-struct Opened {
-    file: File,
-    name: String,
-    /// A process's memory has no end that is worth telling; a file's may be cut.
-    process: bool,
-}
-
-/// A mapping of a process that is shared with a file: a line of `/proc/PID/maps`.
-struct SharedMapping {
-    start: u64,
-    end: u64,
-    offset: u64,
-    device: u64,
-    inode: u64,
-}
-
 impl Memory {
     /// Finds the guest's RAM by QEMU's memory map (`info mtree -f`) and the best way to each part of it.
     pub(super) fn open(monitor: &Arc<Qmp>, mtree: &str) -> Result<Self, LiveError> {
         const WHAT: &str = "monitor command 'info mtree -f'";
         let regions = regions(mtree).ok_or_else(|| nonsense(WHAT, mtree))?;
         let mut finder = Finder::new(monitor)?;
+        if let Some(more @ 1..) = regions.len().checked_sub(MOST_REGIONS) {
+            finder.problems.push(format!(
+                "QEMU's memory map has {} parts: the last {more}, from {:#x} on, are not read (a machine with so many is \
+                 no x86-64 that kstub knows)",
+                regions.len(),
+                regions.get(MOST_REGIONS).map_or(PhysAddr(0), |region| region.range.start),
+            ));
+        }
         let mut pieces = Vec::new();
-        for region in regions {
+        for region in regions.into_iter().take(MOST_REGIONS) {
             let source = finder.source(&region)?;
             pieces.push(Piece { range: region.range, rom: region.rom, source });
         }
@@ -171,30 +167,6 @@ impl Memory {
     }
 }
 
-impl Opened {
-    /// Fills `buf` from `offset` and says how far, and why not further.
-    fn read(&self, offset: u64, buf: &mut [u8]) -> (usize, Option<Unreadable>) {
-        let mut filled = 0;
-        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            let at = offset.wrapping_add(filled as u64);
-            let why = match self.file.read_at(rest, at) {
-                Ok(0) if self.process => {
-                    Unreadable::Io { offset: at, message: "QEMU's process has ended".into() }
-                }
-                Ok(0) => Unreadable::Truncated { offset: at },
-                Ok(read) => {
-                    filled += read;
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => Unreadable::Io { offset: at, message: error.to_string() },
-            };
-            return (filled, Some(why));
-        }
-        (filled, None)
-    }
-}
-
 /// Reads whole words by `xp`, which shows them as numbers.
 fn read_by_monitor(monitor: &Qmp, at: PhysAddr, buf: &mut [u8]) -> (usize, Option<Unreadable>) {
     let mut filled = 0;
@@ -241,16 +213,6 @@ enum Backing {
     Unusable,
 }
 
-/// QEMU as a process of this machine.
-struct Process {
-    pid: u32,
-    /// `/proc/PID/mem`, if this process may read it.
-    memory: Option<Arc<Opened>>,
-    /// Found only if that is not so.
-    shared: Vec<SharedMapping>,
-    files: HashMap<(u64, u64), Arc<Opened>>,
-}
-
 impl<'a> Finder<'a> {
     fn new(monitor: &'a Qmp) -> Result<Self, LiveError> {
         let devices = monitor.execute(query_memdev {})?;
@@ -259,6 +221,17 @@ impl<'a> Finder<'a> {
         let ids = shared.filter_map(|one| one.get("id").and_then(Value::as_str));
         let backends = ids.map(|id| (id.to_owned(), Backing::Unopened)).collect();
         let mut problems = Vec::new();
+        let confidential =
+            qom_get { path: "/machine".to_owned(), property: "confidential-guest-support".to_owned() };
+        if let Ok(Value::String(object)) = monitor.execute(confidential)
+            && !object.is_empty()
+        {
+            problems.push(format!(
+                "the guest's memory is encrypted ({}): what is read is ciphertext; start QEMU without \
+                 confidential-guest-support to look into it",
+                printable(&object)
+            ));
+        }
         let process = monitor.peer().map(|(pid, _)| Process::new(pid, &mut problems));
         Ok(Self { monitor, backends, process, problems })
     }
@@ -271,13 +244,17 @@ impl<'a> Finder<'a> {
         }
         let host = if self.process.is_some() { self.host_address(region)? } else { None };
         if let (Some(host), Some(process)) = (host, &mut self.process)
-            && let Some(source) = process.source(host, region.range.len())
+            && let Some((opened, offset)) = process.source(host, region.range.len())
         {
-            if self.is_the_guests(region, &source)? {
+            let source = Source::File(opened, offset);
+            // Twice: what firmware maps anew meanwhile differs once.
+            if self.is_the_guests(region, &source)? || self.is_the_guests(region, &source)? {
                 return Ok(source);
             }
             // The process at the other end of the socket is not QEMU but one in between.
-            self.process = None;
+            if !region.rom && region.range.len() >= TELLING {
+                self.process = None;
+            }
         }
         let slow = "part of the guest's RAM can be read only through QEMU's monitor, which is slow: run kstub as the \
                     user of QEMU (or root) over a Unix socket, or give QEMU its RAM as \
@@ -310,7 +287,7 @@ impl<'a> Finder<'a> {
             {
                 let offset = property("offset")?.and_then(|value| value.as_u64()).unwrap_or(0);
                 let name = format!("the file {path}");
-                *backing = Backing::Opened(Arc::new(Opened { file, name, process: false }), offset);
+                *backing = Backing::Opened(Arc::new(Opened { file, name, process: None }), offset);
             }
         }
         let Backing::Opened(opened, offset) = backing else { return Ok(None) };
@@ -374,76 +351,10 @@ impl<'a> Finder<'a> {
     }
 }
 
-impl Process {
-    fn new(pid: u32, problems: &mut Vec<String>) -> Self {
-        let path = format!("/proc/{pid}/mem");
-        let memory = match File::open(&path) {
-            Ok(file) => Some(Arc::new(Opened { file, name: format!("QEMU's memory {path}"), process: true })),
-            Err(error) => {
-                problems.push(format!(
-                    "QEMU's memory cannot be opened ({path}: {error}): run kstub as the user of QEMU with \
-                     kernel.yama.ptrace_scope 0, or as root"
-                ));
-                None
-            }
-        };
-        let shared = if memory.is_some() { Vec::new() } else { shared_mappings(pid) };
-        Self { pid, memory, shared, files: HashMap::new() }
-    }
-
-    /// The way to `len` bytes at an address of QEMU's own.
-    fn source(&mut self, host: u64, len: u64) -> Option<Source> {
-        if let Some(memory) = &self.memory {
-            return Some(Source::File(Arc::clone(memory), host));
-        }
-        let end = host.checked_add(len)?;
-        let mapping = self.shared.iter().find(|one| one.start <= host && end <= one.end)?;
-        let offset = mapping.offset.checked_add(host - mapping.start)?;
-        let key = (mapping.device, mapping.inode);
-        if !self.files.contains_key(&key) {
-            self.files.insert(key, Arc::new(open_by_descriptor(self.pid, key)?));
-        }
-        Some(Source::File(Arc::clone(self.files.get(&key)?), offset))
-    }
-}
-
-/// What the process maps shared from files. To see it needs less than to read its memory.
-fn shared_mappings(pid: u32) -> Vec<SharedMapping> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    text.lines().filter_map(shared_mapping).collect()
-}
-
-/// `7f5217ffe000-7f5227ffe000 rw-s 00000000 00:01 1089   /memfd:memory-backend-memfd (deleted)`
-fn shared_mapping(line: &str) -> Option<SharedMapping> {
-    let mut fields = line.split_whitespace();
-    let (start, end) = fields.next()?.split_once('-')?;
-    fields.next().filter(|permissions| permissions.ends_with('s'))?;
-    let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
-    let offset = hex(fields.next()?)?;
-    let (major, minor) = fields.next()?.split_once(':')?;
-    let device = device_number(hex(major)?, hex(minor)?);
-    let inode = fields.next()?.parse().ok().filter(|&inode| inode != 0)?;
-    Some(SharedMapping { start: hex(start)?, end: hex(end)?, offset, device, inode })
-}
-
-/// As the C library packs the two numbers (`makedev(3)`).
-fn device_number(major: u64, minor: u64) -> u64 {
-    (major & 0xffff_f000) << 32 | (major & 0xfff) << 8 | (minor & 0xffff_ff00) << 12 | minor & 0xff
-}
-
-/// Opens the file with this device and inode, which has no name any more or never had one, by QEMU's descriptor of it.
-fn open_by_descriptor(pid: u32, file: (u64, u64)) -> Option<Opened> {
-    let descriptors: PathBuf = Path::new("/proc").join(pid.to_string()).join("fd");
-    let found = std::fs::read_dir(descriptors).ok()?.flatten().map(|entry| entry.path()).find(|path| {
-        std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && (meta.dev(), meta.ino()) == file)
-    })?;
-    let name = format!("the file {}", found.display());
-    Some(Opened { file: File::open(&found).ok()?, name, process: false })
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::qmp::tests::{fake, reply};
     use super::*;
 
     #[test]
@@ -458,47 +369,61 @@ mod tests {
         assert_eq!(words_of("0: 0x1 0xzz 0x2"), [1, 0, 0, 0, 0, 0, 0, 0]);
     }
 
-    #[test]
-    fn mappings_that_are_shared() {
-        let line =
-            "7f5217ffe000-7f5227ffe000 rw-s 00001000 00:01 1089       /memfd:memory-backend-memfd (deleted)";
-        let mapping = shared_mapping(line).unwrap();
-        assert_eq!((mapping.start, mapping.end), (0x7f52_17ff_e000, 0x7f52_27ff_e000));
-        assert_eq!((mapping.offset, mapping.inode, mapping.device), (0x1000, 1089, 1));
-        assert!(shared_mapping(&line.replace("rw-s", "rw-p")).is_none());
-        assert!(shared_mapping(&line.replace("1089", "0")).is_none());
-        assert!(shared_mapping("garbage").is_none());
+    /// The other end of a fake's socket is this process: what it "is" of a guest is ours.
+    fn open(monitor: &Arc<Qmp>, regions: &[(u64, u64)]) -> Memory {
+        let lines =
+            regions.iter().map(|(start, last)| format!("  {start:016x}-{last:016x} (prio 0, ram): r\n"));
+        let text = format!("FlatView #0\n AS \"memory\", root: system\n{}", lines.collect::<String>());
+        Memory::open(monitor, &text).unwrap()
     }
 
-    /// As where `/proc/PID/mem` may not be opened, but the descriptors may be seen (yama's `ptrace_scope` 1).
     #[test]
-    fn a_memfd_is_found_by_qemus_descriptor() {
-        const SIZE: u64 = 8 << 20;
-        let object = format!("memory-backend-memfd,id=m,size={SIZE},share=on");
-        let arguments = ["-nodefaults", "-display", "none", "-machine", "none", "-S", "-object", &object];
-        let started = std::process::Command::new("qemu-system-x86_64").args(arguments).spawn();
-        let Ok(mut qemu) = started else {
-            return eprintln!("skipped: no qemu-system-x86_64");
-        };
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-        let mut shared = Vec::new();
-        while shared.is_empty() && std::time::Instant::now() < deadline {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            shared = shared_mappings(qemu.id());
-            shared.retain(|one| one.end - one.start == SIZE);
-        }
-        let start = shared.first().map_or(0, |one| one.start);
-        let mut process = Process { pid: qemu.id(), memory: None, shared, files: HashMap::new() };
-        let found = process.source(start + 0x1000, SIZE - 0x1000);
-        let beyond = process.source(start + 0x1000, SIZE);
-        qemu.kill().unwrap();
-        qemu.wait().unwrap();
-        let Some(Source::File(opened, offset)) = found else { unreachable!("not found") };
-        assert_eq!((opened.file.metadata().unwrap().len(), offset), (SIZE, 0x1000));
-        assert!(beyond.is_none());
-        // Cut under the reader: a short read, and no signal.
-        let mut buf = [0; 16];
-        assert_eq!(opened.read(SIZE - 16, &mut buf), (16, None));
-        assert_eq!(opened.read(SIZE - 8, &mut buf), (8, Some(Unreadable::Truncated { offset: SIZE })));
+    fn what_is_wrong_with_a_guests_memory_is_said() {
+        let (qmp, _) = fake(|command, to| {
+            let value = match command["execute"].as_str().unwrap() {
+                "query-memdev" => "[]",
+                "qom-get" => "\"/objects/sev0\"",
+                _ => "\"\"",
+            };
+            reply(command, value, to);
+        });
+        let regions: Vec<(u64, u64)> =
+            (0..MOST_REGIONS as u64 + 10).map(|n| (n << 13, (n << 13) + 0xfff)).collect();
+        let memory = open(&Arc::new(qmp), &regions);
+        assert_eq!(memory.ranges().len(), MOST_REGIONS);
+        let said = memory.problems().join("\n");
+        assert!(said.contains("4106 parts: the last 10, from 0x2000000 on"), "{said}");
+        assert!(said.contains("encrypted (/objects/sev0)"), "{said}");
+    }
+
+    /// A small part that differs is read by the monitor, and says nothing of the others.
+    #[test]
+    fn one_small_difference_makes_no_other_process() {
+        let [small, large] = [vec![0x11u8; 0x1_0000], vec![0x22u8; 2 << 20]];
+        let (small_at, large_at) = (small.as_ptr() as u64, large.as_ptr() as u64);
+        let (qmp, _) = fake(move |command, to| {
+            let line = command["arguments"]["command-line"].as_str().unwrap_or_default();
+            let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+            let value = match (command["execute"].as_str().unwrap(), line.split_once(' ')) {
+                ("query-memdev", _) => "[]".to_owned(),
+                (_, Some(("gpa2hva", at))) => {
+                    let at = number(at);
+                    let host = if at < 0x10_0000 { small_at + at } else { large_at + at - 0x10_0000 };
+                    format!("\"Host virtual address for {at:#x} (r) is {host:#x}\"")
+                }
+                // The same bytes everywhere.
+                (_, Some(("xp", _))) => "\"0: 0x2222222222222222\"".to_owned(),
+                _ => "\"\"".to_owned(),
+            };
+            reply(command, &value, to);
+        });
+        let memory = open(&Arc::new(qmp), &[(0, 0xffff), (0x10_0000, 0x2f_ffff)]);
+        let ways = memory.ways();
+        assert!(ways[0].0.contains("monitor") && ways[0].1 == 0x1_0000, "{ways:?}");
+        assert!(ways[1].0.contains("/mem") && ways[1].1 == 2 << 20, "{ways:?}");
+        let mut read = vec![0; 1 << 20];
+        assert_eq!(memory.read(PhysAddr(0x10_0000), &mut read), ReadOutcome::complete(1 << 20));
+        assert!(read.iter().all(|byte| *byte == 0x22));
+        drop((small, large));
     }
 }

@@ -19,8 +19,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The longest line that is read: `info mtree -f` of a large machine takes some 100 KiB.
-const LONGEST_LINE: u64 = 8 << 20;
+/// The longest line that is read: `info registers -a` takes some 7 KiB a vCPU, and there may be 4096.
+const LONGEST_LINE: u64 = 64 << 20;
 /// What QEMU answers at once unless it is stopped or very busy.
 pub(super) const SOON: Duration = Duration::from_secs(10);
 /// How long a greeting may take: QEMU sends it unasked.

@@ -1,17 +1,20 @@
 //! The registers of every vCPU from the text of the monitor's `info registers -a`.
 //!
 //! Knows the text only, as a vCPU in 64-bit code writes it and as one in 32- or 16-bit code does. What it lacks
-//! (`k_gs_base`, `cr8`, the x87 pointers; `r8` and up outside 64-bit code) stays not saved. `st0` to `st7` are QEMU's
+//! (`k_gs_base`, `cr8`, the x87 pointers; `r8` and up and all of the segments' bases outside 64-bit code) stays not saved. `st0` to `st7` are QEMU's
 //! physical registers, as its GDB stub has them too. Source: QEMU `target/i386/cpu-dump.c`, `x86_cpu_dump_state`.
 
 use crate::arch::x86_64::{Reg, RegisterFile, Saved};
 
 /// No machine has more vCPUs, and no hostile text makes more.
 const MOST_CPUS: usize = 4096;
+/// `EFER.LMA`.
+const LONG_MODE: u64 = 1 << 10;
 
 /// Each vCPU's registers, by its index, in the order of the text.
 pub(super) fn parse(text: &str) -> Vec<(u32, RegisterFile)> {
     let mut cpus: Vec<(u32, RegisterFile)> = Vec::new();
+    let mut narrow = false;
     for line in text.lines() {
         if let Some(index) = line.trim().strip_prefix("CPU#") {
             let Ok(index) = index.parse() else { continue };
@@ -19,8 +22,15 @@ pub(super) fn parse(text: &str) -> Vec<(u32, RegisterFile)> {
                 break;
             }
             cpus.push((index, RegisterFile::default()));
+            narrow = false;
         } else if let Some((_, regs)) = cpus.last_mut() {
             read_line(line, regs);
+            narrow |= line.starts_with("EIP=");
+            // 32-bit code of a 64-bit kernel: of a base the lower half is shown.
+            if narrow && regs.u64(Reg::Efer).is_some_and(|efer| efer & LONG_MODE != 0) {
+                regs.set(Reg::FsBase, Saved::NotSaved);
+                regs.set(Reg::GsBase, Saved::NotSaved);
+            }
         }
     }
     cpus
@@ -175,6 +185,21 @@ FCW=037f FSW=3800 [ST=7] FTW=80 MXCSR=00001f80\r
 FPR6=0000000000000000 0000 FPR7=c90fdaa22168c235 4000\r
 XMM00=0011223344556677 8899aabbccddeeff XMM01=0000000000000000 0000000000000001\r
 ";
+
+    /// 32-bit code of a 64-bit kernel: its bases are cut, and its control registers are not.
+    #[test]
+    fn halves_of_bases_are_none() {
+        let text = "CPU#0\r\nEAX=00000001\r\nEIP=08048000 EFL=00000246 [---Z-P-] CPL=3\r\n\
+                    GS =0063 f7c01500 ffffffff 00d0f300 DPL=3 DS   [-WA]\r\n\
+                    CR0=80050033 CR2=00007ffe12345678 CR3=00000001102b6000 CR4=00750ea0\r\n\
+                    EFER=0000000000000d01\r\nCPU#1\r\nRIP=ffffffff81000000\r\n\
+                    GS =0000 ffff888000000000 00000000 00000000\r\nEFER=0000000000000d01\r\n";
+        let [(_, compat), (_, kernel)] = &parse(text)[..] else { panic!() };
+        assert_eq!((compat.get(Reg::GsBase), compat.u64(Reg::Gs)), (Saved::NotSaved, Some(0x63)));
+        assert_eq!(compat.u64(Reg::Cr3), Some(0x1_102b_6000));
+        assert_eq!(compat.u64(Reg::Cr2), Some(0x7ffe_1234_5678));
+        assert_eq!(kernel.u64(Reg::GsBase), Some(0xffff_8880_0000_0000));
+    }
 
     #[test]
     fn every_mode_of_a_cpu() {

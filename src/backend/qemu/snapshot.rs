@@ -1,12 +1,13 @@
 //! A guest at one moment: its registers of then, over its memory.
 //!
-//! While the guest stands still its pages are cached; while it runs they are, too, but for some milliseconds only:
-//! what is read is never older than that, and a walk over many small objects costs no system call for each. From the
+//! While the guest stands still its pages are cached for half a second; while it runs they are, too, but for some
+//! milliseconds only: what is read is never older than that, and a walk over many small objects costs no system call for each. From the
 //! moment it stops, goes on, or something changes it, each read is of what its memory then holds. Knows nothing of
 //! sockets.
 
 use super::guest::Guest;
 use super::memory::Memory;
+use super::state::is_passing;
 use crate::addr::{PAGE_SIZE, PhysAddr, PhysRange};
 use crate::backend::live::{LiveControl, RunState};
 use crate::backend::{Backend, Fact, SavedCpu};
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 const CACHE_BYTES: u64 = 64 << 20;
 /// How old a page of a guest that runs may be.
 const RUNNING_AGE: Duration = Duration::from_millis(10);
+/// How old one of a guest that stands may be: QEMU does not say when a snapshot is loaded into it.
+const STANDING_AGE: Duration = Duration::from_millis(500);
 /// Reads of more than this are not worth caching: they are scans.
 const LONGEST_CACHED: usize = 16 << 10;
 
@@ -64,13 +67,15 @@ impl Snapshot {
     /// below the number of the age in which it was read.
     fn cached_as(&self, at: PhysAddr) -> Option<u64> {
         const FRAME_BITS: u32 = 40;
-        if self.guest.generation() != self.generation {
+        // While its memory arrives, pages change though nothing runs.
+        if self.guest.generation() != self.generation || is_passing(self.state) {
             return None;
         }
-        let age = match self.state {
-            RunState::Running => self.taken.elapsed().as_millis() / RUNNING_AGE.as_millis(),
-            RunState::Stopped(_) => 0,
+        let longest = match self.state {
+            RunState::Running => RUNNING_AGE,
+            RunState::Stopped(_) => STANDING_AGE,
         };
+        let age = self.taken.elapsed().as_millis() / longest.as_millis();
         let frame = at.0 / PAGE_SIZE;
         // No processor has more physical address bits than 52.
         (frame >> FRAME_BITS == 0).then_some((age as u64) << FRAME_BITS | frame)

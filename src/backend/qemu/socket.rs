@@ -3,7 +3,9 @@
 //! Knows how long to wait and no protocol. Source: `unix(7)` (`SO_PEERCRED`; a full backlog blocks `connect`).
 
 use crate::backend::live::LiveError;
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::fmt;
@@ -85,9 +87,10 @@ impl Socket {
     /// The process at the other end, if it is one of this machine that this one may see: its number and its user.
     pub(super) fn peer(&self) -> Option<(u32, u32)> {
         let Self::Unix(stream) = self else { return None };
-        let peer = socket_peercred(stream).ok()?;
-        let pid = u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?;
-        Some((pid, peer.uid.as_raw()))
+        let peer = getsockopt(stream, PeerCredentials).ok()?;
+        // One outside of our pid namespace has the number 0.
+        let pid = u32::try_from(peer.pid()).ok().filter(|&pid| pid != 0)?;
+        Some((pid, peer.uid()))
     }
 
     pub(super) fn try_clone(&self) -> io::Result<Self> {

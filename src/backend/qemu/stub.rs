@@ -3,6 +3,9 @@
 //! Knows what the stub can be asked and nothing of QMP. Connecting stops the guest. Nothing may be sent while the
 //! guest runs but an interrupt, for QEMU takes any byte for one. Source: GDB manual, "Packets"; QEMU `gdbstub/`.
 
+mod begin;
+mod steps;
+
 use super::description::Description;
 use super::qmp::nonsense;
 use super::replies::{StopReply, ThreadId, refusal, register_bytes, stop_reply, unescape};
@@ -30,8 +33,13 @@ const MOST_THREADS: usize = 4096;
 const WRITE_AT_ONCE: usize = 1024;
 /// How often a vCPU that took no step is asked again.
 const STEP_TRIES: usize = 3;
-/// The protocol's number for a stop by a step or a breakpoint.
+/// The protocol's numbers for a stop that was asked for, and one by a step or a breakpoint.
+const SIGINT: u8 = 2;
 const SIGTRAP: u8 = 5;
+/// Flags of QEMU's with which a step is none.
+const NO_STEPS: &[u8] = b"0x0";
+/// Where kernels are: every address space has the same there, wherever it has it at all.
+pub(super) const KERNEL_HALF: VirtAddr = VirtAddr(1 << 63);
 
 /// A connection to the stub.
 pub(super) struct Stub {
@@ -44,6 +52,8 @@ pub(super) struct Stub {
     threads: Vec<ThreadId>,
     /// The vCPU that `g` and `P` are about.
     selected: Option<ThreadId>,
+    /// The vCPU that stopped the guest last.
+    stopped_on: Option<ThreadId>,
     /// Whether it was let run and did not say since that it stopped.
     running: bool,
     /// vCPUs that were to take a step and have not said that they did.
@@ -52,6 +62,8 @@ pub(super) struct Stub {
     seen: BTreeMap<u32, Vec<u8>>,
     /// The packet that lets vCPUs step, and how often it may be sent again.
     step: Option<(Vec<u8>, usize)>,
+    /// A stop that came before what was asked for could begin.
+    early: Option<StopReply>,
 }
 
 /// Stops the guest from beside the connection.
@@ -69,45 +81,6 @@ fn gone(why: &str) -> LiveError {
 }
 
 impl Stub {
-    /// Connects, which stops the guest, and learns its registers and vCPUs. All breakpoints that an earlier client
-    /// left are removed. Also says where the guest stopped.
-    pub(super) fn connect(address: &SocketAddress) -> Result<(Self, StopReply), LiveError> {
-        Self::over(Socket::connect(address)?)
-    }
-
-    pub(super) fn over(socket: Socket) -> Result<(Self, StopReply), LiveError> {
-        let mut this = Self {
-            socket,
-            framer: Framer::new(LONGEST_PACKET),
-            arrived: VecDeque::new(),
-            acks: true,
-            features: String::new(),
-            description: Description::default(),
-            threads: Vec::new(),
-            selected: None,
-            running: false,
-            steps: BTreeSet::new(),
-            seen: BTreeMap::new(),
-            step: None,
-        };
-        let features = this.ask("qSupported:multiprocess+;vContSupported+;xmlRegisters=i386")?;
-        this.features = String::from_utf8_lossy(&features).into_owned();
-        if this.offers("QStartNoAckMode+") && this.ask("QStartNoAckMode")? == b"OK" {
-            this.acks = false;
-        }
-        let stopped = this.ask("?")?;
-        let stop = stop_reply(&stopped).ok_or_else(|| garbled("?", &stopped))?;
-        this.description = Description::read(|annex| this.annex(annex))?;
-        if !this.description.is_x86_64() {
-            return Err(LiveError::NotNow {
-                what: "attaching to the guest".into(),
-                why: "QEMU's target description is not of x86-64; kstub knows no other machine yet".into(),
-            });
-        }
-        this.threads = this.list_threads()?;
-        Ok((this, stop))
-    }
-
     /// Whether the stub said at the start that it can do this.
     pub(super) fn offers(&self, feature: &str) -> bool {
         self.features.split(';').any(|one| one == feature)
@@ -132,6 +105,13 @@ impl Stub {
     pub(super) fn set_stopped(&mut self) {
         self.running = false;
         self.seen.clear();
+    }
+
+    /// Stops a guest that somebody else let run; the stop comes through [`Self::wait`]. Any other packet stops it, too, but
+    /// is lost, and since QEMU 8.1 nothing is said of it.
+    pub(super) fn halt(&mut self) -> Result<(), LiveError> {
+        (self.running, self.step) = (true, None);
+        self.interrupter()?.interrupt()
     }
 
     /// The registers of a vCPU.
@@ -188,7 +168,30 @@ impl Stub {
             }
         );
         let packet = format!("{}{number},{:x},{:x}", if put { 'Z' } else { 'z' }, at.0, len.max(1));
-        self.expect_ok(packet.as_bytes(), &what)
+        let outcome = self.expect_ok(packet.as_bytes(), &what);
+        // KVM's is an instruction that is written by the page tables of the vCPU that stopped: those of user mode may lack the
+        // kernel's memory.
+        if point == Point::Software && at >= KERNEL_HALF && matches!(outcome, Err(LiveError::Refused { .. }))
+        {
+            return self.by_another_cpu(packet.as_bytes(), &what, outcome);
+        }
+        outcome
+    }
+
+    /// Asks again on behalf of each vCPU until one succeeds.
+    fn by_another_cpu(
+        &mut self,
+        packet: &[u8],
+        what: &str,
+        mut outcome: Result<(), LiveError>,
+    ) -> Result<(), LiveError> {
+        for thread in self.threads.clone() {
+            if matches!(outcome, Err(LiveError::Refused { .. })) && self.is_about(thread)? {
+                outcome = self.expect_ok(packet, what);
+            }
+        }
+        self.about_the_stop()?;
+        outcome
     }
 
     /// Lets vCPUs go; the stop comes through [`Self::wait`].
@@ -202,32 +205,22 @@ impl Stub {
             if let Some(cpu) = cpu {
                 packet.push_str(&format!(":{}", self.thread(*cpu)?));
             }
-            if *go == Go::Step {
-                let all = self.threads.iter().filter_map(|thread| thread.cpu());
-                self.steps.extend(all.filter(|one| cpu.is_none_or(|cpu| cpu == *one)));
-            }
         }
-        self.step = (!self.steps.is_empty()).then(|| (packet.clone().into_bytes(), STEP_TRIES));
+        // The first action that names a vCPU is its own.
+        let does =
+            |cpu: u32| actions.iter().find(|(one, _)| one.is_none_or(|one| one == cpu)).map(|(_, go)| *go);
+        // A step of before that another stop came in front of: QEMU would take it when the vCPU goes on.
+        let pending = self.steps.iter().copied().filter(|cpu| does(*cpu) == Some(Go::Continue)).collect();
+        self.early = self.end_steps_of(&pending)?;
+        if self.early.is_some() {
+            self.running = true;
+            return Ok(());
+        }
+        let all = self.threads.iter().filter_map(|thread| thread.cpu());
+        self.steps.extend(all.filter(|cpu| does(*cpu) == Some(Go::Step)));
+        let steps = actions.iter().any(|(_, go)| *go == Go::Step);
+        self.step = steps.then(|| (packet.clone().into_bytes(), STEP_TRIES));
         self.go(packet.as_bytes())
-    }
-
-    /// Whether a vCPU that says that it took a step has taken none: QEMU 7.2's sometimes stops before the instruction,
-    /// and gdb would take that for another hit of the breakpoint there. It steps again, then. An instruction that jumps
-    /// to itself is taken for none, too, which does no harm.
-    fn took_no_step(&mut self, stop: StopReply) -> Result<bool, LiveError> {
-        let stepped = |thread: &ThreadId| thread.cpu().is_some_and(|cpu| self.steps.contains(&cpu));
-        let (Some(thread), StopReason::Signal(SIGTRAP)) = (stop.thread.filter(stepped), stop.reason) else {
-            return Ok(false);
-        };
-        let before = thread.cpu().and_then(|cpu| self.seen.get(&cpu).cloned());
-        let Some((packet, tries)) = self.step.take() else { return Ok(false) };
-        if tries == 0 || before.is_none() || before != Some(self.register_digits(thread)?) {
-            return Ok(false);
-        }
-        tracing::debug!("QEMU's vCPU {thread} took no step; it is to take it again");
-        self.go(&packet)?;
-        self.step = Some((packet, tries - 1));
-        Ok(true)
     }
 
     /// Runs backwards.
@@ -251,6 +244,10 @@ impl Stub {
         let deadline = Instant::now() + patience;
         // Also a stub that never stops talking is left after that time.
         while self.running && Instant::now() < deadline {
+            if let Some(stop) = self.early.take() {
+                self.running = false;
+                return Ok(Some(stop));
+            }
             let Some(packet) = self.receive(deadline)? else { return Ok(None) };
             if let Some(stop) = stop_reply(&packet) {
                 self.running = false;
@@ -258,6 +255,7 @@ impl Stub {
                     continue;
                 }
                 self.seen.clear();
+                self.stopped_on = stop.thread.or(self.stopped_on);
                 if let Some(cpu) = stop.thread.and_then(|thread| thread.cpu()) {
                     self.steps.remove(&cpu);
                 }
@@ -300,23 +298,6 @@ impl Stub {
         self.ask_bytes(packet, SOON)
     }
 
-    /// Ends the steps that vCPUs were to take and have not, as halted ones do not. QEMU forgets only that of the vCPU
-    /// that stops (`gdb_vm_state_change()`); each other would stop the guest some time later, when nobody lets it go on.
-    /// For that all vCPUs run for a moment.
-    pub(super) fn end_steps(&mut self) -> Result<(), LiveError> {
-        if std::mem::take(&mut self.steps).is_empty() {
-            return Ok(());
-        }
-        let flags = self.ask("qqemu.sstep")?;
-        // A step that is none: with these flags QEMU takes the stepping from whom it steps.
-        self.expect_ok(b"Qqemu.sstep=0x0", "ending steps")?;
-        self.step = None;
-        self.go(b"vCont;s")?;
-        self.interrupter()?.interrupt()?;
-        self.wait(SOON)?;
-        self.expect_ok(&[b"Qqemu.sstep=", flags.as_slice()].concat(), "ending steps")
-    }
-
     /// Gives the guest up: QEMU removes its breakpoints and lets it run.
     pub(super) fn detach(&mut self) -> Result<(), LiveError> {
         let process = self.threads.first().and_then(|thread| thread.process);
@@ -346,43 +327,6 @@ impl Stub {
             self.seen.insert(cpu, reply.clone());
         }
         Ok(reply)
-    }
-
-    fn list_threads(&mut self) -> Result<Vec<ThreadId>, LiveError> {
-        let mut threads = Vec::new();
-        let mut packet = "qfThreadInfo";
-        loop {
-            let reply = self.ask(packet)?;
-            let text = String::from_utf8_lossy(&reply);
-            let Some(list) = text.strip_prefix('m') else { break };
-            let more: Option<Vec<ThreadId>> = list.split(',').map(ThreadId::parse).collect();
-            threads.extend(more.ok_or_else(|| garbled(packet, &reply))?);
-            if threads.len() > MOST_THREADS {
-                return Err(garbled(packet, &reply));
-            }
-            packet = "qsThreadInfo";
-        }
-        if threads.is_empty() { Err(garbled(packet, b"no threads")) } else { Ok(threads) }
-    }
-
-    /// A part of the target description, piece by piece.
-    fn annex(&mut self, annex: &str) -> Result<Vec<u8>, LiveError> {
-        // Names are put into packets: those of QEMU are plain.
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-        let mut whole = Vec::new();
-        while annex.chars().all(plain) && whole.len() < LONGEST_ANNEX {
-            let packet = format!("qXfer:features:read:{annex}:{:x},{:x}", whole.len(), 0x800);
-            let reply = self.ask(&packet)?;
-            match reply.split_first() {
-                Some((b'm', data)) if !data.is_empty() => whole.extend(unescape(data)),
-                Some((b'l', data)) => {
-                    whole.extend(unescape(data));
-                    return Ok(whole);
-                }
-                _ => return Err(garbled(&packet, &reply)),
-            }
-        }
-        Err(garbled("qXfer:features:read", annex.as_bytes()))
     }
 
     fn expect_ok(&mut self, packet: &[u8], what: &str) -> Result<(), LiveError> {

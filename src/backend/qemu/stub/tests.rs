@@ -221,3 +221,102 @@ fn hostile_stubs_are_errors() {
     stub.resume(&[(None, Go::Continue)]).unwrap();
     assert_eq!(stub.wait(Duration::from_millis(50)).unwrap(), None);
 }
+
+/// Under TCG QEMU forgets the breakpoints of the vCPU that `?` is about; and it keeps the flags of steps.
+#[test]
+fn what_a_killed_session_left_goes_when_the_next_connects() {
+    let (stub, seen) = fake(Box::new(|packet| match packet {
+        "qfThreadInfo" => framed("mp01.01,p01.02"),
+        "Hcp1.3" => framed("E22"),
+        "qqemu.sstep" => framed("0x0"),
+        "qqemu.sstepbits" => framed("ENABLE=1,NOIRQ=2,NOTIMER=4"),
+        _ => None,
+    }));
+    stub.unwrap();
+    let seen = seen.lock().unwrap();
+    let after: Vec<&str> = seen.iter().map(String::as_str).skip_while(|one| *one != "qsThreadInfo").collect();
+    assert_eq!(after[1..6], ["Hcp1.1", "?", "Hcp1.2", "?", "Hcp1.1"]);
+    assert_eq!(after[6..], ["qqemu.sstep", "qqemu.sstepbits", "Qqemu.sstep=0x7"]);
+}
+
+/// A stub whose vCPU 2 stops the guest while vCPU 1 is to step; `moment` is its answer when that step is ended.
+fn interrupted_step(moment: &'static str) -> (Stub, Packets) {
+    let (mut stub, seen) = connected(Box::new(move |packet| match packet {
+        "qqemu.sstep" => framed("0x7"),
+        "vCont;s:p1.1;c" => framed("T05thread:p01.02;"),
+        "vCont;s:p1.1" if !moment.is_empty() => framed(moment),
+        _ => None,
+    }));
+    stub.resume(&[(Some(0), Go::Step), (None, Go::Continue)]).unwrap();
+    assert_eq!(stub.wait(SOON).unwrap().unwrap().thread.unwrap().cpu(), Some(1));
+    seen.lock().unwrap().clear();
+    (stub, seen)
+}
+
+#[test]
+fn a_step_that_another_stop_came_in_front_of_stops_nobody_later() {
+    let ended = ["qqemu.sstep", "Qqemu.sstep=0x0", "vCont;s:p1.1", "^C", "Qqemu.sstep=0x7"];
+    let (mut stub, seen) = interrupted_step("");
+    stub.resume(&[(None, Go::Continue)]).unwrap();
+    let expected = [&ended[..], &["vCont;c"]].concat();
+    // The fake takes note of what it gets a moment later.
+    assert_eq!(stub.wait(Duration::from_millis(50)).unwrap(), None);
+    assert_eq!(*seen.lock().unwrap(), expected);
+
+    // The same step again, or another vCPU's alone: the first may keep its own.
+    for actions in [&[(Some(0), Go::Step), (None, Go::Continue)][..], &[(Some(1), Go::Step)]] {
+        let (mut stub, seen) = interrupted_step("");
+        stub.resume(actions).unwrap();
+        stub.wait(Duration::from_millis(50)).unwrap();
+        assert!(!seen.lock().unwrap().iter().any(|one| one == "qqemu.sstep"));
+    }
+
+    // A breakpoint in that moment is the stop.
+    let (mut stub, seen) = interrupted_step("T05thread:p01.01;");
+    stub.resume(&[(None, Go::Continue)]).unwrap();
+    assert!(stub.is_running());
+    let stop = stub.wait(SOON).unwrap().unwrap();
+    assert_eq!((stop.reason, stop.thread.unwrap().cpu()), (StopReason::Signal(5), Some(0)));
+    assert!(!stub.is_running() && !seen.lock().unwrap().iter().any(|one| one == "vCont;c"));
+}
+
+/// Steps of an earlier client are nobody's; those of vCPUs that stand stay as they are.
+#[test]
+fn steps_that_are_suspected_are_ended() {
+    let (mut stub, seen) =
+        connected(Box::new(|packet| (packet == "qqemu.sstep").then(|| rsp::frame(b"0x7"))));
+    stub.end_steps().unwrap();
+    assert!(seen.lock().unwrap().is_empty());
+    stub.suspect_steps();
+    stub.end_steps().unwrap();
+    assert_eq!(seen.lock().unwrap()[2], "vCont;s:p1.1;s:p1.2");
+}
+
+/// KVM writes breakpoints by page tables, and those of user mode may not have the kernel.
+#[test]
+fn another_cpu_may_have_the_page_tables() {
+    let script = || -> Box<Script> {
+        let mut about = String::new();
+        Box::new(move |packet| {
+            if packet.starts_with("Hc") {
+                about = packet.to_owned();
+            }
+            let put = packet.starts_with("Z0") || packet.starts_with("z0");
+            (put && about != "Hcp1.2").then(|| rsp::frame(b"E22"))
+        })
+    };
+    let at = VirtAddr(0xffff_ffff_8100_0000);
+    for put in [true, false] {
+        let (mut stub, seen) = connected(script());
+        stub.stopped_on = ThreadId::parse("p1.1");
+        stub.point(put, Point::Software, at, 1).unwrap();
+        assert_eq!(seen.lock().unwrap().last().unwrap(), "Hcp1.1");
+    }
+    // A process's address is another's in another process.
+    let (mut stub, seen) = connected(script());
+    assert!(matches!(
+        stub.point(true, Point::Software, VirtAddr(0x40_1000), 1),
+        Err(LiveError::Refused { .. })
+    ));
+    assert_eq!(seen.lock().unwrap().len(), 1);
+}
