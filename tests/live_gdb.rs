@@ -390,6 +390,10 @@ fn watch_per_cpu(guest: &Guest) {
         let (seen, line) = current(&mut gdb);
         assert_eq!(seen, cpu, "{line}");
         assert!(functions(&gdb.ask("bt")).iter().any(|name| name == "__schedule"), "{stop}");
+        // It stays on that CPU's copy, whatever is selected when the guest goes on.
+        gdb.ask(&format!("thread {}", (cpu + 1) % 4 + 1));
+        let stop = gdb.ask("continue");
+        assert_eq!(current(&mut gdb).0, cpu, "{stop}");
         leave(guest, gdb);
     }
 }
