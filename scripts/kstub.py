@@ -397,14 +397,14 @@ class Moved:
     one only now: gdb itself asks for that (qOffsets) only as it connects. Those of another kernel are loaded, or go."""
 
     def __init__(self):
-        self.is_connected, self.offsets = False, None
+        self.is_connected, self.known = False, None
         gdb.events.stop.connect(self.look)
         if hasattr(gdb.events, "connection_removed"):
             gdb.events.connection_removed.connect(self.forget)
         self.look()
 
     def forget(self, event=None):
-        self.is_connected, self.offsets = False, None
+        self.is_connected, self.known = False, None
 
     def look(self, event=None):
         if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
@@ -414,8 +414,9 @@ class Moved:
         # Without an answer there is no kernel yet, or kstub does not know it.
         if not offsets.startswith("TextSeg="):
             return
-        before, self.offsets = self.offsets, offsets
-        if was_connected and before != offsets:
+        # Another kernel may be in the same place.
+        before, self.known = self.known, (offsets, named_file())
+        if was_connected and before != self.known:
             self.move()
 
     def move(self):

@@ -85,8 +85,8 @@ pub struct FakeGuest {
     pub pc: Mutex<u64>,
     /// What is to become of it if kstub dies, each time that was said.
     pub death: Mutex<Vec<Option<bool>>>,
-    /// Is called when a breakpoint is put.
-    pub on_insert: Mutex<Option<Box<dyn FnMut() + Send>>>,
+    /// Is called when the next breakpoint is put.
+    pub on_insert: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl FakeGuest {
@@ -167,9 +167,8 @@ impl LiveControl for FakeGuest {
         false
     }
     fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
-        if let Some(hook) = &mut *self.on_insert.lock().unwrap() {
-            hook();
-        }
+        let hook = self.on_insert.lock().unwrap().take();
+        hook.into_iter().for_each(|hook| hook());
         self.note(format!("insert {point:?} {at:#x} {len}"))
     }
     fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {

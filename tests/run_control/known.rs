@@ -234,6 +234,36 @@ fn each_client_is_told_of_a_module_and_the_owner_of_its_breakpoint() {
     assert_eq!(modules.guest.told(), [""; 0], "it has gone on");
 }
 
+/// Whoever takes control between a stop and the end of what that causes waits for the next.
+#[test]
+fn a_stop_wakes_only_those_who_waited_before_it() {
+    let modules = with_modules();
+    let (mut owner, mut other) = (Client::new(&modules.live), Client::new(&modules.live));
+    follow(&mut owner);
+    follow(&mut other);
+    owner.ask("vCont;c");
+    modules.load();
+    assert_eq!(owner.wait(), "T05library:;thread:p1.1;");
+    // The hook is away for a step, and is put back at the next stop, when there is time.
+    let (stopped, has_stopped) = std::sync::mpsc::channel();
+    let (go_on, goes_on) = std::sync::mpsc::channel::<()>();
+    owner.ask("vCont;s:p1.1");
+    *modules.guest.on_insert.lock().unwrap() = Some(Box::new(move || {
+        stopped.send(()).unwrap();
+        goes_on.recv().unwrap();
+    }));
+    *modules.guest.pc.lock().unwrap() = modules.hook + 4;
+    modules.guest.stops(0, StopReason::Signal(5));
+    has_stopped.recv().unwrap();
+    assert!(other.command("control take").starts_with("This client"));
+    assert_eq!(other.ask("vCont;c"), "");
+    go_on.send(()).unwrap();
+    assert_eq!(&owner.wait()[..3], "T05");
+    assert!(!other.is_woken(), "it hears of a stop of before");
+    modules.guest.stops(0, StopReason::Signal(2));
+    assert_eq!(other.wait(), "T02thread:p1.1;");
+}
+
 /// What stops the guest on its way over kstub's own breakpoint is told, whatever it is.
 #[test]
 fn a_stop_on_the_way_over_the_hook_is_told() {
