@@ -63,7 +63,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             let (source, libraries) = open::source(&target, control, Some(&gdb), None)?;
             let machine = source.machine();
             // Of a guest that has not booted, the one that was named is believed.
-            let named = target.vmlinux.as_deref().filter(|_| machine.kernel().is_none());
+            let is_unknown = target.qemu.is_some() && machine.kernel().is_none();
+            let named = target.vmlinux.as_deref().filter(|_| is_unknown);
             let named = named.map(DebugInfo::open).transpose()?;
             let info = machine.kernel().and_then(|kernel| kernel.debug_info()).or(named.as_ref());
             let vmlinux = info.map(|info| info.path().to_owned()).or_else(|| libraries.image());
