@@ -17,6 +17,7 @@ The kernel's own scripts (vmlinux-gdb.py), loaded before or after, get from kstu
 
 import importlib.machinery
 import json
+import os
 import re
 import sys
 import types
@@ -392,41 +393,69 @@ def answer_of(packet):
 
 
 class Moved:
-    """Moves gdb's symbols, and with them its breakpoints, when a guest that was started again has its kernel elsewhere:
-    gdb itself asks for that (qOffsets) only as it connects."""
+    """Moves gdb's symbols, and with them its breakpoints, when a guest has its kernel elsewhere than gdb was told, or has
+    one only now: gdb itself asks for that (qOffsets) only as it connects. Those of another kernel are loaded, or go."""
 
     def __init__(self):
-        self.offsets = None
+        self.is_connected, self.known = False, None
         gdb.events.stop.connect(self.look)
         if hasattr(gdb.events, "connection_removed"):
             gdb.events.connection_removed.connect(self.forget)
         self.look()
 
     def forget(self, event=None):
-        self.offsets = None
+        self.is_connected, self.known = False, None
 
     def look(self, event=None):
-        connection = gdb.selected_inferior().connection
-        offsets = answer_of("qOffsets") if isinstance(connection, gdb.RemoteTargetConnection) else None
-        if not offsets or not offsets.startswith("TextSeg="):
+        if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
             return
-        before, self.offsets = self.offsets, offsets
-        if before not in (None, offsets):
+        offsets = answer_of("qOffsets") or ""
+        was_connected, self.is_connected = self.is_connected, True
+        # Without an answer there is no kernel yet, or kstub does not know it.
+        if not offsets.startswith("TextSeg="):
+            return
+        # Another kernel may be in the same place.
+        before, self.known = self.known, (offsets, named_file())
+        if was_connected and before != self.known:
             self.move()
 
     def move(self):
-        image = gdb.current_progspace().filename
-        offset = run("info")["kernel"]["kaslr_offset"]
-        if image is None or offset is None:
+        kernel = run("info")["kernel"]
+        image = self.image_of(kernel)
+        if image is None and gdb.current_progspace().filename is None:
             return
         # Modules of before; those of now have the same names.
         gdb.execute("nosharedlibrary")
+        if image is None:
+            gdb.execute("with confirm off -- symbol-file", to_string=True)
+            why = "the kernel is %s now, of which there is no vmlinux here" % kernel["release"]
+            gdb.write("kstub: gdb has no symbols any more: %s; connect anew when there is one\n" % why)
+            return
         name = image.replace("\\", "\\\\").replace("'", "\\'")
-        gdb.execute("with confirm off -- symbol-file -o %s '%s'" % (offset, name), to_string=True)
+        gdb.execute("with confirm off -- symbol-file -o %s '%s'" % (kernel["kaslr_offset"], name), to_string=True)
         gdb.execute("sharedlibrary", to_string=True)
         gdb.write("kstub: gdb's symbols and breakpoints were moved to where the kernel is now\n")
         # What gdb has just shown was by the symbols of before.
         gdb.execute("frame")
+
+    def image_of(self, kernel):
+        """The file that has the kernel's symbols: gdb's own if it is of that kernel, else what kstub names; or None."""
+        image = gdb.current_progspace().filename
+        own = next((one for one in gdb.objfiles() if image is not None and one.filename == image), None)
+        build_id = own.build_id if own is not None else None
+        if build_id is not None and build_id == kernel["build_id"]:
+            return image
+        named = named_file() or kernel["vmlinux"]
+        if named is not None and os.path.isabs(named) and os.path.exists(named):
+            return named
+        # Nothing tells that it is of another.
+        return image if build_id is None or kernel["build_id"] is None else None
+
+
+def named_file():
+    """The name of the kernel's file, as kstub tells it to who asks."""
+    answer = answer_of("qXfer:exec-file:read::0,1000") or ""
+    return answer[1:] if answer.startswith("l") else None
 
 
 def has_command(name):

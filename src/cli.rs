@@ -250,7 +250,7 @@ pub struct Control {
     #[arg(long, requires_all = ["qemu", "vmlinux"], conflicts_with = "no_stop")]
     pub wait_kernel: bool,
     /// What becomes of the guest when the client that controls it leaves, or dies
-    #[arg(long, value_name = "HOW", value_enum, default_value_t = OnDisconnect::Restore)]
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = OnDisconnect::Restore, requires = "qemu", conflicts_with = "no_stop")]
     pub on_disconnect: OnDisconnect,
 }
 

@@ -9,8 +9,10 @@ use kstub::backend::live::LiveError;
 use kstub::backend::qemu;
 use kstub::cli::{Cli, Command, ServeFiles, Target, exit};
 use kstub::command::{Focus, Form};
-use kstub::gdb::{Files, Libraries, Settings, Show, index};
+use kstub::debuginfo::DebugInfo;
+use kstub::gdb::{Files, Libraries, Settings, Show, Tell, index};
 use kstub::kernel::{CpuId, Machine, OpenError};
+use kstub::server::Source;
 use kstub::{cli, command, debuginfo, server, vmcore};
 use moments::How;
 use std::ffi::OsStr;
@@ -60,9 +62,19 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             only_dump_or_guest(&target)?;
             let (source, libraries) = open::source(&target, control, Some(&gdb), None)?;
             let machine = source.machine();
-            let vmlinux = machine.vmlinux().map(Path::to_owned).or_else(|| libraries.image());
+            // Of a guest that has not booted, the one that was named is believed.
+            let is_unknown = target.qemu.is_some() && machine.kernel().is_none();
+            let named = target.vmlinux.as_deref().filter(|_| is_unknown);
+            let named = named.map(DebugInfo::open).transpose()?;
+            let info = machine.kernel().and_then(|kernel| kernel.debug_info()).or(named.as_ref());
+            let vmlinux = info.map(|info| info.path().to_owned()).or_else(|| libraries.image());
+            if let Source::Guest(live) = &source {
+                // Without one gdb asks for it.
+                let tell = if vmlinux.is_some() { Tell::WhenAsked } else { Tell::Path };
+                live.offer(Files::of(&machine, libraries.clone(), tell)?);
+            }
             report_problems(&machine);
-            fill_gdb_index(&machine, &gdb, &libraries);
+            fill_gdb_index(info, &gdb, &libraries);
             server::gdb(
                 source,
                 &server::Debugger {
@@ -85,16 +97,19 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             let (source, libraries) = open::source(&target, control, None, no_dumps)?;
             let machine = source.machine();
             report_problems(&machine);
-            let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
-            let made = || libraries.image().filter(|_| vmlinux.is_none());
-            let files = match (files, made()) {
-                (ServeFiles::None, _) => Files::none(),
-                (ServeFiles::Local, Some(made)) => Files::made(&made).with_libraries(libraries),
-                (ServeFiles::Serve, Some(made)) => Files::serve_made(&made)
-                    .context("the file of the kernel's names is gone")?
-                    .with_libraries(libraries),
-                (ServeFiles::Local, None) => Files::local(vmlinux).with_libraries(libraries),
-                (ServeFiles::Serve, None) => Files::serve(vmlinux)?.with_libraries(libraries),
+            let tell = match files {
+                ServeFiles::None => Tell::Nothing,
+                ServeFiles::Local => Tell::Path,
+                ServeFiles::Serve => Tell::Contents,
+            };
+            let offered = Files::of(&machine, libraries, tell)?;
+            let files = match &source {
+                Source::Dump(_) if tell == Tell::Nothing => Files::none(),
+                Source::Dump(_) => offered,
+                Source::Guest(live) => {
+                    live.offer(offered.clone());
+                    offered
+                }
             };
             server::serve(source, Settings { files, show: show(threads) }, listen, |address| {
                 eprintln!("kstub: in gdb: target remote {address}")
@@ -172,6 +187,12 @@ fn run_commands(mut target: Target, json: bool, cpu: Option<u32>, pause: bool) -
     let mut one = |line: &str| -> anyhow::Result<()> {
         // What 'set' has chosen counts from the next command on.
         let cpu = focus.cpu.get().unwrap_or(cpu);
+        if pause && !command::only_looks(line) {
+            eprintln!(
+                "kstub: --pause is for commands that look: '{}' is run as it is",
+                command::printable(line)
+            );
+        }
         let how = match pause {
             _ if !command::only_looks(line) => How::Once,
             true => How::Pausing,
@@ -256,8 +277,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 /// Makes the indexes that let gdb start fast, with something to show meanwhile. Without them only speed is lost.
-fn fill_gdb_index(machine: &Machine, gdb: &Path, libraries: &Libraries) {
-    let info = machine.kernel().and_then(|kernel| kernel.debug_info()).filter(|info| info.has_dwarf());
+fn fill_gdb_index(info: Option<&DebugInfo>, gdb: &Path, libraries: &Libraries) {
+    let info = info.filter(|info| info.has_dwarf());
     if let Some((info, build_id)) = info.and_then(|info| Some((info, info.build_id()?))) {
         let what = info.path().display().to_string();
         match while_indexing(&what, |progress| index::prepare(gdb, info.path(), build_id, progress)) {

@@ -8,7 +8,7 @@ use kstub::cli::{self, Control, Target};
 use kstub::debuginfo::DebugInfo;
 use kstub::debuginfo::debuginfod::Debuginfod;
 use kstub::debuginfo::find::{self, Places};
-use kstub::gdb::boot::{self, Came};
+use kstub::gdb::boot::{self, BootError, Came};
 use kstub::gdb::{Libraries, Live, OnDisconnect, OpenLive, Policy};
 use kstub::kernel::{Machine, OpenError, Options, TypesFrom};
 use kstub::server::Source;
@@ -38,25 +38,28 @@ pub fn source(
         let libraries = Libraries::new(machine.clone(), places(target), gdb);
         return Ok((Source::Dump(machine), libraries));
     };
-    let policy = Policy {
-        allow_write: target.allow_write,
-        control: !control.no_stop,
-        on_disconnect: match control.on_disconnect {
-            cli::OnDisconnect::Restore => OnDisconnect::Restore,
-            cli::OnDisconnect::Resume => OnDisconnect::Resume,
-            cli::OnDisconnect::Leave => OnDisconnect::Leave,
-        },
+    let on_disconnect = match control.on_disconnect {
+        cli::OnDisconnect::Restore => OnDisconnect::Restore,
+        cli::OnDisconnect::Resume => OnDisconnect::Resume,
+        cli::OnDisconnect::Leave => OnDisconnect::Leave,
     };
+    let policy = Policy { allow_write: target.allow_write, control: !control.no_stop, on_disconnect };
     let opener = Opener::of(target);
     let guest = guest(address, target.allow_write)?;
     if control.no_stop {
+        if target.allow_write {
+            eprintln!(
+                "kstub: with --no-stop, --allow-write allows 'monitor qemu' only: memory and registers are written \
+                 while the guest stands"
+            );
+        }
         guest.refuse_dumps(
             "QEMU stops the guest while it writes a dump, and kstub was started with --no-stop",
         );
     }
     no_dumps.into_iter().for_each(|why| guest.refuse_dumps(why));
     if let Some(vmlinux) = target.vmlinux.as_deref().filter(|_| control.wait_kernel) {
-        wait_kernel(&guest, vmlinux)?;
+        wait_kernel(&guest, vmlinux, on_disconnect)?;
     }
     let live = Live::new(guest, policy, Box::new(move |backend| opener.open(backend)));
     let live = live.map_err(|error| match error {
@@ -65,23 +68,29 @@ pub fn source(
         OpenLive::Thread(error) => error.into(),
     })?;
     let libraries = Libraries::new(live.machine(), places(target), gdb);
-    live.set_libraries(libraries.clone());
     Ok((Source::Guest(live), libraries))
 }
 
-/// Lets a guest that has not booted run up to `start_kernel()` of the kernel that `vmlinux` is of.
-fn wait_kernel(guest: &Guest, vmlinux: &Path) -> anyhow::Result<()> {
+/// Lets a guest that has not booted run up to `start_kernel()` of the kernel that `vmlinux` is of. Run control is taken from
+/// then on.
+fn wait_kernel(guest: &Guest, vmlinux: &Path, on_disconnect: OnDisconnect) -> anyhow::Result<()> {
     let wanted = boot::Wanted::of(&DebugInfo::open(vmlinux)?);
     let wanted = wanted.with_context(|| format!("'{}' has no symbol start_kernel", vmlinux.display()))?;
     let spinner = terminal(indicatif::ProgressBar::new_spinner());
     spinner.set_message("waiting for the kernel to start");
     guest.attach()?;
+    guest.on_death(on_disconnect.on_death(true));
     let came = boot::run(guest, &wanted, &|| {
         spinner.tick();
         true
     });
     spinner.finish_and_clear();
-    match came? {
+    // The guest's own error decides the exit code.
+    let came = came.map_err(|error| match error {
+        BootError::Guest(error) => anyhow::Error::new(error),
+        error => error.into(),
+    })?;
+    match came {
         Came::Exactly(_) => {}
         Came::About(_) => {
             eprintln!(

@@ -235,3 +235,21 @@ fn packets_are_in_the_log_abbreviated() {
     }
     assert!(said.lines().all(|line| line.len() < 400), "{said}");
 }
+
+/// What can be of no effect is refused, not ignored.
+#[test]
+fn options_that_do_not_go_together() {
+    for arguments in [
+        &["gdb", "vmcore", "--on-disconnect", "leave"][..],
+        &["serve", "--qemu", "/nowhere", "--no-stop", "--on-disconnect", "resume"],
+    ] {
+        let output = kstub(arguments);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("--on-disconnect"), "{said}");
+    }
+    // Without the word there is nothing to refuse.
+    for arguments in [&["serve", "--qemu", "/nowhere", "--no-stop"][..], &["gdb", "--qemu", "/nowhere"]] {
+        assert_eq!(refusal(arguments).0, 7, "{arguments:?}");
+    }
+}

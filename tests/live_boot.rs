@@ -178,6 +178,12 @@ fn a_boot_that_is_looked_on() {
         gdb.interrupt();
         let stop = gdb.wait().unwrap();
         assert!(stop.contains("A kernel was found"), "{stop}");
+        // gdb had the vmlinux from the start, and now knows where its symbols are.
+        assert!(stop.contains("symbols and breakpoints were moved"), "{stop}");
+        assert_eq!(address(&mut gdb, "&_text"), guest.number("symbol._text"));
+        assert_eq!(address(&mut gdb, "kstub_live_constant"), guest.number("constant"));
+        gdb.ask("tbreak kstub_live_tick");
+        assert!(gdb.ask("continue").contains("Temporary breakpoint"), "{}", gdb.everything());
         assert!(gdb.ask("monitor ps").contains("kstub-tick"), "{}", gdb.everything());
         assert!(gdb.ask("monitor sym _text").contains(&format!("{:x}", guest.number("symbol._text"))));
         gdb.quit();

@@ -390,6 +390,10 @@ fn watch_per_cpu(guest: &Guest) {
         let (seen, line) = current(&mut gdb);
         assert_eq!(seen, cpu, "{line}");
         assert!(functions(&gdb.ask("bt")).iter().any(|name| name == "__schedule"), "{stop}");
+        // It stays on that CPU's copy, whatever is selected when the guest goes on.
+        gdb.ask(&format!("thread {}", (cpu + 1) % 4 + 1));
+        let stop = gdb.ask("continue");
+        assert_eq!(current(&mut gdb).0, cpu, "{stop}");
         leave(guest, gdb);
     }
 }
@@ -629,6 +633,15 @@ fn commands(guest: &Guest) {
     assert_ne!(second, third, "nothing new after a stop");
     let bt = gdb.ask("monitor bt");
     assert!(bt.contains("kstub_live_tick") && bt.contains("kstub-tick"), "{bt}");
+    // QEMU's flags for steps, as with its own stub.
+    let mut flags = |packet: &str| gdb.ask(&format!("maintenance packet {packet}"));
+    let before = flags("qqemu.sstep");
+    assert!(before.contains("received: \"0x"), "{before}");
+    assert!(flags("Qqemu.sstep=1").contains("OK"));
+    assert!(flags("qqemu.sstep").contains("\"0x1\""));
+    leave(guest, gdb);
+    let mut gdb = Gdb::start(guest, &[]);
+    assert_eq!(gdb.ask("maintenance packet qqemu.sstep"), before);
     leave(guest, gdb);
 }
 

@@ -183,6 +183,59 @@ fn a_snapshot_is_loaded() {
     assert_free(&guest, "after snapshots below gdb");
 }
 
+/// The guest becomes one of another kernel below gdb: what gdb shows is of that one, whoever named no vmlinux.
+#[test]
+fn a_snapshot_of_another_kernel_is_loaded() {
+    let disk = tempfile::tempdir().unwrap();
+    let image = disk.path().join("snapshots");
+    live::empty_qcow2(&image);
+    let drive = format!("if=none,format=qcow2,file={}", image.display());
+    let plan = |series: &str| Plan::new(series).argument("-drive").argument(&drive);
+    let Some(guest) = plan("6.1").boot() else { return };
+    let (text, release) = (guest.number("symbol._text"), guest.release().to_owned());
+    assert_eq!(guest.human("savevm other"), "");
+    let vmlinux = guest.vmlinux();
+    guest.qmp("quit", serde_json::json!({}));
+    assert!(wait_until(PATIENCE, || !guest.qemu_runs()));
+    drop(guest);
+    let Some(guest) = plan("6.12").boot() else { return };
+    // The vmlinux of each is found; or the first one is all that there is.
+    let places = tempfile::tempdir().unwrap();
+    for vmlinux in [guest.vmlinux(), vmlinux] {
+        let info = kstub::debuginfo::DebugInfo::open(&vmlinux).unwrap();
+        let (dir, rest) = info.build_id().unwrap().split_at(2);
+        let dir = places.path().join(".build-id").join(dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        std::os::unix::fs::symlink(&vmlinux, dir.join(format!("{rest}.debug"))).unwrap();
+    }
+    for finds in [true, false] {
+        let mut kstub = std::process::Command::new(support::gdb_session::KSTUB);
+        kstub.env_remove("DEBUGINFOD_URLS").args(["gdb", "--qemu"]).arg(guest.address());
+        match finds {
+            true => kstub.arg("--debug-dir").arg(places.path()),
+            false => kstub.arg("--vmlinux").arg(guest.vmlinux()),
+        };
+        kstub.args(["--", "-nx", "-q", "-ex", "set confirm off", "-ex", "set pagination off"]);
+        let mut gdb = Gdb::spawn(&mut kstub);
+        assert!(gdb.ask("p linux_banner").contains("6.12"), "{}", gdb.everything());
+        gdb.send("continue");
+        guest.assert_alive("below gdb");
+        assert_eq!(guest.human("savevm own"), "");
+        assert_eq!(guest.human("loadvm other"), "");
+        gdb.interrupt();
+        let stop = gdb.wait().unwrap();
+        if finds {
+            assert!(stop.contains("A kernel was found") && stop.contains("were moved"), "{stop}");
+            assert_eq!(address(&mut gdb, "&_text"), text, "{stop}");
+            assert!(gdb.ask("p linux_banner").contains(&release), "{}", gdb.everything());
+        } else {
+            assert!(stop.contains("is not known") && !stop.contains("was found"), "{stop}");
+        }
+        gdb.quit();
+        assert_eq!(guest.human("loadvm own"), "");
+    }
+}
+
 /// A guest that replays what was recorded goes backwards to where it was.
 #[test]
 fn a_replay_runs_backwards() {

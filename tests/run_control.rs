@@ -1,226 +1,22 @@
 //! Clients of a guest that lives, byte by byte, on a guest that is none: what it is told to do is written down.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "run_control/guest.rs"]
+mod guest;
+#[path = "run_control/hands.rs"]
+mod hands;
+#[path = "run_control/known.rs"]
+mod known;
 #[path = "support/rsp_client.rs"]
 mod rsp_client;
 
-use kstub::addr::{PhysAddr, PhysRange, VirtAddr};
-use kstub::arch::x86_64::{Reg, RegisterFile};
-use kstub::backend::live::{
-    DumpOrder, Dumped, Glimpse, Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason,
-};
-use kstub::backend::{Backend, Fact, RegisterSource, SavedCpu};
-use kstub::gdb::{Files, Flow, Front, Live, MAX_REQUEST, OnDisconnect, Policy, Settings};
-use kstub::kernel::{Machine, Options};
-use kstub::memory::{MemoryImage, PhysicalMemory, ReadOutcome};
-use kstub::rsp::Framer;
+use guest::{Client, FakeGuest, body_of, live, policy};
+use kstub::addr::VirtAddr;
+use kstub::backend::live::{Happening, LiveError, Point, StopReason};
+use kstub::gdb::{Flow, OnDisconnect, Policy};
 use rsp_client::packet;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-const GDB: &str = "qSupported:multiprocess+;QThreadEvents+;error-message+";
-
-/// Three vCPUs without paging: virtual addresses lead nowhere, which registers and run control do not mind.
-struct Snapshot(MemoryImage, Vec<SavedCpu>, Arc<FakeGuest>);
-
-impl PhysicalMemory for Snapshot {
-    fn read_phys(&self, at: PhysAddr, buf: &mut [u8]) -> ReadOutcome {
-        self.0.read_phys(at, buf)
-    }
-    fn ranges(&self) -> Vec<PhysRange> {
-        self.0.ranges()
-    }
-}
-
-impl Backend for Snapshot {
-    fn saved_cpus(&self) -> &[SavedCpu] {
-        &self.1
-    }
-    fn vmcoreinfo_note(&self) -> Option<&[u8]> {
-        None
-    }
-    fn phys_base_hints(&self) -> Vec<u64> {
-        vec![]
-    }
-    fn facts(&self) -> Vec<Fact> {
-        vec![]
-    }
-    fn problems(&self) -> Vec<String> {
-        vec![]
-    }
-    fn live(&self) -> Option<&dyn LiveControl> {
-        Some(&*self.2)
-    }
-}
-
-#[derive(Default)]
-struct FakeGuest {
-    /// What was done to it.
-    told: Mutex<Vec<String>>,
-    /// The stops to come.
-    stops: Mutex<Vec<Result<Stop, LiveError>>>,
-    is_running: Mutex<bool>,
-    /// Counts moments, so that each has other registers.
-    moment: Mutex<u64>,
-    me: Mutex<std::sync::Weak<FakeGuest>>,
-    happened: Mutex<Vec<Happening>>,
-}
-
-impl FakeGuest {
-    fn new(is_running: bool) -> Arc<Self> {
-        let guest = Arc::new(Self { is_running: Mutex::new(is_running), ..Self::default() });
-        *guest.me.lock().unwrap() = Arc::downgrade(&guest);
-        guest
-    }
-    fn told(&self) -> Vec<String> {
-        std::mem::take(&mut *self.told.lock().unwrap())
-    }
-    fn note(&self, what: String) -> Result<(), LiveError> {
-        self.told.lock().unwrap().push(what);
-        Ok(())
-    }
-    fn stops(&self, cpu: u32, reason: StopReason) {
-        self.stops.lock().unwrap().push(Ok(Stop { cpu, reason }));
-    }
-}
-
-impl LiveControl for FakeGuest {
-    fn snapshot(&self) -> Result<Arc<dyn Backend>, LiveError> {
-        let mut moment = self.moment.lock().unwrap();
-        *moment += 1;
-        let cpu = |n: u64| {
-            let mut regs = RegisterFile::default();
-            regs.set_known(Reg::Rip, 0x1000 * *moment + n);
-            regs.set_known(Reg::Cs, 0x10);
-            SavedCpu { regs, source: RegisterSource::Qemu, pid: None, prstatus: vec![] }
-        };
-        let mut image = MemoryImage::new();
-        image.write(PhysAddr(0x1000), &[0xcc; 16]);
-        Ok(Arc::new(Snapshot(image, (0..3).map(cpu).collect(), self.me.lock().unwrap().upgrade().unwrap())))
-    }
-    fn run_state(&self) -> Result<RunState, LiveError> {
-        Ok(if *self.is_running.lock().unwrap() { RunState::Running } else { RunState::Stopped("prelaunch") })
-    }
-    fn happenings(&self) -> Vec<Happening> {
-        std::mem::take(&mut *self.happened.lock().unwrap())
-    }
-    fn may_write(&self) -> bool {
-        false
-    }
-    fn monitor(&self, line: &str) -> Result<String, LiveError> {
-        self.note(format!("monitor {line}")).map(|()| format!("QEMU says {line}\r\n"))
-    }
-    fn glimpse(&self, _: &mut dyn FnMut(&Arc<dyn Backend>)) -> Result<Glimpse, LiveError> {
-        self.note("glimpse".into()).map(|()| panic!("no client asks for one"))
-    }
-    fn attach(&self) -> Result<Stop, LiveError> {
-        self.note("attach".into())?;
-        Ok(Stop { cpu: 1, reason: StopReason::Signal(5) })
-    }
-    fn ran_before(&self) -> Option<bool> {
-        Some(*self.is_running.lock().unwrap())
-    }
-    fn on_death(&self, running: Option<bool>) {
-        self.told.lock().unwrap().push(format!("on death {running:?}"));
-    }
-    fn stub_packet(&self, packet: &[u8]) -> Result<Vec<u8>, LiveError> {
-        self.note(format!("packet {}", packet.escape_ascii())).map(|()| b"0x7".to_vec())
-    }
-    fn detach(&self, running: bool) -> Result<(), LiveError> {
-        self.note(format!("detach {running}"))
-    }
-    fn can_reverse(&self) -> bool {
-        false
-    }
-    fn insert(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
-        self.note(format!("insert {point:?} {at:#x} {len}"))
-    }
-    fn remove(&self, point: Point, at: VirtAddr, len: u64) -> Result<(), LiveError> {
-        self.note(format!("remove {point:?} {at:#x} {len}"))
-    }
-    fn resume(&self, actions: &[(Option<u32>, Go)]) -> Result<(), LiveError> {
-        self.note(format!("resume {actions:?}"))
-    }
-    fn reverse(&self, go: Go) -> Result<(), LiveError> {
-        self.note(format!("reverse {go:?}"))
-    }
-    fn interrupt(&self) -> Result<(), LiveError> {
-        self.stops(2, StopReason::Signal(2));
-        self.note("interrupt".into())
-    }
-    fn wait_stop(&self, _patience: Duration) -> Result<Option<Stop>, LiveError> {
-        std::thread::sleep(Duration::from_millis(2));
-        self.stops.lock().unwrap().pop().transpose()
-    }
-    fn dump(&self, order: &DumpOrder<'_>, _progress: &dyn Fn(u64, u64)) -> Result<Dumped, LiveError> {
-        self.note(format!("dump {order:?}"))?;
-        Err(LiveError::NotNow { what: "dumping".into(), why: "there is no QEMU".into() })
-    }
-    fn write_phys(&self, at: PhysAddr, bytes: &[u8]) -> Result<(), LiveError> {
-        self.note(format!("write {at:#x} {bytes:x?}"))
-    }
-    fn write_register(&self, cpu: u32, name: &str, value: &[u8]) -> Result<(), LiveError> {
-        self.note(format!("register {cpu} {name} {value:x?}"))
-    }
-}
-
-fn live(guest: &Arc<FakeGuest>, policy: Policy) -> Arc<Live> {
-    let open = |backend| Machine::open(backend, &Options::default(), &|_, _| ());
-    Live::new(guest.clone(), policy, Box::new(open)).unwrap()
-}
-
-fn policy() -> Policy {
-    Policy { allow_write: false, control: true, on_disconnect: OnDisconnect::Restore }
-}
-
-struct Client {
-    front: Front,
-    framer: Framer,
-}
-
-impl Client {
-    fn new(live: &Arc<Live>) -> Self {
-        let front = Front::on_guest(live, Settings::from(Files::none())).unwrap();
-        let mut client = Self { front, framer: Framer::new(MAX_REQUEST) };
-        client.raw(&packet(GDB));
-        client.raw(&packet("QStartNoAckMode"));
-        client
-    }
-
-    fn raw(&mut self, bytes: &[u8]) -> (String, Flow) {
-        let (mut out, mut flow) = (Vec::new(), Flow::Continue);
-        for event in self.framer.events(bytes) {
-            flow = self.front.handle(event, &mut out);
-        }
-        (String::from_utf8(out).unwrap(), flow)
-    }
-
-    /// The body of the one packet that answers, or "" for no answer yet.
-    fn ask(&mut self, body: &str) -> String {
-        body_of(&self.raw(&packet(body)).0)
-    }
-
-    /// What comes when the guest stops.
-    fn wait(&mut self) -> String {
-        let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
-        let wake = self.front.wake().unwrap();
-        let woken = rustix::event::poll(&mut [PollFd::new(&wake, PollFlags::IN)], Some(&patience)).unwrap();
-        assert_eq!(woken, 1, "the guest has not stopped");
-        let mut out = Vec::new();
-        self.front.woken(&mut out);
-        body_of(&String::from_utf8(out).unwrap())
-    }
-}
-
-/// The last packet's body.
-fn body_of(text: &str) -> String {
-    let text = text.trim_end_matches('+');
-    match text.rsplit_once('$') {
-        Some((_, last)) => last.split_once('#').unwrap().0.to_owned(),
-        None => String::new(),
-    }
-}
 
 #[test]
 fn the_first_that_asks_controls_and_leaves_it_as_it_was() {
@@ -347,11 +143,7 @@ fn who_looks_on_waits_with_the_one_in_control() {
     assert!(body_of(&reader.raw(b"\x03").0).starts_with("T00"));
     assert_eq!(guest.told(), [""; 0]);
     // Control goes by command, and with the client that has it.
-    let command = |client: &mut Client, line: &str| {
-        let hex: String = line.bytes().map(|b| format!("{b:02x}")).collect();
-        let answer = client.ask(&format!("qRcmd,{hex}"));
-        String::from_utf8(rsp_client::from_hex(&answer)).unwrap()
-    };
+    let command = Client::command;
     assert!(command(&mut reader, "control").starts_with("Another client"));
     assert!(command(&mut reader, "control take").starts_with("This client"));
     assert!(command(&mut owner, "control").starts_with("Another client"));

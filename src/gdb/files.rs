@@ -9,9 +9,10 @@
 use super::front::window;
 use super::libraries::Libraries;
 use crate::debuginfo::{Contents, DebugInfo, Error};
+use crate::kernel::Machine;
 use crate::rsp;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Files one client can have open; gdb keeps two.
@@ -30,9 +31,25 @@ mod errno {
     pub const EROFS: u8 = 30;
 }
 
+/// How clients are told of the kernel's file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Tell {
+    /// Not at all.
+    #[default]
+    Nothing,
+    /// Its path, if they ask without having been told that they can: a gdb that was started with it, and whose guest
+    /// becomes another.
+    WhenAsked,
+    /// Its path, for a gdb that can open it there.
+    Path,
+    /// Its bytes, too.
+    Contents,
+}
+
 /// What clients are told of the kernel's file. Cheap to clone: every session has one.
 #[derive(Clone, Default)]
 pub struct Files {
+    tell: Tell,
     offer: Option<Arc<Offer>>,
     libraries: Option<Libraries>,
 }
@@ -41,6 +58,20 @@ struct Offer {
     /// The program's name: an absolute path where there is a file.
     program: Vec<u8>,
     served: Option<Served>,
+    /// The kernel that it is of.
+    of: Option<Identity>,
+}
+
+/// A kernel's release, build-id and vmlinux: where they are the same, so are its files.
+#[derive(PartialEq, Eq)]
+struct Identity(String, Option<String>, Option<PathBuf>);
+
+impl Identity {
+    fn of(machine: &Machine) -> Option<Self> {
+        let found = machine.kernel()?.found();
+        let vmlinux = machine.vmlinux().map(Path::to_owned);
+        Some(Self(found.release.clone(), found.build_id.clone(), vmlinux))
+    }
 }
 
 struct Served {
@@ -56,33 +87,78 @@ impl Files {
         Self::default()
     }
 
+    /// The kernel's file in `machine`, its vmlinux or one made of its names, and its modules'.
+    pub fn of(machine: &Machine, libraries: Libraries, tell: Tell) -> Result<Self, Error> {
+        let offer = match tell {
+            Tell::Nothing => None,
+            _ => Some(Arc::new(Offer::of(machine, &libraries, tell)?)),
+        };
+        Ok(Self { tell, offer, libraries: Some(libraries) })
+    }
+
+    /// The same at another moment of `machine`, which may have another kernel.
+    pub(super) fn again(&self, machine: &Arc<Machine>) -> Self {
+        let libraries = self.libraries.as_ref().map(|libraries| libraries.again(Arc::clone(machine)));
+        let is_same = |offer: &&Arc<Offer>| offer.of == Identity::of(machine);
+        let offer = match (self.offer.as_ref().filter(is_same), &libraries) {
+            (None, Some(libraries)) if self.tell != Tell::Nothing => {
+                let offer = Offer::of(machine, libraries, self.tell).or_else(|error| {
+                    tracing::warn!("the vmlinux cannot be served: {error}");
+                    Offer::of(machine, libraries, Tell::Path)
+                });
+                offer.ok().map(Arc::new)
+            }
+            (same, _) => same.cloned(),
+        };
+        Self { tell: self.tell, offer, libraries }
+    }
+
     /// These files, and the modules'.
     pub fn with_libraries(self, libraries: Libraries) -> Self {
         Self { libraries: Some(libraries), ..self }
     }
 
-    /// The path of a file made of the kernel's names, for a gdb that can open it there.
-    pub fn made(path: &Path) -> Self {
-        let offer = Offer { program: path.as_os_str().as_bytes().to_vec(), served: None };
-        Self { offer: Some(Arc::new(offer)), libraries: None }
-    }
-
-    /// The bytes of a file made of the kernel's names, for a gdb that cannot open it.
-    pub fn serve_made(path: &Path) -> std::io::Result<Self> {
-        let served = Served { stripped: Arc::new(Contents::of_file(path)?), debug: None };
-        let offer = Offer { program: path.as_os_str().as_bytes().to_vec(), served: Some(served) };
-        Ok(Self { offer: Some(Arc::new(offer)), libraries: None })
-    }
-
     /// The path of the vmlinux, for a gdb that can open it there.
     pub fn local(vmlinux: Option<&DebugInfo>) -> Self {
-        let offer = Offer { program: program(vmlinux), served: None };
-        Self { offer: Some(Arc::new(offer)), libraries: None }
+        let offer = Offer { program: program(vmlinux), served: None, of: None };
+        Self { tell: Tell::Path, offer: Some(Arc::new(offer)), libraries: None }
     }
 
     /// The vmlinux without debug info, and with it if gdb finds none of its own by the build-id.
     pub fn serve(vmlinux: Option<&DebugInfo>) -> Result<Self, Error> {
-        let Some(info) = vmlinux else { return Ok(Self::local(None)) };
+        let served = vmlinux.map(Served::of).transpose()?;
+        let offer = Offer { program: program(vmlinux), served, of: None };
+        Ok(Self { tell: Tell::Contents, offer: Some(Arc::new(offer)), libraries: None })
+    }
+
+    /// What `qSupported` is to say of it.
+    pub(super) fn features(&self) -> String {
+        let is_told = self.offer.is_some() && self.tell != Tell::WhenAsked;
+        let program = if is_told { ";qXfer:exec-file:read+" } else { "" };
+        let libraries = if self.libraries.is_some() { ";qXfer:libraries:read+" } else { "" };
+        [program, libraries].concat()
+    }
+}
+
+impl Offer {
+    fn of(machine: &Machine, libraries: &Libraries, tell: Tell) -> Result<Self, Error> {
+        let vmlinux = machine.kernel().and_then(|kernel| kernel.debug_info());
+        let made = if vmlinux.is_none() { libraries.image() } else { None };
+        let program = match &made {
+            Some(made) => made.as_os_str().as_bytes().to_vec(),
+            None => program(vmlinux),
+        };
+        let served = match (tell, vmlinux, &made) {
+            (Tell::Contents, Some(info), _) => Some(Served::of(info)?),
+            (Tell::Contents, None, Some(made)) => Some(Served::made(made)?),
+            _ => None,
+        };
+        Ok(Self { program, served, of: Identity::of(machine) })
+    }
+}
+
+impl Served {
+    fn of(info: &DebugInfo) -> Result<Self, Error> {
         let link = info.build_id().and_then(|id| id.split_at_checked(2));
         let debug = match link {
             Some((dir, rest)) if info.has_dwarf() => {
@@ -90,16 +166,14 @@ impl Files {
             }
             _ => None,
         };
-        let served = Served { stripped: Arc::new(info.stripped()?), debug };
-        let offer = Offer { program: program(vmlinux), served: Some(served) };
-        Ok(Self { offer: Some(Arc::new(offer)), libraries: None })
+        Ok(Self { stripped: Arc::new(info.stripped()?), debug })
     }
 
-    /// What `qSupported` is to say of it.
-    pub(super) fn features(&self) -> String {
-        let program = if self.offer.is_some() { ";qXfer:exec-file:read+" } else { "" };
-        let libraries = if self.libraries.is_some() { ";qXfer:libraries:read+" } else { "" };
-        [program, libraries].concat()
+    /// A file made of the kernel's names.
+    fn made(path: &Path) -> Result<Self, Error> {
+        let contents = Contents::of_file(path)
+            .map_err(|source| Error::Io { path: path.display().to_string(), source })?;
+        Ok(Self { stripped: Arc::new(contents), debug: None })
     }
 }
 

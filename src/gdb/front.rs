@@ -53,6 +53,8 @@ pub(super) struct Client {
     /// It expands run lengths. Every client should, and those made for stubs that send none do not: gdb is known by the probe
     /// that no other client has.
     knows_runs: bool,
+    /// It is to be told that a stop is by a breakpoint of its own: else it takes a pc behind one for that, as x86 has it.
+    pub(super) tells_breakpoints: bool,
 }
 
 /// One client's session.
@@ -151,10 +153,7 @@ impl Front {
     /// A session on a guest, which this client controls if it is the first to ask how it stands.
     pub fn on_guest(live: &Arc<Live>, settings: Settings) -> std::io::Result<Self> {
         let session = live.session()?;
-        let files = match live.libraries() {
-            Some(libraries) => settings.files.with_libraries(libraries),
-            None => settings.files,
-        };
+        let files = live.files().unwrap_or(settings.files);
         let front = Self::with(live.machine(), Settings { files, ..settings });
         Ok(Self { live: Some(session), ..front })
     }
@@ -222,12 +221,17 @@ impl Front {
                 self.room = room;
             }
             Reply::Console(text, body) => {
-                let mut console = b"O".to_vec();
-                rsp::encode(text.as_bytes(), &mut console);
-                self.send(console, out);
+                self.say(&text, out);
                 self.send(body, out);
             }
         }
+    }
+
+    /// Sends text for the user, behind which the answer is still to come.
+    pub(super) fn say(&mut self, text: &str, out: &mut Vec<u8>) {
+        let mut console = b"O".to_vec();
+        rsp::encode(text.as_bytes(), &mut console);
+        self.send(console, out);
     }
 
     fn ack(&self, out: &mut Vec<u8>) {
@@ -335,6 +339,7 @@ impl Front {
             gdb: features.contains(&&b"QThreadEvents+"[..]),
             selects_for_commands: features.contains(&&b"error-message+"[..]),
             knows_runs: false,
+            tells_breakpoints: self.live.is_some() && features.contains(&&b"swbreak+"[..]),
         };
         let mut reply =
             format!("PacketSize={MAX_REQUEST:x};qXfer:threads:read+;qXfer:osdata:read+").into_bytes();
@@ -344,6 +349,9 @@ impl Front {
         }
         if client.gdb {
             reply.extend_from_slice(b";binary-upload+");
+        }
+        if client.tells_breakpoints {
+            reply.extend_from_slice(b";swbreak+;hwbreak+");
         }
         for feature in theirs.split(|&b| b == b';').filter(|f| !f.starts_with(b"PacketSize=")) {
             reply.push(b';');
@@ -508,6 +516,7 @@ impl Front {
     /// QEMU's own packets, by which tools made for QEMU know it and read physical memory.
     fn qemu(&mut self, body: &[u8]) -> Option<Vec<u8>> {
         match body {
+            b"qqemu.Supported" if self.live.is_some() => Some(b"sstepbits;sstep;PhyMemMode".to_vec()),
             b"qqemu.Supported" => Some(b"sstepbits;PhyMemMode".to_vec()),
             b"qqemu.sstepbits" | b"Qqemu.sstepbits" => Some(b"ENABLE=1,NOIRQ=2,NOTIMER=4".to_vec()),
             b"qqemu.PhyMemMode" => Some(if self.physical { b"1" } else { b"0" }.to_vec()),

@@ -49,6 +49,7 @@ struct Inner {
     machine: Arc<Machine>,
     own: OnceLock<Vec<Option<Own>>>,
     list: OnceLock<List>,
+    image: OnceLock<Option<PathBuf>>,
     shared: Arc<Shared>,
 }
 
@@ -60,7 +61,6 @@ struct Shared {
     directory: OnceLock<Option<PrivateDirectory>>,
     /// Of each file in it that is not made anew each time, what it was made of.
     made_of: Mutex<HashMap<PathBuf, String>>,
-    image: OnceLock<Option<PathBuf>>,
 }
 
 /// A module's own file.
@@ -106,12 +106,13 @@ impl Libraries {
     /// name or path, there are indexes for it.
     pub fn new(machine: Arc<Machine>, places: Places, gdb: Option<&Path>) -> Self {
         let indexes = gdb.and_then(ModuleIndexes::of);
-        let (directory, made_of, image) = Default::default();
-        Self::at(machine, Arc::new(Shared { places, indexes, directory, made_of, image }))
+        let (directory, made_of) = Default::default();
+        Self::at(machine, Arc::new(Shared { places, indexes, directory, made_of }))
     }
 
     fn at(machine: Arc<Machine>, shared: Arc<Shared>) -> Self {
-        Self(Arc::new(Inner { machine, own: OnceLock::new(), list: OnceLock::new(), shared }))
+        let (own, list, image) = Default::default();
+        Self(Arc::new(Inner { machine, own, list, image, shared }))
     }
 
     /// The modules of the same kernel at another moment. Files that were made are made anew where they are asked for
@@ -139,13 +140,19 @@ impl Libraries {
     }
 
     /// A file with the names of the kernel image, made from its memory; `None` where it has none.
-    /// It lasts as long as `self` or a clone of it.
+    /// It lasts as long as `self` or a clone of it, or until another kernel's is made.
     pub fn image(&self) -> Option<PathBuf> {
-        let write = || {
+        let make = || {
             let kernel = self.0.machine.kernel()?;
-            self.0.shared.write("vmlinux", &image(kernel)?)
+            let found = kernel.found();
+            let write = |path: &Path| match image(kernel) {
+                Some(image) => std::fs::write(path, image).map(|()| true),
+                None => Ok(false),
+            };
+            let path = self.0.shared.path("vmlinux")?;
+            self.0.shared.once(path, format!("{} {:?}", found.release, found.build_id), &write)
         };
-        self.0.shared.image.get_or_init(write).clone()
+        self.0.image.get_or_init(make).clone()
     }
 
     /// `qXfer:libraries:read`: the document.
@@ -155,7 +162,7 @@ impl Libraries {
 
     /// The file that was named `name`.
     pub(super) fn open(&self, name: &[u8]) -> Option<Contents> {
-        let image = self.0.shared.image.get().cloned().flatten();
+        let image = self.0.image.get().cloned().flatten();
         let list = self.0.list(None);
         let path = list.paths.iter().chain(&image).find(|path| path.as_os_str().as_bytes() == name)?;
         Contents::of_file(path).inspect_err(|error| tracing::warn!("'{}': {error}", path.display())).ok()

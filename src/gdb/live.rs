@@ -5,31 +5,33 @@
 //! how the guest stands; the guest is stopped for it, and goes on as it was when that client leaves, however it leaves.
 
 pub mod boot;
+mod hook;
+mod owner;
 mod session;
+mod watch;
 
 pub(super) use session::{Resumed, Session};
 
-use super::Libraries;
+use super::Files;
 use crate::addr::VirtAddr;
 use crate::arch::x86_64::Reg;
 use crate::backend::Backend;
-use crate::backend::live::{Go, Happening, LiveControl, LiveError, Point, RunState, Stop, StopReason};
+use crate::backend::live::{LiveControl, LiveError, Point, Stop, StopReason};
 use crate::kernel::{Kernel, Machine, OpenError};
-use boot::{BootError, Came};
 use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long the thread that waits for stops goes without looking what else happened.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long one instruction may take.
-const STEP_PATIENCE: Duration = Duration::from_secs(5);
-
 /// How long a guest may take to stop.
 const STANDSTILL: Duration = Duration::from_secs(10);
+
+/// How long it goes without a look for the kernel where there was none: that reads all memory.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Points that clients may have set at once; gdb itself sets some dozens.
 const POINTS_MAX: usize = 4096;
@@ -44,6 +46,17 @@ pub enum OnDisconnect {
     Resume,
     /// It stays as it is.
     Leave,
+}
+
+impl OnDisconnect {
+    /// What becomes of a guest that now runs, or stands, if kstub is killed.
+    pub fn on_death(self, is_running: bool) -> Option<bool> {
+        match self {
+            Self::Restore => None,
+            Self::Resume => Some(true),
+            Self::Leave => Some(is_running),
+        }
+    }
 }
 
 /// What clients may do to a guest.
@@ -65,7 +78,8 @@ pub struct Live {
     control: Arc<dyn LiveControl>,
     policy: Policy,
     open: Box<Opener>,
-    /// Held by whoever changes who controls the guest, which takes its time.
+    /// Held by whoever changes who controls the guest, lets it run, or takes away what was put into it: each takes its
+    /// time.
     turn: Mutex<()>,
     state: Mutex<State>,
     /// The guest was let run.
@@ -74,7 +88,9 @@ pub struct Live {
 
 struct State {
     machine: Arc<Machine>,
-    libraries: Option<Libraries>,
+    files: Option<Files>,
+    /// The kernel that was found last: clients have its symbols.
+    known: Option<Known>,
     /// Counts the machines.
     generation: u64,
     /// The session that controls it.
@@ -86,18 +102,31 @@ struct State {
     is_running: bool,
     stop: Stop,
     backward: bool,
+    /// Its owner wanted a step.
+    steps: bool,
     points: Vec<Placed>,
+    /// Those with which it was let run last: the client takes them away at each stop, and puts them where they were.
+    went_with: Vec<Placed>,
+    /// QEMU's flags for steps, before its owner changed them.
+    step_flags: Option<Vec<u8>>,
     /// The sessions whose clients know of modules.
     follow_modules: HashSet<u64>,
     /// Our own breakpoint where every module passes before its init (`do_init_module()` in kernel/module/main.c).
     module_hook: Option<VirtAddr>,
-    /// Whether the owner was told of the module of the last stop, and is still to be told of its own breakpoint.
-    module_told: bool,
+    /// The sessions that were told of the module of the last stop.
+    module_told: HashSet<u64>,
+    /// The owner was, and is still to be told of its own breakpoint.
     owes_trap: bool,
     /// Who is to be woken by the next stop.
-    waiting: HashMap<u64, UnixStream>,
+    waiting: HashMap<u64, Waiter>,
     /// The kernel that is known is of an earlier boot.
     is_stale: bool,
+    /// Counts what made it so.
+    resets: u64,
+    /// When the kernel was last looked for.
+    looked: Instant,
+    /// Why the one that is there is not known, as was told.
+    unknown: Option<String>,
     /// The guest was started again, and is to stop where its kernel begins.
     boots: bool,
     /// The owner has asked for a stop.
@@ -107,6 +136,21 @@ struct State {
     /// What the user behind each session is told with the next stop.
     news: HashMap<u64, Vec<String>>,
     gone: Option<LiveError>,
+}
+
+/// A session that waits for a stop.
+struct Waiter {
+    waker: UnixStream,
+    /// The machine that there was: a stop of before is none that it waits for.
+    since: u64,
+}
+
+/// Which kernel, and where.
+#[derive(Clone, PartialEq, Eq)]
+struct Known {
+    text: Option<VirtAddr>,
+    release: String,
+    build_id: Option<String>,
 }
 
 /// A point, where the client put it and where it is.
@@ -141,8 +185,9 @@ impl Live {
     ) -> Result<Arc<Self>, OpenLive> {
         let machine = Arc::new(open(control.snapshot()?)?);
         let state = State {
-            libraries: None,
+            files: None,
             is_stale: machine.kernel().is_none(),
+            known: Known::of(&machine),
             machine,
             generation: 0,
             owner: None,
@@ -151,12 +196,18 @@ impl Live {
             is_running: false,
             stop: Stop { cpu: 0, reason: StopReason::Signal(SIGTRAP) },
             backward: false,
+            steps: false,
             points: Vec::new(),
+            went_with: Vec::new(),
+            step_flags: None,
             follow_modules: HashSet::new(),
             module_hook: None,
-            module_told: false,
+            module_told: HashSet::new(),
             owes_trap: false,
             waiting: HashMap::new(),
+            resets: 0,
+            looked: Instant::now(),
+            unknown: None,
             news: HashMap::new(),
             boots: false,
             interrupted: false,
@@ -165,8 +216,7 @@ impl Live {
         };
         let (turn, runs) = (Mutex::new(()), Condvar::new());
         let live = Arc::new(Self { control, policy, open, turn, state: Mutex::new(state), runs });
-        let weak = Arc::downgrade(&live);
-        std::thread::Builder::new().name("kstub-guest".to_owned()).spawn(move || watch(&weak))?;
+        watch::start(&live)?;
         Ok(live)
     }
 
@@ -175,14 +225,14 @@ impl Live {
         self.state().machine.clone()
     }
 
-    /// Offers clients the files of its modules.
-    pub fn set_libraries(&self, libraries: Libraries) {
-        self.state().libraries = Some(libraries);
+    /// Offers clients these files, and those of every kernel to come in the same way.
+    pub fn offer(&self, files: Files) {
+        self.state().files = Some(files);
     }
 
-    /// The files of its modules, where they are offered.
-    pub fn libraries(&self) -> Option<Libraries> {
-        self.state().libraries.clone()
+    /// The files of the kernel that was last seen, where any are offered.
+    pub fn files(&self) -> Option<Files> {
+        self.state().files.clone()
     }
 
     /// A client's way to it.
@@ -202,62 +252,76 @@ impl Live {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sees the guest as it is now.
     fn refresh(&self) -> Result<(), LiveError> {
+        self.see(true)
+    }
+
+    /// The same; where no kernel is known it is looked for if `looks`.
+    fn see(&self, looks: bool) -> Result<(), LiveError> {
         let backend = self.control.snapshot()?;
-        let (before, is_stale, libraries) = {
+        let (before, is_stale, resets, files) = {
             let state = self.state();
-            (state.machine.clone(), state.is_stale, state.libraries.clone())
+            (state.machine.clone(), state.is_stale, state.resets, state.files.clone())
         };
-        let machine = if is_stale { None } else { Some(before.again(backend.clone())) };
+        let is_known = !is_stale || !looks && before.kernel().is_none();
+        let machine = is_known.then(|| before.again(backend.clone()));
         // A snapshot may have been loaded, of which not every QEMU tells.
         let machine = machine.filter(|machine| machine.kernel().is_none_or(is_there));
-        let is_stale = machine.is_none();
-        let machine = machine.unwrap_or_else(|| self.open_again(backend, &before));
+        let looked = machine.is_none();
+        let machine = machine.map_or_else(|| (self.open)(backend.clone()), Ok);
+        let (machine, unknown) = match machine {
+            Ok(machine) => (machine, None),
+            Err(error) => (Machine::without_kernel(backend, error.to_string()), Some(error.to_string())),
+        };
         let machine = Arc::new(machine);
-        let libraries = libraries.map(|libraries| libraries.again(machine.clone()));
+        let files = files.map(|files| files.again(&machine));
         if machine.text_base() != before.text_base() && before.kernel().is_some() {
             self.drop_points();
         }
         let mut state = self.state();
-        if is_stale && let Some(kernel) = machine.kernel() {
-            state.is_stale = false;
-            let found = kernel.found();
-            let cure = match before.kernel() {
-                Some(_) if machine.text_base() == before.text_base() => "It is where it was.",
-                _ => "gdb's symbols are not there: kstub.py moves them, else connect again.",
-            };
-            let release = crate::bytes::printable(&found.release);
-            state.tell(&format!("A kernel was found: {release} at {}. {cure}\n", found.text));
+        if looked {
+            state.looked = Instant::now();
+            // Unless it was started once more meanwhile.
+            state.is_stale |= machine.kernel().is_none();
+            state.is_stale &= machine.kernel().is_none() || state.resets != resets;
+            state.tell_found(&machine, unknown);
         }
         state.machine = machine;
-        state.libraries = libraries;
+        state.files = files;
         state.generation += 1;
         Ok(())
     }
 
-    fn open_again(&self, backend: Arc<dyn Backend>, before: &Machine) -> Machine {
-        (self.open)(backend.clone()).unwrap_or_else(|error| {
-            tracing::warn!("{error}");
-            before.again(backend)
-        })
-    }
-
     /// The guest has stopped: everybody who waits hears of it.
-    fn stopped(&self, stop: Stop) {
-        let fresh = self.refresh();
-        let mut state = self.state();
-        if let Err(error) = fresh {
-            state.gone = Some(error);
+    fn stopped(&self, stop: Stop) -> Result<(), LiveError> {
+        let looks = {
+            let state = self.state();
+            let is_step = state.steps && stop.reason == StopReason::Signal(SIGTRAP);
+            let is_asked = stop.reason == StopReason::Signal(SIGINT);
+            is_asked || !is_step && state.looked.elapsed() >= LOOK
+        };
+        self.see(looks)?;
+        let generation = {
+            let mut state = self.state();
+            state.is_running = false;
+            (state.interrupted, state.has_news) = (false, false);
+            state.boots &= state.is_stale;
+            state.stop = stop;
+            state.module_told.clear();
+            state.owes_trap = false;
+            state.generation
+        };
+        if self.policy.on_disconnect == OnDisconnect::Leave {
+            self.control.on_death(Some(false));
         }
-        state.is_running = false;
-        (state.interrupted, state.has_news) = (false, false);
-        state.boots &= state.is_stale;
-        state.stop = stop;
-        (state.module_told, state.owes_trap) = (false, false);
-        drop(state);
         self.hook_modules();
-        self.state().wake();
+        self.state().wake(generation);
+        Ok(())
     }
 
     fn is_gone(&self, error: LiveError) {
@@ -265,78 +329,17 @@ impl Live {
         let mut state = self.state();
         state.is_running = false;
         state.gone = Some(error);
-        state.wake();
+        state.wake(u64::MAX);
     }
 
     /// The guest was let run, or is to be.
     fn lets_run(&self) {
+        if self.policy.on_disconnect == OnDisconnect::Leave {
+            self.control.on_death(Some(true));
+        }
         let mut state = self.state();
         (state.is_running, state.interrupted) = (true, false);
         self.runs.notify_all();
-    }
-
-    /// Waits until the guest was let run, at most as long as `patience`; whether it was.
-    fn runs_within(&self, patience: Duration) -> bool {
-        let state = self.state();
-        if state.is_running {
-            return true;
-        }
-        let (state, _) = self.runs.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner);
-        state.is_running
-    }
-
-    /// Gives run control up for whoever has it: for the end of kstub.
-    pub fn release(&self) {
-        let owner = self.state().owner;
-        owner.into_iter().for_each(|owner| self.give_control(owner));
-        // Somebody else may be about it: not before it is done.
-        drop(self.turn.lock());
-    }
-
-    /// What happened by other hands than ours.
-    fn follow(&self) {
-        for happening in self.control.happenings() {
-            tracing::info!("{happening:?}");
-            let mut state = self.state();
-            // Clients that have asked for modules can follow a kernel to where it is; others are told with the next
-            // stop. Nobody has put anything into a guest whose kernel is not known by what gdb knows of it.
-            let follows = state.owner.is_some_and(|owner| state.follow_modules.contains(&owner));
-            let is_known = follows && !state.is_stale;
-            match happening {
-                Happening::Reset => {
-                    state.is_stale = true;
-                    state.boots |= is_known;
-                    state.tell("The guest was started again.\n");
-                }
-                Happening::Replaced(how) => {
-                    state.is_stale = true;
-                    state.tell(&format!("The guest's memory is another's: {how}.\n"));
-                }
-                Happening::Stopped | Happening::Resumed => continue,
-            }
-            let is_running = state.is_running;
-            drop(state);
-            if is_known && let Err(error) = self.leave_the_old(is_running) {
-                tracing::warn!("breakpoints of before may be left: {error}");
-            }
-        }
-    }
-
-    /// What was put into the guest is not of what is there now: it goes before it stops or harms that.
-    fn leave_the_old(&self, is_running: bool) -> Result<(), LiveError> {
-        if !self.state().boots {
-            self.state().has_news = is_running;
-            return Ok(());
-        }
-        let start = Instant::now();
-        while is_running && start.elapsed() < STANDSTILL {
-            self.control.interrupt()?;
-            if self.control.wait_stop(PATIENCE)?.is_some() {
-                break;
-            }
-        }
-        self.drop_points();
-        Ok(())
     }
 
     /// Whether a guest that stands has another kernel than was known, which is then known and told.
@@ -355,6 +358,7 @@ impl Live {
     fn drop_points(&self) {
         let (points, hook) = {
             let mut state = self.state();
+            state.went_with.clear();
             (std::mem::take(&mut state.points), state.module_hook.take())
         };
         let hook = hook.map(|at| (Point::Software, at, 1));
@@ -362,138 +366,6 @@ impl Live {
             if let Err(error) = self.control.remove(point, at, len) {
                 tracing::info!("{error}");
             }
-        }
-    }
-
-    /// Follows a guest that was started again to where its kernel begins.
-    fn boot(&self) -> Result<Stop, LiveError> {
-        let machine = self.machine();
-        let info = machine.kernel().and_then(|kernel| kernel.debug_info());
-        let stop = self.state().stop;
-        let Some(wanted) = info.and_then(boot::Wanted::of) else { return Ok(stop) };
-        let goes_on = || {
-            let state = self.state();
-            state.is_running && !state.interrupted
-        };
-        if !goes_on() {
-            return Ok(stop);
-        }
-        let why = match boot::run(&*self.control, &wanted, &goes_on) {
-            Ok(Came::Exactly(stop) | Came::About(stop) | Came::Interrupted(stop)) => return Ok(stop),
-            Err(BootError::Guest(error)) => return Err(error),
-            Err(error) => error,
-        };
-        self.state().tell(&format!("{why}\n"));
-        Ok(Stop { reason: StopReason::Signal(SIGINT), ..stop })
-    }
-
-    /// Gives `session` run control, which stops the guest.
-    fn take_control(&self, session: u64) -> Result<(), LiveError> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_first = match self.state().owner {
-            Some(owner) if owner == session => return Ok(()),
-            owner => owner.is_none(),
-        };
-        if is_first {
-            let ran_before = self.control.run_state()? == RunState::Running;
-            let stop = self.control.attach()?;
-            let mut state = self.state();
-            (state.ran_before, state.is_running, state.stop) = (ran_before, false, stop);
-            state.points.clear();
-            state.module_hook = None;
-            drop(state);
-            self.refresh()?;
-        }
-        self.state().owner = Some(session);
-        self.hook_modules();
-        Ok(())
-    }
-
-    /// Sees to it that modules stop the guest before their init, where clients are told of modules.
-    fn hook_modules(&self) {
-        let (machine, hook) = {
-            let state = self.state();
-            if !state.owner.is_some_and(|owner| state.follow_modules.contains(&owner)) {
-                return;
-            }
-            (state.machine.clone(), state.module_hook)
-        };
-        let wanted = machine.kernel().and_then(|kernel| kernel.symbol("do_init_module"));
-        if wanted == hook {
-            return;
-        }
-        if let Some(Err(error)) = hook.map(|old| self.control.remove(Point::Software, old, 1)) {
-            tracing::warn!("{error}");
-        }
-        let set = |at: &VirtAddr| match self.control.insert(Point::Software, *at, 1) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::warn!("modules do not stop the guest before their init: {error}");
-                false
-            }
-        };
-        self.state().module_hook = wanted.filter(set);
-    }
-
-    /// Whether the last stop is at our own breakpoint.
-    fn is_at_hook(state: &State) -> bool {
-        let pc = usize::try_from(state.stop.cpu).ok().and_then(|index| state.machine.cpu_of_saved(index));
-        let pc = pc.and_then(|cpu| state.machine.cpu(cpu)?.regs.u64(Reg::Rip)).map(VirtAddr);
-        state.stop.reason == StopReason::Signal(SIGTRAP) && pc.is_some() && pc == state.module_hook
-    }
-
-    /// Whether a client has a breakpoint where ours is.
-    fn is_hook_a_clients(state: &State) -> bool {
-        let is_code = |point| matches!(point, Point::Software | Point::Hardware);
-        state.points.iter().any(|placed| is_code(placed.point) && Some(placed.at) == state.module_hook)
-    }
-
-    /// Gets the vCPU that stands at our own breakpoint over it: the client knows nothing of it. If all it does is to
-    /// step there (`steps`), the breakpoint is away until it has.
-    fn pass_hook(&self, steps: bool) -> Result<(), LiveError> {
-        let (hook, stop) = {
-            let state = self.state();
-            match state.module_hook.filter(|_| Self::is_at_hook(&state)) {
-                Some(hook) => (hook, state.stop),
-                None => return Ok(()),
-            }
-        };
-        self.control.remove(Point::Software, hook, 1)?;
-        if steps {
-            self.state().module_hook = None;
-            return Ok(());
-        }
-        self.control.resume(&[(Some(stop.cpu), Go::Step)])?;
-        let stepped = self.control.wait_stop(STEP_PATIENCE);
-        self.control.insert(Point::Software, hook, 1)?;
-        stepped.map(|_| ())
-    }
-
-    /// `session` no longer controls the guest: all its points go, and the guest goes on as it is to.
-    fn give_control(&self, session: u64) {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let runs = {
-            let mut state = self.state();
-            if state.owner != Some(session) {
-                return;
-            }
-            state.owner = None;
-            state.points.clear();
-            state.module_hook = None;
-            state.boots = false;
-            let runs = match self.policy.on_disconnect {
-                OnDisconnect::Restore => state.ran_before,
-                OnDisconnect::Resume => true,
-                OnDisconnect::Leave => state.is_running,
-            };
-            state.is_running = false;
-            runs
-        };
-        match self.control.detach(runs) {
-            Ok(()) => {
-                tracing::info!("run control was given up: the guest {}", if runs { "runs" } else { "stands" })
-            }
-            Err(error) => tracing::warn!("giving up run control: {error}"),
         }
     }
 }
@@ -506,6 +378,25 @@ fn is_there(kernel: &Kernel) -> bool {
     kernel.read(at, &mut bytes).stopped.is_none() && bytes == BANNER
 }
 
+impl Known {
+    fn of(machine: &Machine) -> Option<Self> {
+        let found = machine.kernel()?.found();
+        let (release, build_id) = (found.release.clone(), found.build_id.clone());
+        Some(Self { text: machine.text_base(), release, build_id })
+    }
+
+    /// What a client that has the symbols of `before` is to do.
+    fn cure(&self, before: Option<&Self>) -> &'static str {
+        match before {
+            Some(before) if before == self => "It is where it was.",
+            Some(before) if before.build_id != self.build_id || before.release != self.release => {
+                "gdb's symbols are of another: kstub.py loads those of this one, else connect again."
+            }
+            _ => "gdb's symbols are not there: kstub.py moves them, else connect again.",
+        }
+    }
+}
+
 impl State {
     /// Whoever is there now hears of it. Once: QEMU tells of a reset for the machine and again for who asked for it.
     fn tell(&mut self, news: &str) {
@@ -515,42 +406,44 @@ impl State {
         }
     }
 
-    fn wake(&mut self) {
-        for (_, mut waker) in self.waiting.drain() {
-            // It fails where the session has just ended, or was woken and has not looked yet.
-            let _ = waker.write(&[0]);
+    /// Tells of the kernel that was looked for and found in `machine`, or why that is not known: once.
+    fn tell_found(&mut self, machine: &Machine, unknown: Option<String>) {
+        if let Some(known) = Known::of(machine) {
+            let cure = known.cure(self.known.as_ref());
+            let (release, text) = (crate::bytes::printable(&known.release).to_string(), known.text);
+            let text = text.unwrap_or_default();
+            self.known = Some(known);
+            self.tell(&format!("A kernel was found: {release} at {text}. {cure}\n"));
         }
+        if let Some(why) = unknown.as_ref().filter(|why| self.unknown.as_ref() != Some(why)) {
+            tracing::warn!("{why}");
+            self.tell(&format!("The kernel that is in the guest is not known: {why}\n"));
+        }
+        self.unknown = unknown;
+    }
+
+    /// Where the vCPU that stopped the guest stands.
+    fn stop_pc(&self) -> Option<VirtAddr> {
+        let cpu = self.machine.cpu_of_saved(usize::try_from(self.stop.cpu).ok()?)?;
+        self.machine.cpu(cpu)?.regs.u64(Reg::Rip).map(VirtAddr)
+    }
+
+    /// Wakes those who have waited since before the machine of this generation.
+    fn wake(&mut self, generation: u64) {
+        self.waiting.retain(|_, waiter| {
+            let goes_on = waiter.since >= generation;
+            if !goes_on {
+                // It fails where the session has just ended, or was woken and has not looked yet.
+                let _ = waiter.waker.write(&[0]);
+            }
+            goes_on
+        });
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
         self.release();
-    }
-}
-
-/// The thread that waits for stops, as long as there is a guest.
-fn watch(live: &Weak<Live>) {
-    while let Some(live) = live.upgrade() {
-        live.follow();
-        if !live.runs_within(PATIENCE) {
-            continue;
-        }
-        let (boots, has_news) = {
-            let state = live.state();
-            (state.boots, state.has_news)
-        };
-        if has_news && let Err(error) = live.control.interrupt() {
-            tracing::warn!("{error}");
-        }
-        let stop = if boots { live.boot().map(Some) } else { live.control.wait_stop(PATIENCE) };
-        match stop {
-            Ok(Some(stop)) => live.stopped(stop),
-            Ok(None) => {}
-            // Control was given up while it was waited for.
-            Err(_) if !live.state().is_running => {}
-            Err(error) => live.is_gone(error),
-        }
     }
 }
 

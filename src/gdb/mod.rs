@@ -23,7 +23,7 @@ mod selection;
 mod target;
 mod threads;
 
-pub use files::Files;
+pub use files::{Files, Tell};
 pub use front::{Flow, Front, MAX_REQUEST};
 pub use libraries::Libraries;
 pub use live::{Live, OnDisconnect, OpenLive, Policy, boot};

@@ -44,6 +44,10 @@ impl Front {
             [b'X', rest @ ..] => self.write(rest, rsp::unescape).into(),
             [b'P', rest @ ..] => self.write_register(rest).into(),
             [b'G', ..] => error(errno::EROFS).into(),
+            b"qqemu.sstep" | b"qqemu.sstepbits" | b"Qqemu.sstepbits" => self.step_flags(body)?.into(),
+            [b'Q', b'q', b'e', b'm', b'u', b'.', b's', b's', b't', b'e', b'p', b'=', ..] => {
+                self.step_flags(body)?.into()
+            }
             _ => {
                 let line = rsp::decode(body.strip_prefix(b"qRcmd,")?)?;
                 let line = String::from_utf8_lossy(&line).into_owned();
@@ -71,8 +75,8 @@ impl Front {
 
     /// The guest has stopped: appends the answer that was owed to `out`.
     pub fn woken(&mut self, out: &mut Vec<u8>) {
-        let Some(live) = &mut self.live else { return };
-        live.woken();
+        let Some(live) = &self.live else { return };
+        live.forget_wakes();
         if std::mem::take(&mut self.owes_stop) {
             self.catch_up();
             let reply = self.stop_with_news();
@@ -92,19 +96,22 @@ impl Front {
                 let stop = self.stop_of_now();
                 self.reply(stop.into(), b"", out);
             }
-            Err(error) => {
-                self.owes_stop = false;
-                let reply = self.no_run(format!("{error}\n"));
-                self.reply(reply, b"", out);
-            }
+            // It runs on, and so does the waiting for its stop.
+            Err(error) => self.say(&format!("{error}\n"), out),
         }
+    }
+
+    /// QEMU's flags for steps, where they are this client's to ask for and to set.
+    fn step_flags(&self, packet: &[u8]) -> Option<Vec<u8>> {
+        let answer = self.live.as_ref()?.ask_about_steps(packet)?;
+        Some(answer.unwrap_or_else(|error| self.refused(&error.to_string())))
     }
 
     /// Takes over what the last stop has changed.
     pub(super) fn catch_up(&mut self) {
-        let Some((machine, libraries)) = self.live.as_mut().and_then(Session::changed) else { return };
-        if let Some(libraries) = libraries {
-            self.files.files = std::mem::take(&mut self.files.files).with_libraries(libraries);
+        let Some((machine, files)) = self.live.as_mut().and_then(Session::changed) else { return };
+        if let Some(files) = files {
+            self.files.files = files;
         }
         self.see(machine);
     }
@@ -173,6 +180,10 @@ impl Front {
         let thread = thread.filter(|&thread| threads.has(thread)).unwrap_or(self.first());
         let body = match stopped.stop.reason {
             StopReason::Signal(_) if stopped.new_module => self.stopped(b"T05library:;", thread),
+            StopReason::Signal(_) if self.client.tells_breakpoints && stopped.breakpoint.is_some() => {
+                let hardware = stopped.breakpoint == Some(Point::Hardware);
+                self.stopped(if hardware { b"T05hwbreak:;" } else { b"T05swbreak:;" }, thread)
+            }
             StopReason::Signal(signal) => self.stopped(format!("T{signal:02x}").as_bytes(), thread),
             StopReason::Watch(point, at) => {
                 let name = match point {
@@ -258,8 +269,8 @@ impl Front {
             // Empty: of a kind that is not known.
             _ => return Vec::new(),
         };
-        if !live.owns() {
-            return self.refused("another client controls the guest ('monitor control take' takes control)");
+        if let Some(why) = live.not_in_control() {
+            return self.refused(why);
         }
         let asked = VirtAddr(at);
         let at = match point {
@@ -309,6 +320,10 @@ impl Front {
         if !live.policy().allow_write {
             return if len == 0 { b"OK".to_vec() } else { self.read_only() };
         }
+        if let Some(why) = live.not_in_control().filter(|_| len > 0) {
+            tracing::warn!("writing at {at:#x}: {why}");
+            return self.refused(why);
+        }
         match self.write_bytes(live, VirtAddr(at), &bytes) {
             Ok(()) => b"OK".to_vec(),
             Err(why) => {
@@ -338,7 +353,7 @@ impl Front {
             };
             let left = usize::try_from(PAGE_SIZE - phys.0 % PAGE_SIZE).unwrap_or(1);
             let piece = rest.get(..left.min(rest.len())).unwrap_or_default();
-            tracing::info!("a client writes {} bytes at {here} (physical {phys})", piece.len());
+            tracing::warn!("a client writes {} at {here} (physical {phys})", shown(piece));
             live.control().write_phys(phys, piece).map_err(|error| error.to_string())?;
             done += piece.len();
         }
@@ -358,11 +373,14 @@ impl Front {
         if !live.policy().allow_write {
             return self.read_only();
         }
+        if let Some(why) = live.not_in_control() {
+            return self.refused(why);
+        }
         let vcpu = match self.vcpu(self.engine.target.selected) {
             Ok(vcpu) => vcpu,
             Err(why) => return self.refused(why.trim_end()),
         };
-        tracing::info!("a client writes {} of vCPU {vcpu}", reg.name());
+        tracing::warn!("a client writes {} into {} of vCPU {vcpu}", shown(&value), reg.name());
         let written = live.control().write_register(vcpu, reg.name(), &value);
         match written.and_then(|()| live.changed_by_us()) {
             Ok(()) => {
@@ -371,6 +389,18 @@ impl Front {
             }
             Err(error) => self.refused(&error.to_string()),
         }
+    }
+}
+
+/// Bytes for the log: the first of them, and how many there are.
+fn shown(bytes: &[u8]) -> String {
+    const SHOWN: usize = 16;
+    let mut digits = Vec::new();
+    rsp::encode(bytes.get(..SHOWN).unwrap_or(bytes), &mut digits);
+    let digits = String::from_utf8_lossy(&digits);
+    match bytes.len() {
+        count if count > SHOWN => format!("{digits}… ({count} bytes)"),
+        _ => digits.into_owned(),
     }
 }
 

@@ -153,6 +153,11 @@ impl Machine {
         Self::with_kernel(backend, kernel, Vec::new())
     }
 
+    /// A machine whose kernel is not known, because of `why`.
+    pub fn without_kernel(backend: Arc<dyn Backend>, why: String) -> Self {
+        Self::with_kernel(backend, Err(None), vec![why])
+    }
+
     fn with_kernel(
         backend: Arc<dyn Backend>,
         kernel: Result<Kernel, Option<DiscoverError>>,

@@ -109,11 +109,16 @@ pub fn run(
         return sample(control, goes_on);
     }
     let places = wanted.places();
+    let put = places.iter().try_for_each(|&place| control.insert(Point::Software, place, 1));
+    let came = match put {
+        Ok(()) => run_to(control, wanted, &places, goes_on),
+        Err(error) => Err(error.into()),
+    };
+    // As many as can be, whatever happened.
+    let mut removed = Ok(());
     for &place in &places {
-        control.insert(Point::Software, place, 1)?;
+        removed = removed.and(control.remove(Point::Software, place, 1));
     }
-    let came = run_to(control, wanted, &places, goes_on);
-    let removed = places.iter().try_for_each(|&place| control.remove(Point::Software, place, 1));
     let came = came?;
     removed?;
     Ok(came)

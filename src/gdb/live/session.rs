@@ -1,9 +1,10 @@
 //! One client of a guest: what it may do, what it is told, and that its control goes with it.
 
-use super::{Live, POINTS_MAX, Placed, Policy};
+use super::hook::Passed;
+use super::{Live, POINTS_MAX, Placed, Policy, Waiter};
 use crate::addr::VirtAddr;
 use crate::backend::live::{LiveControl, LiveError, Point, Stop};
-use crate::gdb::Libraries;
+use crate::gdb::Files;
 use crate::kernel::Machine;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,6 +18,8 @@ pub(in crate::gdb) struct Stopped {
     pub(in crate::gdb) backward: bool,
     /// A module has been loaded, and has not begun to run.
     pub(in crate::gdb) new_module: bool,
+    /// It stands at a breakpoint of this client's, of this kind.
+    pub(in crate::gdb) breakpoint: Option<Point>,
 }
 
 /// One client's way to the guest. When it goes, so does its control.
@@ -49,21 +52,21 @@ impl Session {
         self.live.policy
     }
 
-    /// The machine and its modules' files, if they are others than at the last call.
-    pub(in crate::gdb) fn changed(&mut self) -> Option<(Arc<Machine>, Option<Libraries>)> {
+    /// The machine and its kernel's files, if they are others than at the last call.
+    pub(in crate::gdb) fn changed(&mut self) -> Option<(Arc<Machine>, Option<Files>)> {
         let state = self.live.state();
         if state.generation == self.seen {
             return None;
         }
         self.seen = state.generation;
-        Some((state.machine.clone(), state.libraries.clone()))
+        Some((state.machine.clone(), state.files.clone()))
     }
 
     /// The client wants to know how the guest stands: the first that does controls it from then on.
     pub(in crate::gdb) fn greet(&self) {
         let owner = self.live.state().owner;
         let greeted = match owner {
-            None if self.live.policy.control => self.live.take_control(self.id),
+            None if self.live.policy.control => self.live.take_control(self.id, false),
             None => self.live.refresh(),
             Some(_) => Ok(()),
         };
@@ -85,11 +88,14 @@ impl Session {
     /// How the guest stands.
     pub(in crate::gdb) fn last_stop(&self) -> Stopped {
         let mut state = self.live.state();
-        // A client's own breakpoint there is reported behind the news of the module.
-        let new_module = Live::is_at_hook(&state) && !state.module_told;
-        state.module_told |= new_module;
-        state.owes_trap = new_module && Live::is_hook_a_clients(&state);
-        Stopped { stop: state.stop, backward: state.backward, new_module }
+        let new_module = state.is_at_hook() && state.module_told.insert(self.id);
+        let is_owner = state.owner == Some(self.id);
+        let breakpoint = state.breakpoint().filter(|_| is_owner);
+        if is_owner {
+            // Its own breakpoint there is reported behind the news of the module.
+            state.owes_trap = new_module && breakpoint.is_some();
+        }
+        Stopped { stop: state.stop, backward: state.backward, new_module, breakpoint }
     }
 
     /// What else to tell the user, once.
@@ -104,6 +110,24 @@ impl Session {
 
     pub(in crate::gdb) fn owns(&self) -> bool {
         self.live.state().owner == Some(self.id)
+    }
+
+    /// Why the client may not put anything into the guest; `None` if it controls it.
+    pub(in crate::gdb) fn not_in_control(&self) -> Option<&'static str> {
+        match self.live.state().owner {
+            Some(owner) if owner == self.id => None,
+            _ if !self.live.policy.control => Some(
+                "kstub was started with --no-stop: nothing is put into the guest, start kstub without it",
+            ),
+            None => Some("nobody controls the guest ('monitor control take' takes control)"),
+            Some(_) => Some("another client controls the guest ('monitor control take' takes control)"),
+        }
+    }
+
+    /// QEMU's answer to a packet about stepping; `None` where that is not this client's to ask now.
+    pub(in crate::gdb) fn ask_about_steps(&self, packet: &[u8]) -> Option<Result<Vec<u8>, LiveError>> {
+        let is_mine = self.owns() && !self.live.state().is_running;
+        is_mine.then(|| self.live.ask_about_steps(packet))
     }
 
     /// `monitor control`: who controls the guest, taking control and giving it up.
@@ -122,7 +146,7 @@ impl Session {
                 "The guest runs for another client: press Ctrl-C there first, or wait for it to stop.\n"
                     .to_owned()
             }
-            "take" => match self.live.take_control(self.id) {
+            "take" => match self.live.take_control(self.id, true) {
                 Ok(()) => "This client controls the guest.\n".to_owned(),
                 Err(error) => format!("{error}\n"),
             },
@@ -141,7 +165,8 @@ impl Session {
         }
     }
 
-    /// Puts a point, or takes it away, where the client sees `asked` and the guest `at`.
+    /// Puts a point, or takes it away, where the client sees `asked` and the guest `at`. One that the guest was let run with,
+    /// and that was taken away since, is put where it was: clients do that at each stop, whatever thread is selected then.
     pub(in crate::gdb) fn set_point(
         &self,
         insert: bool,
@@ -149,7 +174,6 @@ impl Session {
         (asked, at): (VirtAddr, VirtAddr),
         len: u64,
     ) -> Result<(), LiveError> {
-        let placed = Placed { point, asked, at, len };
         let same = |other: &Placed| (other.point, other.asked, other.len) == (point, asked, len);
         // What gdb believes of a kernel that is gone; it is told of the next, and asks again.
         let is_of_before = insert && at.0 >> 63 == 1 && self.live.state().boots;
@@ -157,25 +181,27 @@ impl Session {
             return Ok(());
         }
         if !insert {
-            let found = self.live.state().points.iter().position(same);
-            let Some(placed) = found.map(|index| self.live.state().points.swap_remove(index)) else {
-                return Ok(());
+            let placed = {
+                let mut state = self.live.state();
+                let found = state.points.iter().position(same);
+                found.map(|index| state.points.swap_remove(index))
             };
-            return self.live.control.remove(point, placed.at, len);
+            return placed.map_or(Ok(()), |placed| self.live.control.remove(point, placed.at, len));
         }
-        let is_full = {
+        let (at, is_full) = {
             let state = self.live.state();
             if state.points.iter().any(same) {
                 return Ok(());
             }
-            state.points.len() >= POINTS_MAX
+            let before = state.went_with.iter().find(|other| same(other));
+            (before.map_or(at, |before| before.at), state.points.len() >= POINTS_MAX)
         };
         if is_full {
             let what = format!("a breakpoint at {at}");
             return Err(LiveError::Refused { what, why: format!("there are {POINTS_MAX} already") });
         }
         self.live.control.insert(point, at, len)?;
-        self.live.state().points.push(placed);
+        self.live.state().points.push(Placed { point, asked, at, len });
         Ok(())
     }
 
@@ -200,10 +226,12 @@ impl Session {
         let owner = self.live.state().owner;
         if owner.is_none()
             && self.live.policy.control
-            && let Err(error) = self.live.take_control(self.id)
+            && let Err(error) = self.live.take_control(self.id, false)
         {
             return Resumed::No(format!("{error}\n"));
         }
+        // Nobody takes control or points away until it runs.
+        let _turn = self.live.turn();
         if !self.owns() {
             return self.wait();
         }
@@ -220,25 +248,46 @@ impl Session {
         if let Resumed::No(why) = self.wait() {
             return Resumed::No(why);
         }
-        self.live.state().backward = backward;
+        let boots = {
+            let mut state = self.live.state();
+            (state.backward, state.steps) = (backward, steps(stop.cpu));
+            state.went_with = state.points.clone();
+            state.boots
+        };
         // Whoever waits for stops lets it go.
-        if self.live.state().boots && !backward && !steps(stop.cpu) {
+        if boots && !backward && !steps(stop.cpu) {
             self.live.lets_run();
             return Resumed::Later;
         }
-        let passed = if backward { Ok(()) } else { self.live.pass_hook(steps(stop.cpu)) };
-        if let Err(error) = passed.and_then(|()| go(&*self.live.control)) {
-            self.live.state().waiting.remove(&self.id);
-            return Resumed::No(format!("{error}\n"));
+        let passed = if backward { Ok(Passed::Over) } else { self.live.pass_hook(steps(stop.cpu)) };
+        let done = match passed {
+            Ok(Passed::Over) => go(&*self.live.control).map(|()| Resumed::Later),
+            Ok(Passed::Runs) => Ok(Resumed::Later),
+            Ok(Passed::Stopped(stop)) => {
+                self.live.state().waiting.remove(&self.id);
+                self.live.stopped(stop).map(|()| Resumed::Stopped)
+            }
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(Resumed::Later) => self.live.lets_run(),
+            Ok(_) => {}
+            Err(_) => {
+                self.live.state().waiting.remove(&self.id);
+                self.live.hook_modules();
+            }
         }
-        self.live.lets_run();
-        Resumed::Later
+        done.unwrap_or_else(|error| Resumed::No(format!("{error}\n")))
     }
 
     fn wait(&self) -> Resumed {
         match self.waker.try_clone() {
             Ok(waker) => {
-                self.live.state().waiting.insert(self.id, waker);
+                // What it was woken by and has not looked at is of a stop before.
+                self.forget_wakes();
+                let mut state = self.live.state();
+                let since = state.generation;
+                state.waiting.insert(self.id, Waiter { waker, since });
                 Resumed::Later
             }
             Err(error) => Resumed::No(format!("cannot wait for the guest: {error}\n")),
@@ -261,7 +310,7 @@ impl Session {
     }
 
     /// Forgets that it was woken.
-    pub(in crate::gdb) fn woken(&mut self) {
+    pub(in crate::gdb) fn forget_wakes(&self) {
         let mut byte = [0; 16];
         while matches!((&self.wake).read(&mut byte), Ok(1..)) {}
     }
