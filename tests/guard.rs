@@ -140,6 +140,10 @@ fn the_last_errand_counts() {
             });
             writeln!(pipe, "{errand}").unwrap();
         }
+        let mut ready = String::new();
+        BufReader::new(guardian.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+        let name = std::fs::read_to_string(format!("/proc/{}/comm", guardian.id())).unwrap();
+        assert_eq!((ready.as_str(), name.trim()), ("ready\n", "guest-guardian"), "pkill kstub is to spare it");
         pipe.write_all(b"{\"stub\": null, \"ru").unwrap();
         drop(pipe);
         assert!(guardian.wait().unwrap().success());

@@ -78,7 +78,8 @@ impl Header {
         let version = word(VERSION);
         let machine = text(MACHINE);
         let big_endian = version > 0xffff && version.swap_bytes() <= 0xff;
-        if big_endian || !(machine.is_empty() || machine == "x86_64") {
+        // QEMU since 10.1 names no machine: "Unknown" (`dump/dump.c`, `ELF_MACHINE_UNAME`).
+        if big_endian || !["", "x86_64", "Unknown"].contains(&machine.as_str()) {
             let machine = match (machine.as_str(), big_endian) {
                 ("", _) => "a big-endian machine".into(),
                 ("i386" | "i486" | "i586" | "i686", _) => format!("{machine} (32 bits)"),

@@ -275,6 +275,8 @@ fn other_machines_and_nonsense_are_refused() {
     };
     assert_eq!(machine(build(|b| b.machine = "aarch64")), "aarch64");
     assert_eq!(machine(build(|b| b.machine = "i686")), "i686 (32 bits)");
+    // As QEMU writes it.
+    assert_eq!(machine(build(|b| b.machine = "Unknown")), "opened");
     assert_eq!(machine(build(|b| (b.machine, b.version) = ("s390x", 6u32.swap_bytes()))), "s390x");
     assert_eq!(machine(build(|b| (b.machine, b.version) = ("", 6u32.swap_bytes()))), "a big-endian machine");
     // Pages 2 to 7, or 1 to 9 by the fields of older versions, of one.
