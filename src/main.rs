@@ -62,11 +62,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             only_dump_or_guest(&target)?;
             let (source, libraries) = open::source(&target, control, Some(&gdb), None)?;
             let machine = source.machine();
-            // Of a guest that has not booted, the one that was named is believed.
-            let is_unknown = target.qemu.is_some() && machine.kernel().is_none();
-            let named = target.vmlinux.as_deref().filter(|_| is_unknown);
-            let named = named.map(DebugInfo::open).transpose()?;
-            let info = machine.kernel().and_then(|kernel| kernel.debug_info()).or(named.as_ref());
+            // A guest that has not booted has none: symbols would lie where firmware is. kstub.py loads them later.
+            let info = machine.kernel().and_then(|kernel| kernel.debug_info());
             let vmlinux = info.map(|info| info.path().to_owned()).or_else(|| libraries.image());
             if let Source::Guest(live) = &source {
                 // Without one gdb asks for it.

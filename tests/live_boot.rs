@@ -178,7 +178,7 @@ fn a_boot_that_is_looked_on() {
         gdb.interrupt();
         let stop = gdb.wait().unwrap();
         assert!(stop.contains("A kernel was found"), "{stop}");
-        // gdb had the vmlinux from the start, and now knows where its symbols are.
+        // gdb had no symbols before: firmware is where they would have been.
         assert!(stop.contains("symbols and breakpoints were moved"), "{stop}");
         assert_eq!(address(&mut gdb, "&_text"), guest.number("symbol._text"));
         assert_eq!(address(&mut gdb, "kstub_live_constant"), guest.number("constant"));

@@ -80,10 +80,16 @@ impl Own {
     }
 }
 
-#[derive(Default)]
 struct List {
     xml: String,
     paths: Vec<PathBuf>,
+}
+
+impl Default for List {
+    /// Of no modules: gdb wants a document all the same.
+    fn default() -> Self {
+        Self { xml: "<library-list version=\"1.0\"></library-list>\n".to_owned(), paths: Vec::new() }
+    }
 }
 
 /// Addresses in the hole, for as many sections as fit side by side.

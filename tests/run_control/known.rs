@@ -105,6 +105,8 @@ fn files_are_of_the_kernel_that_is_there() {
     let name = |client: &mut Client| client.ask("qXfer:exec-file:read::0,1000");
     client.ask("?");
     assert!(name(&mut client).contains("how to get it"), "{}", name(&mut client));
+    let modules = client.ask("qXfer:libraries:read::0,1000");
+    assert!(modules.contains("</library-list>"), "no document: {modules}");
     boot(&guest);
     client.ask("vCont;c");
     guest.stops(0, StopReason::Signal(2));
