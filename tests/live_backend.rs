@@ -41,10 +41,16 @@ fn lab() -> PathBuf {
     std::env::var_os("KSTUB_LAB").map_or_else(home, PathBuf::from)
 }
 
+/// The lab's guest for its kernel 6.1, which is a link to a release.
+fn initrd() -> Option<PathBuf> {
+    let release = std::fs::canonicalize(lab().join("kernels/6.1")).ok()?;
+    Some(lab().join("initramfs").join(release.file_name()?).join("base.cpio"))
+}
+
 /// Whether to run; says why not.
 fn wanted(needs_kernel: bool) -> bool {
     let asked = std::env::var("KSTUB_VM").unwrap_or_default();
-    let kernel = lab().join("kernels/6.1/vmlinuz").exists() && lab().join("initramfs/6.1/base.cpio").exists();
+    let kernel = lab().join("kernels/6.1/vmlinuz").exists() && initrd().is_some_and(|path| path.exists());
     let qemu = Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok();
     let there = qemu && (kernel || !needs_kernel);
     match asked.as_str() {
@@ -85,20 +91,27 @@ impl Vm {
     /// The lab's guest, up to the point where its programs run.
     fn boot(machine: &str, more: &[&str]) -> Self {
         let directory = tempfile::Builder::new().prefix("kstub-test-").tempdir().unwrap();
-        let disk = directory.path().join("facts");
-        std::fs::File::create(&disk).unwrap().set_len(128 << 20).unwrap();
+        // What it reports goes there.
+        let disk = |name: &str| {
+            let path = directory.path().join(name);
+            std::fs::File::create(&path).unwrap().set_len(256 << 20).unwrap();
+            format!("file={},format=raw,if=none,id={name}", path.display())
+        };
         let console = directory.path().join("console");
-        let drive = format!("file={},format=raw,if=none,id=facts", disk.display());
+        let (facts, pages) = (disk("facts"), disk("pages"));
         let serial = format!("file:{}", console.display());
-        let (kernel, initrd) = (lab().join("kernels/6.1/vmlinuz"), lab().join("initramfs/6.1/base.cpio"));
+        let (kernel, initrd) = (lab().join("kernels/6.1/vmlinuz"), initrd().unwrap());
         let mut args = vec!["-kernel", kernel.to_str().unwrap(), "-initrd", initrd.to_str().unwrap()];
-        args.extend(["-append", "console=ttyS0 panic=0", "-drive", &drive, "-serial", &serial]);
-        args.extend(["-device", "virtio-blk-pci,drive=facts,serial=facts"]);
+        args.extend(["-append", "console=ttyS0 panic=0", "-serial", &serial]);
+        args.extend(["-drive", &facts, "-device", "virtio-blk-pci,drive=facts,serial=facts"]);
+        args.extend(["-drive", &pages, "-device", "virtio-blk-pci,drive=pages,serial=pages"]);
         args.extend(more);
         let mut vm = Self::start(machine, &args);
+        let said = || String::from_utf8_lossy(&std::fs::read(&console).unwrap_or_default()).into_owned();
         vm.until("the guest is ready", || {
-            std::fs::read(&console)
-                .is_ok_and(|text| String::from_utf8_lossy(&text).contains("KSTUB-GUEST-READY"))
+            let said = said();
+            assert!(!said.contains("KSTUB-GUEST-FAILED"), "{said}");
+            said.contains("KSTUB-GUEST-READY")
         });
         // The files that QEMU has open may go.
         vm.qemu.try_wait().unwrap();

@@ -278,8 +278,9 @@ impl Control {
                 self.offer.withdraw(qmp);
                 self.guardian.into_iter().for_each(Guardian::farewell);
             }
-            // The guardian needs it.
-            Err(_) => self.offer.leave(),
+            // It tries, and clears away.
+            Err(_) if self.guardian.is_some() => self.offer.leave(),
+            Err(_) => {}
         }
         outcome
     }

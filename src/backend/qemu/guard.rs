@@ -157,14 +157,17 @@ fn help(errand: &Errand) -> Result<(), LiveError> {
         let runs = if errand.runs { let_run(&qmp) } else { Ok(()) };
         if errand.started {
             qmp.human("gdbserver none")?;
-            // Kept otherwise, for the next session to find. Only the socket is in it.
-            if let Some(directory) = &errand.directory {
-                let _ = std::fs::remove_file(directory.join("gdb"));
-                let _ = std::fs::remove_dir(directory);
-            }
         }
         runs
     });
+    let is_gone = |outcome: &Result<(), LiveError>| matches!(outcome, Err(LiveError::Gone(_)));
+    // Kept otherwise, for the next session to find. Only the socket is in it.
+    if let Some(directory) = &errand.directory
+        && (by_monitor.is_ok() || is_gone(&by_monitor) && by_stub.as_ref().is_none_or(is_gone))
+    {
+        let _ = std::fs::remove_file(directory.join("gdb"));
+        let _ = std::fs::remove_dir(directory);
+    }
     by_stub.map_or(by_monitor.clone(), |by_stub| by_stub.or(by_monitor))
 }
 

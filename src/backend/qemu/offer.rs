@@ -160,12 +160,12 @@ fn own_label(qmp: &Qmp) -> Option<String> {
 /// The same in a command line whose words end at NULs.
 fn label_in(words: &[u8]) -> Option<String> {
     let words: Vec<_> = words.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
-    let values = words.windows(2).filter_map(|two| match two {
+    let mut values = words.windows(2).filter_map(|two| match two {
         [option, value] if option == "-gdb" || option == "--gdb" => value.strip_prefix("chardev:"),
         _ => None,
     });
     // QEMU takes the last.
-    values.last().map(str::to_owned)
+    values.next_back().map(str::to_owned)
 }
 
 /// Whether a socket is one that a session of kstub made.
