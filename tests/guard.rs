@@ -143,7 +143,11 @@ fn the_last_errand_counts() {
         let mut ready = String::new();
         BufReader::new(guardian.stdout.take().unwrap()).read_line(&mut ready).unwrap();
         let name = std::fs::read_to_string(format!("/proc/{}/comm", guardian.id())).unwrap();
-        assert_eq!((ready.as_str(), name.trim()), ("ready\n", "guest-guardian"), "pkill kstub is to spare it");
+        assert_eq!(
+            (ready.as_str(), name.trim()),
+            ("ready\n", "guest-guardian"),
+            "pkill kstub is to spare it"
+        );
         pipe.write_all(b"{\"stub\": null, \"ru").unwrap();
         drop(pipe);
         assert!(guardian.wait().unwrap().success());
