@@ -99,7 +99,9 @@ fn who_is_killed_in_the_moment_of_a_pause_leaves_a_guest_that_runs() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp");
         let told = fake(&path);
-        let mut kstub = Command::new(env!("CARGO_BIN_EXE_kstub"));
+        // Below nohup SIGHUP would be ignored.
+        let mut kstub = Command::new("env");
+        kstub.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_kstub")]);
         kstub.args(["run", "--no-debuginfod", "--pause", "--qemu"]).arg(&path).arg("info");
         let mut child = kstub.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         until("it is never stopped", || told.lock().unwrap().stands);
