@@ -421,6 +421,11 @@ pub(super) mod tests {
             let error = qmp.execute(query_status {}).unwrap_err();
             assert!(matches!(&error, LiveError::Gone(text) if text.contains(why)), "{error}");
             assert!(matches!(qmp.human("again"), Err(LiveError::Gone(_))));
+            // Who waits hears of it first.
+            let asked = Instant::now();
+            while lock(&events).is_empty() && asked.elapsed() < Duration::from_secs(10) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             assert_eq!(*lock(&events), [""]);
         }
         let deep = [vec![b'['; 100_000], b"\n".to_vec()].concat();
