@@ -4,8 +4,8 @@
 //! vol. 2; the syntax is that of the GNU assembler's manual, "80386 Dependent Features".
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Formatter, GasFormatter, Instruction as Iced, IntelFormatter, OpKind,
-    Register,
+    Code, Decoder, DecoderOptions, Formatter, GasFormatter, Instruction as Iced, IntelFormatter, Mnemonic,
+    OpKind, Register,
 };
 
 use super::Reg;
@@ -83,6 +83,8 @@ pub fn decode(code: &[u8], at: u64, syntax: Syntax) -> Vec<Instruction> {
             continue;
         }
         let mut text = String::new();
+        // objdump has names for comparisons by number (`cmpltps`), and shows both registers of a product that are the same.
+        formatter.options_mut().set_use_pseudo_ops(iced.mnemonic() != Mnemonic::Imul);
         formatter.format(&iced, &mut text);
         // With the scale always shown, as objdump has it, there is a comma where nothing is to be scaled.
         let mut text = text.replace(",)", ")");
@@ -291,6 +293,7 @@ mod tests {
         let cases: &[(&[u8], &str, Option<Reference>)] = &[
             (&[0x55], "push   %rbp", None),
             (&[0x48, 0x89, 0xe5], "mov    %rsp,%rbp", None),
+            (&[0x48, 0x69, 0xed, 0x10, 3, 0, 0], "imul   $0x310,%rbp,%rbp", None),
             (&[0xe8, 0x10, 0, 0, 0], "call   0x1015", Some(Reference::Branch(0x1015))),
             (&[0xeb, 0xfe], "jmp    0x1000", Some(Reference::Branch(0x1000))),
             (&[0x48, 0x8b, 0x05, 0xf9, 0, 0, 0], "mov    0xf9(%rip),%rax", Some(Reference::Memory(0x1100))),
