@@ -484,7 +484,8 @@ fn run_queues_have_what_runs_and_waits() {
                 assert!(runnable, "{what}: {task} is queued and {:?}", state(text(task, "task")));
             }
             // The count is the kernel's own, kept apart from the queues.
-            let count: u64 = waiting.iter().map(|class| class.len() as u64).sum();
+            let stopper = u64::from(!queue["stop"].is_null());
+            let count = waiting.iter().map(|class| class.len() as u64).sum::<u64>() + stopper;
             let current = state(text(&queue["current"], "task"));
             if current == Some("R") {
                 assert_eq!(queue["running"].as_u64(), Some(count + idle), "{what}: {queue}");

@@ -101,6 +101,9 @@ fn groups(queue: &RunQueue, current: Option<&TaskInfo>, reader: &TaskReader<'_>)
     let mut text = format!("CPU {} RUNQUEUE: {}\n", queue.cpu, bare(queue.at));
     let running = current.map_or_else(|| "not known".to_owned(), |task| line(task, ""));
     let _ = writeln!(text, "  CURRENT: {running}");
+    if let Some(stop) = queue.stop {
+        let _ = writeln!(text, "  STOP: {}", line(&reader.read(stop), ""));
+    }
     for one in &queue.groups {
         let indent = 2 + 3 * one.depth;
         let kind = if one.real_time { "RT_RQ" } else { "CFS_RQ" };
@@ -156,6 +159,9 @@ fn render(queue: &RunQueue, current: Option<&TaskInfo>, reader: &TaskReader<'_>)
             }
         }
     };
+    if let Some(stop) = queue.stop {
+        class("STOP", &mut std::iter::once((stop, "")));
+    }
     class("DL ", &mut queue.deadline.iter().map(|&at| (at, "")));
     class("RT ", &mut queue.real_time.iter().map(|&(_, at)| (at, "")));
     class("CFS", &mut queue.fair.iter().map(|one| (one.task, if one.delayed { " [delayed]" } else { "" })));
@@ -186,6 +192,7 @@ fn queue_json(
         "clock_ns": queue.clock,
         "current": current.map(task),
         "current_since_ns": ran,
+        "stop": queue.stop.map(read),
         "deadline": queue.deadline.iter().map(|&at| read(at)).collect::<Vec<_>>(),
         "real_time": queue.real_time.iter().map(|&(_, at)| read(at)).collect::<Vec<_>>(),
         "fair": queue.fair.iter().map(|one| {

@@ -1,7 +1,7 @@
 //! Run queues: what runs on each CPU and what waits to.
 //!
-//! Knows the fair class (groups included), the real-time class and the deadline class; tasks of sched_ext are not
-//! queued here. Source: `kernel/sched/sched.h`, `kernel/sched/{fair,rt,deadline}.c`.
+//! Knows the fair class (groups included), the real-time class, the deadline class and the stop class; tasks of sched_ext are
+//! not queued here. Source: `kernel/sched/sched.h`, `kernel/sched/{fair,rt,deadline,stop_task}.c`.
 
 use super::list::ENTRIES_MAX;
 use super::memcg::path;
@@ -59,6 +59,8 @@ pub struct RunQueue {
     pub real_time: Vec<(u64, VirtAddr)>,
     /// The deadline class, earliest first.
     pub deadline: Vec<VirtAddr>,
+    /// The CPU's stopper (`migration/N`), which goes before all others, if it waits to run.
+    pub stop: Option<VirtAddr>,
     /// The queues of the real-time and the fair class, each followed by those of the groups in it.
     pub groups: Vec<GroupQueue>,
     /// What was broken.
@@ -78,15 +80,23 @@ impl Kernel {
             fair: Vec::new(),
             real_time: Vec::new(),
             deadline: Vec::new(),
+            stop: None,
             groups: Vec::new(),
             problems: Vec::new(),
         };
+        queue.stop = stopper(rq).filter(|&task| Some(task) != queue.current);
         let mut walk = Walk { kernel: self, queue: &mut queue, seen: HashSet::new() };
         for result in [walk.real_time(rq), walk.fair(rq), walk.deadline(rq)] {
             walk.queue.problems.extend(result.err().map(|error| error.to_string()));
         }
         Ok(queue)
     }
+}
+
+/// The stop class has one task and no queue.
+fn stopper(rq: Object<'_>) -> Option<VirtAddr> {
+    let task = rq.at("stop").ok()??;
+    task.get("on_rq").is_ok_and(|on_rq| on_rq != 0).then_some(task.at)
 }
 
 struct Walk<'a, 'k> {
