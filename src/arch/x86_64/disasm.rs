@@ -293,7 +293,11 @@ mod tests {
         let cases: &[(&[u8], &str, Option<Reference>)] = &[
             (&[0x55], "push   %rbp", None),
             (&[0x48, 0x89, 0xe5], "mov    %rsp,%rbp", None),
-            (&[0x48, 0x69, 0xed, 0x10, 3, 0, 0], "imul   $0x310,%rbp,%rbp", None),
+            (
+                &[0x48, 0x69, 0xed, 0x10, 3, 0, 0],
+                "imul   $0x310,%rbp,%rbp",
+                Some(Reference::Immediate(0x310)),
+            ),
             (&[0xe8, 0x10, 0, 0, 0], "call   0x1015", Some(Reference::Branch(0x1015))),
             (&[0xeb, 0xfe], "jmp    0x1000", Some(Reference::Branch(0x1000))),
             (&[0x48, 0x8b, 0x05, 0xf9, 0, 0, 0], "mov    0xf9(%rip),%rax", Some(Reference::Memory(0x1100))),

@@ -228,7 +228,7 @@ impl Session {
             && self.live.policy.control
             && let Err(error) = self.live.take_control(self.id, false)
         {
-            return Resumed::No(format!("{error}\n"));
+            return self.cannot(error);
         }
         // Nobody takes control or points away until it runs.
         let _turn = self.live.turn();
@@ -277,7 +277,16 @@ impl Session {
                 self.live.hook_modules();
             }
         }
-        done.unwrap_or_else(|error| Resumed::No(format!("{error}\n")))
+        done.unwrap_or_else(|error| self.cannot(error))
+    }
+
+    /// It does not run. Nobody waits for one that stands: that QEMU is gone is known by this.
+    fn cannot(&self, error: LiveError) -> Resumed {
+        let why = format!("{error}\n");
+        if let LiveError::Gone(_) = error {
+            self.live.is_gone(error);
+        }
+        Resumed::No(why)
     }
 
     fn wait(&self) -> Resumed {
