@@ -20,7 +20,7 @@
 //! - `debuginfo` parses bytes it is *given*, and finds files that hold them; it never reads a machine.
 //! - `kernel` sees [`backend::Backend`], never dump-or-live; it returns values and never prints.
 //! - `command` renders values; it knows neither gdbstub nor stdout.
-//! - Only `gdb` names gdbstub, only `server` names tokio, only `backend` names qapi, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
+//! - Only `gdb` names gdbstub, only `server` names tokio, only `backend` names qapi and nix, only `debuginfo` names gimli and ureq, only `arch` names iced-x86, anyhow is for
 //!   the program's own files (row 8), `cli` and `server`.
 
 pub mod addr;
