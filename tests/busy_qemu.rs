@@ -134,8 +134,12 @@ fn stub(mut stream: UnixStream, machine: &Mutex<Machine>) -> Option<()> {
         machine.stands = true;
         machine.connections == 1
     };
-    let (mut framer, mut byte) = (Framer::new(1 << 16), [0]);
+    let (mut framer, mut byte, mut acked) = (Framer::new(1 << 16), [0], true);
     while let Ok(1) = stream.read(&mut byte) {
+        // Before anything else the end of the last packet is awaited.
+        if !std::mem::replace(&mut acked, true) && byte == *b"+" {
+            continue;
+        }
         if !machine.lock().unwrap().stands {
             machine.lock().unwrap().stands = true;
             if byte == [3] {
@@ -155,6 +159,7 @@ fn stub(mut stream: UnixStream, machine: &Mutex<Machine>) -> Option<()> {
                 let reply = reply(&mut machine, &packet);
                 drop(machine);
                 stream.write_all(b"+").ok()?;
+                acked = reply.is_none();
                 reply.map_or(Ok(()), |reply| stream.write_all(&rsp::frame(reply.as_bytes()))).ok()?;
             }
         }

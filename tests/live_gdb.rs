@@ -242,6 +242,7 @@ fn one_instruction(guest: &Guest) {
     let mut gdb = Gdb::start(guest, &[]);
     gdb.ask("set scheduler-locking on");
     gdb.ask("thread 2");
+    let mut moves = 0;
     for _ in 0..20 {
         let before = guest.registers();
         gdb.ask("stepi");
@@ -250,10 +251,10 @@ fn one_instruction(guest: &Guest) {
         for cpu in [0, 2, 3] {
             assert_eq!(before[cpu], after[cpu], "CPU {cpu} has moved");
         }
-        // A halted CPU, and `rep` and `jmp .`, stay where they are.
-        let at = |cpu: &std::collections::BTreeMap<String, u64>| cpu["rip"];
-        assert!(at(&after[1]).wrapping_sub(at(&before[1])) <= 15 || at(&after[1]) != at(&before[1]));
+        moves += u32::from(before[1] != after[1]);
     }
+    // A step may be a round of `rep`.
+    assert!(moves > 0, "CPU 1 takes no steps");
     gdb.ask("set scheduler-locking off");
     leave(guest, gdb);
 }
@@ -662,7 +663,8 @@ fn no_stop(guest: &Guest) {
     guest.assert_alive("while gdb waits");
     gdb.interrupt();
     let stop = gdb.wait().unwrap();
-    assert!(!stop.contains("Cannot"), "{stop}");
+    // What gdb prints of the frame is left out: arguments need not be found in the midst of a function.
+    assert!(stop.contains("Thread 3") && stop.contains(" stopped."), "{stop}");
     let second = number(&value(&mut gdb, "p (unsigned long)jiffies_64"));
     assert!(second > first, "{first} {second}: it looks at what was");
     // What would stop the guest is refused.
