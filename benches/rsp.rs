@@ -42,8 +42,14 @@ impl Client {
             stream.set_nodelay(true).expect("nodelay");
             Box::new(stream)
         };
-        let mut client =
-            Self { stream, input: vec![1; INPUT], filled: 0, packet: 0, acks: true, packet_size: 0x400 };
+        let mut client = Self {
+            stream,
+            input: vec![1; INPUT + SLACK],
+            filled: 0,
+            packet: 0,
+            acks: true,
+            packet_size: 0x400,
+        };
         // As gdb introduces itself; QThreadEvents tells a stub that this is gdb.
         let mut features = client
             .ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;qRelocInsn+;vContSupported+;QThreadEvents+");
@@ -78,9 +84,24 @@ impl Client {
 
     /// The body of the packet that has come.
     fn body(&self) -> &[u8] {
+        let (from, len) = self.body_and_more();
+        &from[..len]
+    }
+
+    /// The same with what is behind it, and its length.
+    fn body_and_more(&self) -> (&[u8], usize) {
         let end = self.packet - 3;
         let start = memchr::memchr(b'$', &self.input[..end]).expect("a packet starts with $") + 1;
-        &self.input[start..end]
+        (&self.input[start..], end - start)
+    }
+
+    /// Writes the bytes that the packet that has come answers with to the start of `out`; how many.
+    fn decode(&self, binary: bool, out: &mut [u8]) -> usize {
+        let (from, len) = self.body_and_more();
+        match decode(from, len, binary, out) {
+            Some(more) if more > 0 => more,
+            _ => panic!("no memory: {}", String::from_utf8_lossy(self.body())),
+        }
     }
 
     /// Waits for the packet after the one that has come, which is dropped. No packet is copied.
@@ -96,7 +117,7 @@ impl Client {
             } else {
                 seen = self.filled.saturating_sub(3);
             }
-            let n = self.stream.read(&mut self.input[self.filled..]).expect("read");
+            let n = self.stream.read(&mut self.input[self.filled..INPUT]).expect("read");
             assert!(n > 0, "the stub closed the connection, or the packet is too long");
             self.filled += n;
         };
@@ -112,42 +133,61 @@ impl Client {
     }
 }
 
-/// The body without run lengths, in `room` if it has any.
-fn expand<'a>(body: &'a [u8], room: &'a mut Vec<u8>) -> &'a [u8] {
-    let mut from = 0;
-    room.clear();
-    for star in memchr::memchr_iter(b'*', body) {
-        // A count can be a star itself.
-        if star < from {
-            continue;
+/// Writes the bytes of an answer to `m` or `x` to the start of `out`: run lengths and escapes, or digits, in one pass. `from` is
+/// the body's `len` bytes with [`SLACK`] more behind it, and `out` has room for the answer as it is. How many, if it is an
+/// answer.
+fn decode(from: &[u8], len: usize, binary: bool, out: &mut [u8]) -> Option<usize> {
+    let (mut at, mut filled, mut half) = (usize::from(binary), 0, None);
+    if binary && !from.starts_with(b"b") {
+        return None;
+    }
+    while at < len {
+        // Behind a run is mostly the next one.
+        let star = match from[at + 1] {
+            b'*' if at + 1 < len => Some(at + 1),
+            _ => memchr::memchr(b'*', &from[at..len]).map(|star| at + star),
+        };
+        let end = star.unwrap_or(len);
+        filled += match binary {
+            true => unescape(&from[at..], end - at, &mut out[filled..]),
+            false => unhex(&from[at..end], &mut half, &mut out[filled..])?,
+        };
+        let Some(star) = star else { break };
+        let (last, count) = (from[star - 1], usize::from(from[star + 1]) - 29);
+        if binary {
+            assert_ne!(last, b'}', "a run of escapes");
+            out[filled..filled + count].fill(last);
+            filled += count;
+        } else {
+            filled += unhex(&[last; MOST_REPEATS][..count], &mut half, &mut out[filled..])?;
         }
-        room.extend_from_slice(&body[from..star]);
-        let (last, count) = (body[star - 1], usize::from(body[star + 1]) - 29);
-        room.resize(room.len() + count, last);
-        from = star + 2;
+        at = star + 2;
     }
-    if from == 0 {
-        return body;
-    }
-    room.extend_from_slice(&body[from..]);
-    room
+    half.is_none().then_some(filled)
 }
 
-/// Writes the bytes of an answer to `x` to the start of `out`, in blocks, and behind each escaped byte again, one further
-/// back; how many, if it is an answer. `out` is to have room for the answer as it is.
-fn unescape(answer: &[u8], out: &mut [u8]) -> Option<usize> {
-    const BLOCK: usize = 64;
+/// Bytes that are looked at together.
+const BLOCK: usize = 64;
+/// What [`unescape`] reads behind the end.
+const SLACK: usize = 2 * BLOCK + 1;
+/// The most that one count stands for.
+const MOST_REPEATS: usize = b'~' as usize - 29;
+
+/// Writes `len` bytes of an answer to `x` to the start of `out`, in blocks, and behind each escaped byte again, one further
+/// back; how many that makes.
+fn unescape(from: &[u8], len: usize, out: &mut [u8]) -> usize {
     const GATHER: u64 = 0x0102_0408_1020_4080;
-    let body = answer.strip_prefix(b"b")?;
     let (mut at, mut filled) = (0, 0);
-    while let Some(from) = body[at..].first_chunk::<{ 2 * BLOCK + 1 }>() {
+    while at < len {
+        let from: &[u8; SLACK] = from[at..].first_chunk().expect("slack");
         let block: &[u8; BLOCK] = from.first_chunk().expect("half of it");
-        // There is room: the rest of the body is no shorter than what is made of it.
         let to: &mut [u8; 2 * BLOCK] = out[filled..].first_chunk_mut().expect("room");
         to[..BLOCK].copy_from_slice(block);
+        let wanted = BLOCK.min(len - at);
         let flags = block.map(|byte| u8::from(byte == b'}'));
         let gathered = flags.as_chunks().0.iter().map(|f| u64::from_le_bytes(*f).wrapping_mul(GATHER) >> 56);
         let mut marks = gathered.enumerate().fold(0, |all, (n, bits)| all | bits << (8 * n));
+        marks &= u64::MAX >> (BLOCK - wanted);
         let (mut shorter, mut over) = (0, 0);
         while marks != 0 {
             let mark = marks.trailing_zeros() as usize;
@@ -158,34 +198,40 @@ fn unescape(answer: &[u8], out: &mut [u8]) -> Option<usize> {
             shorter += 1;
             to[mark + 2 - shorter..][..BLOCK].copy_from_slice(&from[mark + 2..][..BLOCK]);
         }
-        (at, filled) = (at + BLOCK + over, filled + BLOCK + over - shorter);
+        (at, filled) = (at + wanted + over, filled + wanted + over - shorter);
     }
-    while at < body.len() {
-        let escaped = body[at] == b'}';
-        out[filled] = if escaped { body[at + 1] ^ 0x20 } else { body[at] };
-        (at, filled) = (at + 1 + usize::from(escaped), filled + 1);
-    }
-    Some(filled)
+    filled
 }
 
-/// Writes the bytes of an answer to `m` to the start of `out`, by arithmetic that is done for many at once; how many, if it
-/// is an answer.
-fn unhex(answer: &[u8], out: &mut [u8]) -> Option<usize> {
+/// Writes the bytes of `digits` to the start of `out`, by arithmetic that is done for many at once; how many, if they are
+/// digits. `half` is the first digit of a byte whose second is still to come.
+fn unhex(mut digits: &[u8], half: &mut Option<u8>, out: &mut [u8]) -> Option<usize> {
     let byte = |pair: [u8; 2]| {
         let digits = u16::from_le_bytes(pair);
         let nibbles = (digits & 0x0f0f) + (digits >> 6 & 0x0101) * 9;
         (nibbles << 4 | nibbles >> 8) as u8
     };
-    let out = &mut out[..answer.len() / 2];
-    let (blocks, rest) = answer.as_chunks::<64>();
+    let is_hex = |digit: u8| (digit.wrapping_sub(b'0') < 10) | (digit.wrapping_sub(b'a') < 6);
+    if !digits.iter().fold(true, |all, &digit| all & is_hex(digit)) {
+        return None;
+    }
+    let mut filled = 0;
+    if let Some((&second, rest)) = digits.split_first()
+        && let Some(first) = half.take()
+    {
+        out[0] = byte([first, second]);
+        (filled, digits) = (1, rest);
+    }
+    let (pairs, over) = digits.as_chunks::<2>();
+    *half = over.first().copied();
+    let out = &mut out[filled..filled + pairs.len()];
+    let (blocks, rest) = pairs.as_chunks::<32>();
     let (to, to_rest) = out.as_chunks_mut::<32>();
     for (block, to) in blocks.iter().zip(to) {
-        to.iter_mut().zip(block.as_chunks().0).for_each(|(out, pair)| *out = byte(*pair));
+        to.iter_mut().zip(block).for_each(|(out, pair)| *out = byte(*pair));
     }
-    to_rest.iter_mut().zip(rest.as_chunks().0).for_each(|(out, pair)| *out = byte(*pair));
-    let is_hex = |digit: u8| (digit.wrapping_sub(b'0') < 10) | (digit.wrapping_sub(b'a') < 6);
-    let good = answer.len().is_multiple_of(2) && answer.iter().fold(true, |all, &digit| all & is_hex(digit));
-    good.then_some(out.len())
+    to_rest.iter_mut().zip(rest).for_each(|(out, pair)| *out = byte(*pair));
+    Some(filled + pairs.len())
 }
 
 fn sum(bytes: &[u8]) -> u64 {
@@ -200,7 +246,6 @@ fn bulk(address: &str, from: u64, length: u64, binary: bool) {
     let wanted = |had: usize| chunk.min(length - had);
     // Touched once, so that it is not the system's handing out of memory that is measured.
     let mut bytes = vec![1u8; length + INPUT];
-    let mut room = vec![1u8; INPUT];
     let start = Instant::now();
     // Several requests are under way, so that the stub is at the next ones while an answer is decoded; `asked` is how far.
     let (mut had, mut asked, mut under_way) = (0, 0, 0);
@@ -213,12 +258,7 @@ fn bulk(address: &str, from: u64, length: u64, binary: bool) {
         let all = had + wanted(had);
         client.await_packet();
         under_way -= 1;
-        let body = expand(client.body(), &mut room);
-        let decoded = if binary { unescape(body, &mut bytes[had..]) } else { unhex(body, &mut bytes[had..]) };
-        match decoded {
-            Some(more) if more > 0 => had += more,
-            _ => panic!("{:#x}: {}", from + had as u64, String::from_utf8_lossy(body)),
-        }
+        had += client.decode(binary, &mut bytes[had..]);
         if had < all {
             // It took more room than it had: what was asked for ahead is from further on.
             (0..std::mem::take(&mut under_way)).for_each(|_| client.await_packet());
@@ -237,11 +277,11 @@ fn bulk(address: &str, from: u64, length: u64, binary: bool) {
 fn small(address: &str, from: u64, count: u64) {
     let mut client = Client::connect(address);
     let mut bytes = vec![0; 8 * count as usize];
-    let mut room = Vec::new();
     let start = Instant::now();
     for (i, word) in bytes.chunks_mut(8).enumerate() {
         client.request(from + i as u64 * 8 % 4096, 8, false);
-        assert_eq!(unhex(expand(client.receive(), &mut room), word), Some(8), "no memory at {from:#x}");
+        client.await_packet();
+        assert_eq!(client.decode(false, word), 8);
     }
     let seconds = start.elapsed().as_secs_f64();
     println!("{{\"reads\": {count}, \"sum\": \"{:016x}\", \"seconds\": {seconds:.6}}}", sum(&bytes));

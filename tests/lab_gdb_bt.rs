@@ -153,13 +153,19 @@ fn every_cpu_ends_where_it_began() {
             }
             for script in [true, false] {
                 let printed = gdb(program, dump, script, &["thread apply all bt"]);
-                assert!(!printed.contains("Backtrace stopped"), "{what}:\n{printed}");
                 assert!(!printed.contains("internal-error"), "{what}:\n{printed}");
                 let threads: Vec<&str> = printed.split("\nThread ").skip(1).collect();
                 assert_eq!(threads.len() as u64, set.json["smp"].as_u64().unwrap(), "{what}:\n{printed}");
                 let busy = format!("(CPU {}, ", set.json["busy_user_cpu"].as_u64().unwrap());
                 for thread in threads {
                     let frames = functions(thread);
+                    // Bare gdb ends where the stack of interrupts does, if the stop came there.
+                    let softirq =
+                        |name: &String| ["handle_softirqs", "__do_softirq"].contains(&name.as_str());
+                    if !script && frames.iter().any(softirq) {
+                        continue;
+                    }
+                    assert!(!thread.contains("Backtrace stopped"), "{what}:\n{thread}");
                     let last = frames.last().unwrap();
                     if thread.lines().next().unwrap().contains(&busy) {
                         // The user's own frames are nobody's business but gdb's, who guesses; kstub's script does not.

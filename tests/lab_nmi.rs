@@ -116,18 +116,25 @@ fn planted_spinners_spin_and_others_do_not() {
             assert!(check_spin(cpu_of(&answer, next), spinner, &lock).is_err(), "{what}: CPU {next}");
             let beside = format!("{:#x}", hex(&Value::from(lock)) + 8);
             assert!(check_spin(cpu_of(&answer, cpu), spinner, &beside).is_err(), "{what}: {beside}");
-            // It waits since the guest said so, a second before it was stopped.
+            // It waits since about when the guest said so, a second before it was stopped.
             let since = cpu_of(&answer, cpu)["times_ns"]["since_schedule"].as_u64().unwrap();
-            assert!((900_000_000..60_000_000_000).contains(&since), "{what}: CPU {cpu}: {since} ns");
+            assert!((500_000_000..60_000_000_000).contains(&since), "{what}: CPU {cpu}: {since} ns");
             // A bit lock is waited for with preemption on, but for the instant of each try (bit_spin_lock() in
             // include/linux/bit_spinlock.h); a spinlock with preemption off.
             let off = cpu_of(&answer, cpu)["preempt_count"]["preempt"].as_u64().unwrap();
             let wanted = if text(spinner, "what") == "kstub_bitspin" { 0..=1 } else { 1..=1 };
-            assert!(wanted.contains(&off), "{what}: CPU {cpu}: {off}");
+            // A handler that the stop came in may hold locks of its own.
+            let in_task = cpu_of(&answer, cpu)["contexts"][0]["context"] == "task";
+            assert!(wanted.contains(&off) || !in_task && off >= *wanted.start(), "{what}: CPU {cpu}: {off}");
             cpus.push(cpu);
         }
         // The first spins on the word itself, as the one in front; the second is the whole queue.
-        let [first, second] = [4, 5].map(|cpu| cpu_of(&answer, cpu)["spinning"][0]["queue"].clone());
+        // Behind the verdict on an interrupt's handler, if the stop came in one.
+        let queue = |cpu| {
+            let verdicts = cpu_of(&answer, cpu)["spinning"].as_array().unwrap();
+            verdicts.iter().map(|one| one["queue"].clone()).find(|queue| !queue.is_null()).unwrap_or_default()
+        };
+        let [first, second] = [4, 5].map(queue);
         for queue in [first, second] {
             assert_eq!(
                 (&queue["locked"], &queue["pending"]),

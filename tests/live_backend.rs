@@ -5,6 +5,7 @@
 
 #[path = "live_backend/others.rs"]
 mod others;
+mod support;
 
 use kstub::addr::{PhysAddr, VirtAddr};
 use kstub::arch::x86_64::{Reg, Saved};
@@ -16,6 +17,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+use support::live;
+
+/// How long the lab's guest may take to plant everything.
+const BOOT: Duration = Duration::from_secs(240);
 
 /// One guest at a time: two cores emulate four CPUs.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -90,6 +95,20 @@ impl Vm {
 
     /// The lab's guest, up to the point where its programs run.
     fn boot(machine: &str, more: &[&str]) -> Self {
+        for _ in 1..live::BOOTS {
+            match Self::try_boot(machine, more) {
+                Ok(vm) => return vm,
+                Err(why) if why.is_empty() || live::died_of_qemu(&why) => {
+                    eprintln!("another boot after: {why}")
+                }
+                Err(why) => panic!("{why}"),
+            }
+        }
+        Self::try_boot(machine, more).unwrap()
+    }
+
+    /// The same, or the console of a guest that does not come up.
+    fn try_boot(machine: &str, more: &[&str]) -> Result<Self, String> {
         let directory = tempfile::Builder::new().prefix("kstub-test-").tempdir().unwrap();
         // What it reports goes there.
         let disk = |name: &str| {
@@ -108,14 +127,20 @@ impl Vm {
         args.extend(more);
         let mut vm = Self::start(machine, &args);
         let said = || String::from_utf8_lossy(&std::fs::read(&console).unwrap_or_default()).into_owned();
-        vm.until("the guest is ready", || {
+        let is_ready = || said().contains("KSTUB-GUEST-READY");
+        let has_failed = || {
             let said = said();
-            assert!(!said.contains("KSTUB-GUEST-FAILED"), "{said}");
-            said.contains("KSTUB-GUEST-READY")
-        });
+            said.contains("KSTUB-GUEST-FAILED")
+                || said.contains("end Kernel panic")
+                || live::died_of_qemu(&said)
+        };
+        live::wait_until(BOOT, || is_ready() || has_failed());
+        if !is_ready() {
+            return Err(said());
+        }
         // The files that QEMU has open may go.
         vm.qemu.try_wait().unwrap();
-        vm
+        Ok(vm)
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -137,32 +137,39 @@ fn assert_untouched(guest: &Guest, why: &str) {
 /// Waiting is ended by Ctrl-C, or the hard way: the guest stands as it stood, and boots as if nobody had been there.
 #[test]
 fn who_waits_is_ended() {
-    for signal in ["INT", "TERM", "KILL"] {
-        let Some(guest) = Plan::new("6.12").argument("-S").boot() else { return };
-        let mut kstub = guest.kstub("gdb");
-        kstub.args(["--wait-kernel", "--", "-nx", "-batch"]);
-        let mut child =
-            kstub.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // The firmware is at work, or the kernel unpacks itself.
-        assert!(wait_until(PATIENCE, || guest.run_state() == "running"), "{}", guest.run_state());
-        kill(child.id(), signal);
-        assert!(wait_until(PATIENCE, || child.try_wait().unwrap().is_some()), "SIG{signal}: kstub lives on");
-        assert_untouched(&guest, &format!("SIG{signal} while it was waited for the kernel"));
-    }
+    again(|| {
+        for signal in ["INT", "TERM", "KILL"] {
+            let Some(guest) = Plan::new("6.12").argument("-S").boot() else { return };
+            let mut kstub = guest.kstub("gdb");
+            kstub.args(["--wait-kernel", "--", "-nx", "-batch"]);
+            let mut child =
+                kstub.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            // The firmware is at work, or the kernel unpacks itself.
+            assert!(wait_until(PATIENCE, || guest.run_state() == "running"), "{}", guest.run_state());
+            kill(child.id(), signal);
+            assert!(
+                wait_until(PATIENCE, || child.try_wait().unwrap().is_some()),
+                "SIG{signal}: kstub lives on"
+            );
+            assert_untouched(&guest, &format!("SIG{signal} while it was waited for the kernel"));
+        }
+    });
 }
 
 /// Another kernel than the vmlinux is of: said soon, and the guest is as it was.
 #[test]
 fn another_kernel_comes() {
-    let Some(guest) = Plan::new("6.1").argument("-S").boot() else { return };
-    let Some(other) = Plan::vmlinux_of("6.12") else { return };
-    let mut kstub = guest.kstub_of("gdb", &other);
-    kstub.args(["--wait-kernel", "--", "-nx", "-batch"]);
-    let ended = finish(&mut kstub);
-    assert_eq!(ended.status.and_then(|status| status.code()), Some(1), "{ended:?}");
-    assert!(ended.err.contains("start_kernel") || ended.err.contains("linux_banner"), "{}", ended.err);
-    assert!(ended.took < Duration::from_secs(60), "{:?}", ended.took);
-    assert_untouched(&guest, "another kernel came");
+    again(|| {
+        let Some(guest) = Plan::new("6.1").argument("-S").boot() else { return };
+        let Some(other) = Plan::vmlinux_of("6.12") else { return };
+        let mut kstub = guest.kstub_of("gdb", &other);
+        kstub.args(["--wait-kernel", "--", "-nx", "-batch"]);
+        let ended = finish(&mut kstub);
+        assert_eq!(ended.status.and_then(|status| status.code()), Some(1), "{ended:?}");
+        assert!(ended.err.contains("start_kernel") || ended.err.contains("linux_banner"), "{}", ended.err);
+        assert!(ended.took < Duration::from_secs(60), "{:?}", ended.took);
+        assert_untouched(&guest, "another kernel came");
+    });
 }
 
 /// Without `--wait-kernel`: the guest boots below a gdb that came before there was a kernel, and that is told when there

@@ -255,8 +255,13 @@ fn a_replay_runs_backwards() {
     guest.qmp("quit", serde_json::json!({}));
     assert!(wait_until(PATIENCE, || !guest.qemu_runs()));
     drop(guest);
-    let guest = plan("replay").boot().unwrap();
+    let guest = plan("replay").argument("-S").boot().unwrap();
     let mut gdb = Gdb::start(&guest, &[]);
+    gdb.send("continue");
+    guest.wait_ready();
+    gdb.interrupt();
+    let stop = gdb.wait().unwrap();
+    assert!(stop.contains("A kernel was found"), "{stop}");
     let count = |guest: &Guest| {
         let said = guest.human("info replay");
         let digits = said.rsplit_once("instruction count = ").unwrap_or_else(|| panic!("{said}")).1;

@@ -22,7 +22,7 @@ PAGES_DISK_SIZE = 256 << 20
 FAILURE_MARKERS = ("KSTUB-GUEST-FAILED",)
 # Up to version 8.0, QEMU may run an int3 on one emulated CPU when another has put the instruction back already, while a guest
 # boots and changes its own code; once in some hundred boots the guest dies of that.
-DEATH_MARKER = "Oops: int3"
+DEATH_MARKER = "int3: 0000 [#"
 BOOTS = 3
 
 
@@ -225,6 +225,8 @@ class Machine:
                 problem = "the guest says that it failed"
             elif gone:
                 problem = f"QEMU ended\n{self._qemu_log()}"
+            elif time.monotonic() > deadline and not text:
+                raise DiedOfQemu(f"nothing has come from the guest within {timeout} s", "use a newer QEMU, or try again")
             elif time.monotonic() > deadline:
                 problem = f"no {marker} within {timeout} s"
             if problem:
@@ -259,9 +261,10 @@ class Machine:
     def registers(self):
         return self.qmp.human("info registers -a")
 
-    def stop_where(self, wanted, tries=100, others_halt=False):
+    def stop_where(self, wanted, tries=100, others_halt=False, others_calm=False):
         """Stops the guest at a moment when each CPU in `wanted` runs at the given privilege level, with interrupts on,
-        and no other CPU does anything if `others_halt`.
+        and no other CPU does anything if `others_halt`, or is in the midst of an interrupt or of a switch of tasks if
+        `others_calm`.
 
         A stop comes at any instruction; the busy programs' CPUs are in a timer interrupt
         some of the time. Returns the registers of that very moment.
@@ -273,7 +276,10 @@ class Machine:
             flags = {int(cpu): int(flags, 16) for cpu, flags in re.findall(r"CPU#(\d+)\n.*?RFL=([0-9a-f]+)", text, re.DOTALL)}
             halted = {int(cpu): halt == "1" for cpu, halt in re.findall(r"CPU#(\d+)\n.*?HLT=(\d)", text, re.DOTALL)}
             as_wanted = all(levels.get(cpu) == level and flags.get(cpu, 0) & 0x200 for cpu, level in wanted.items())
-            if as_wanted and (not others_halt or all(halted[cpu] for cpu in levels if cpu not in wanted)):
+            others = [cpu for cpu in levels if cpu not in wanted]
+            halt = all(halted[cpu] for cpu in others)
+            calm = all(halted[cpu] or flags[cpu] & 0x200 for cpu in others)
+            if as_wanted and (halt or not others_halt) and (calm or not others_calm):
                 return text
             self.qmp.command("cont")
             time.sleep(0.2)

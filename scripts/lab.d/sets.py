@@ -209,6 +209,8 @@ def _check_levels(work, recipe):
 def _wait_until_interesting(machine, recipe):
     """Leaves the guest stopped at the moment the set is about; returns its registers."""
     if recipe.panics:
+        # A panic before that is none of ours.
+        machine.wait_for("KSTUB-GUEST-READY", BOOT_TIMEOUT)
         # In an NMI 5.10 does not get as far as its last line.
         machine.wait_for("Kernel Offset:" if recipe.how == "nmi" else "end Kernel panic", BOOT_TIMEOUT)
         machine.unpack_facts()
@@ -222,7 +224,7 @@ def _wait_until_interesting(machine, recipe):
         machine.wait_for("kstub_chain: all spin", BOOT_TIMEOUT)
     time.sleep(1)
     busy = {} if recipe.kind == "qemu-tasks" else {BUSY_USER_CPU: 3, BUSY_KERNEL_CPU: 0}
-    return machine.stop_where(busy, others_halt=bool(busy) and not recipe.how)
+    return machine.stop_where(busy, others_halt=bool(busy) and not recipe.how, others_calm=bool(recipe.how))
 
 
 def _make_qemu(recipe, kernel, work):

@@ -16,10 +16,10 @@ const RUN: usize = 3;
 /// Appends `bytes` as [`hex::encode`] does, but for runs.
 pub fn encode_runs(bytes: &[u8], body: &mut Vec<u8>) {
     let has_digit = |byte: u8| byte >> 4 == byte & 0xf;
-    for (part, is_run) in parts(bytes, has_digit) {
-        match part.first() {
-            Some(&byte) if is_run => repeat(hex::digits(byte)[0], 2 * part.len(), body),
-            _ => hex::encode(part, body),
+    for (part, run_of) in parts(bytes, has_digit) {
+        match run_of {
+            Some(byte) => repeat(hex::digits(byte)[0], 2 * part.len(), body),
+            None => hex::encode(part, body),
         }
     }
 }
@@ -29,17 +29,17 @@ pub fn encode_runs(bytes: &[u8], body: &mut Vec<u8>) {
 pub fn escape_runs_up_to(bytes: &[u8], room: usize, body: &mut Vec<u8>) -> usize {
     let end = body.len().saturating_add(room);
     let mut taken = 0;
-    for (part, is_run) in parts(bytes, |byte| !is_special(byte)) {
+    for (part, run_of) in parts(bytes, |byte| !is_special(byte)) {
         let left = end.saturating_sub(body.len());
-        let took = match part.first() {
-            Some(&byte) if is_run => {
+        let took = match run_of {
+            Some(byte) => {
                 // What is over at the end takes more room than a whole run, but not more than two.
                 let fitting = (left / RUN).saturating_sub(2) * (1 + MOST_REPEATS);
                 let took = part.len().min(fitting);
                 repeat(byte, took, body);
                 took
             }
-            _ => escape_up_to(part, left, body),
+            None => escape_up_to(part, left, body),
         };
         taken += took;
         if took < part.len() {
@@ -49,40 +49,36 @@ pub fn escape_runs_up_to(bytes: &[u8], room: usize, body: &mut Vec<u8>) -> usize
     taken
 }
 
-/// Cuts memory into parts that are runs of one byte, which `may_run` says may be one, and parts that are not.
-fn parts(bytes: &[u8], may_run: impl Fn(u8) -> bool) -> impl Iterator<Item = (&[u8], bool)> {
-    let run_at =
-        move |rest: &[u8]| rest.first().filter(|&&byte| may_run(byte)).map_or(0, |&byte| run(rest, byte));
+/// Cuts memory into parts that are runs of one byte, for which `may_run` is true, and parts that are not.
+fn parts(bytes: &[u8], may_run: impl Fn(u8) -> bool) -> impl Iterator<Item = (&[u8], Option<u8>)> {
+    let run_of = move |block: &[u8; BLOCK]| only_byte(block).filter(|&byte| may_run(byte));
     let mut rest = bytes;
-    let mut run_ahead = None;
+    let mut ahead = None;
     std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
+        let blocks = rest.as_chunks::<BLOCK>().0;
+        if let Some(byte) = ahead.take().or_else(|| blocks.first().and_then(&run_of)) {
+            let len = blocks.iter().take_while(|block| is_all(block, byte)).count() * BLOCK;
+            return Some((rest.split_off(..len)?, Some(byte)));
         }
-        let here = run_ahead.take().unwrap_or_else(|| run_at(rest));
-        if here > 0 {
-            return Some((rest.split_off(..here)?, true));
-        }
-        let mut len = BLOCK.min(rest.len());
-        while let Some(behind) = rest.get(len..).filter(|behind| !behind.is_empty()) {
-            match run_at(behind) {
-                0 => len += BLOCK.min(behind.len()),
-                ahead => {
-                    run_ahead = Some(ahead);
-                    break;
-                }
-            }
-        }
-        Some((rest.split_off(..len)?, false))
+        let next = blocks.iter().position(|block| {
+            ahead = run_of(block);
+            ahead.is_some()
+        });
+        let len = next.map_or(rest.len(), |next| next * BLOCK);
+        let part = rest.split_off(..len)?;
+        (!part.is_empty()).then_some((part, None))
     })
 }
 
-/// How many bytes from the start of `bytes` are `byte`, as far as they fill blocks.
-fn run(bytes: &[u8], byte: u8) -> usize {
-    let block = [byte; BLOCK];
-    // Mostly the first word tells.
-    let is_one = |one: &&[u8; BLOCK]| one[..8] == block[..8] && **one == block;
-    bytes.as_chunks::<BLOCK>().0.iter().take_while(is_one).count() * BLOCK
+/// The byte that is all of `block`. Mostly the first word tells that there is none.
+fn only_byte(block: &[u8; BLOCK]) -> Option<u8> {
+    let first = block[0];
+    (block[..8] == [first; 8] && is_all(block, first)).then_some(first)
+}
+
+/// Written so that the compiler compares many bytes at once, and calls nothing.
+fn is_all(block: &[u8; BLOCK], byte: u8) -> bool {
+    block.iter().fold(0, |differ, &one| differ | (one ^ byte)) == 0
 }
 
 /// Appends `count` times the character `byte`, which is none of those that are escaped.

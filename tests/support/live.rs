@@ -10,7 +10,7 @@ mod gdb;
 mod qmp;
 mod watch;
 
-pub use again::{again, died_of_qemu, note_death};
+pub use again::{BOOTS, again, died_of_qemu, note_end};
 pub use disk::empty_qcow2;
 pub use gdb::{Gdb, Session};
 pub use qmp::Qmp;
@@ -18,7 +18,7 @@ pub use watch::{Ended, finish, finish_within, kill, wait_until};
 
 use super::gdb_session::KSTUB;
 use super::lab;
-use again::BOOTS;
+use again::INT3;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -135,7 +135,7 @@ impl Plan {
     /// Boots it; `None` if tests with guests are to be skipped, which is then said.
     pub fn boot(self) -> Option<Guest> {
         let manifest = manifest(&self.series)?;
-        // Once in some hundred boots nothing comes at all. There is no kstub yet.
+        // There is no kstub yet.
         let is_qemus = |why: &str| died_of_qemu(why) || why.trim_end().ends_with("has not come up:");
         for _ in 1..BOOTS {
             match self.clone().try_boot(&manifest) {
@@ -315,7 +315,7 @@ impl Guest {
         let has_failed = || {
             let console = self.console();
             !self.qemu_runs()
-                || ["Kernel panic", "Oops: "].iter().any(|word| console.contains(word))
+                || ["Kernel panic", "Oops: ", INT3].iter().any(|word| console.contains(word))
                 || self.report().contains("KSTUB-GUEST-FAILED")
         };
         wait_until(BOOT, || beats() || has_failed());
@@ -571,6 +571,15 @@ impl Guest {
         self.events();
     }
 
+    /// Whether it runs, and nothing comes at all: so end some of a hundred boots.
+    fn is_mute(&self) -> bool {
+        let mut qmp = self.qmp.lock().unwrap_or_else(|e| e.into_inner());
+        let status = qmp.ask("query-status", json!({}));
+        self.console().is_empty()
+            && self.report().is_empty()
+            && status.is_ok_and(|status| status["status"] == "running")
+    }
+
     pub fn kill_qemu(&self) {
         kill(self.pid, "KILL");
         assert!(wait_until(PATIENCE, || !self.qemu_runs()), "QEMU has not ended");
@@ -579,7 +588,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        note_death(&self.console());
+        note_end(|| died_of_qemu(&self.console()) || self.is_mute());
         drop(self.end.take());
         let _ = self.ended.recv_timeout(PATIENCE);
     }

@@ -7,6 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+/// How long an answer may take: QEMU writes a dump of all memory before it says so.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 pub trait Stream: Read + Write + Send {}
 impl Stream for TcpStream {}
 impl Stream for UnixStream {}
@@ -30,13 +33,13 @@ impl RspClient {
     pub fn tcp(address: &str) -> Self {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream: Box::new(stream), pending: Vec::new(), acknowledge: true, knows_runs: false }
     }
 
     pub fn unix(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream: Box::new(stream), pending: Vec::new(), acknowledge: true, knows_runs: false }
     }
 

@@ -249,18 +249,30 @@ impl AddressSpace {
 
     /// Fills `buf` from `at` upward; stops exactly at the first byte that cannot be read.
     pub fn read(&self, mem: &dyn PhysicalMemory, at: VirtAddr, buf: &mut [u8]) -> VirtOutcome {
-        let mut filled = 0;
+        let (mut filled, mut ahead) = (0, None);
         while filled < buf.len() {
             let Some(here) = at.checked_add(filled as u64) else {
                 let error = TranslateError::EndOfAddressSpace { at };
                 return VirtOutcome { filled, stopped: Some(error.into()) };
             };
-            let translation = match self.translate(mem, here) {
+            let translation = match ahead.take().map_or_else(|| self.translate(mem, here), Ok) {
                 Ok(translation) => translation,
                 Err(error) => return VirtOutcome { filled, stopped: Some(error.into()) },
             };
-            let left = usize::try_from(translation.left_in_page).unwrap_or(usize::MAX);
-            let n = left.min(buf.len() - filled);
+            // What lies together in physical memory is read together: each read may cost a system call.
+            let wanted = (buf.len() - filled) as u64;
+            let mut len = translation.left_in_page;
+            while len < wanted
+                && let Some(next) = here.checked_add(len)
+                && let Ok(next) = self.translate(mem, next)
+            {
+                if Some(next.phys) != translation.phys.checked_add(len) {
+                    ahead = Some(next);
+                    break;
+                }
+                len = len.saturating_add(next.left_in_page);
+            }
+            let n = usize::try_from(len.min(wanted)).unwrap_or(usize::MAX);
             let read = mem.read_phys(translation.phys, &mut buf[filled..filled + n]);
             filled += read.filled.min(n);
             if let Some(source) = read.stopped {

@@ -6,6 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 /// How often a guest is booted, and a test begun, before it counts.
 pub const BOOTS: u32 = 3;
 
+/// What the kernel says of an `int3` that it does not expect; since about v6.8 behind "Oops: ".
+pub const INT3: &str = "int3: 0000 [#";
+
 thread_local! {
     /// A guest of this thread's test has died of its QEMU while the test failed.
     static DIED: Cell<bool> = const { Cell::new(false) };
@@ -16,14 +19,14 @@ thread_local! {
 /// debugger looks at. What the oops shows of the code has no breakpoint in it then; one that a debugger had left would be.
 pub fn died_of_qemu(console: &str) -> bool {
     let mut codes =
-        console.split("Oops: int3").skip(1).filter_map(|oops| oops.split("Code: ").nth(1)?.lines().next());
+        console.split(INT3).skip(1).filter_map(|oops| oops.split("Code: ").nth(1)?.lines().next());
     let first = codes.next();
     first.into_iter().chain(codes).all(|code| !code.contains("cc <")) && first.is_some()
 }
 
-/// Tells [`again`] of a failed test's guest.
-pub fn note_death(console: &str) {
-    if std::thread::panicking() && died_of_qemu(console) {
+/// Tells [`again`] of a failed test's guest whether its QEMU is to blame.
+pub fn note_end(by_qemu: impl FnOnce() -> bool) {
+    if std::thread::panicking() && by_qemu() {
         DIED.set(true);
     }
 }
