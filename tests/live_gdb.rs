@@ -21,6 +21,7 @@ fn gdb_on_four_cpus_with_pti() {
                 ("attach", attach),
                 ("break in a system call", system_call),
                 ("step, next, finish", stepping),
+                ("a task that moves", task_that_moves),
                 ("stepi alone", one_instruction),
                 ("a step of an idle CPU", step_of_an_idle_cpu),
                 ("a step that another CPU ends", step_that_another_ends),
@@ -235,6 +236,30 @@ fn stepping(guest: &Guest) {
     eprintln!("  step, 3 next, finish: {} ms", start.elapsed().as_millis());
     let advance = gdb.ask("finish");
     assert_eq!(current(&mut gdb).0, cpu, "{advance}");
+    leave(guest, gdb);
+}
+
+/// Where tasks are the threads, gdb follows one to another CPU.
+fn task_that_moves(guest: &Guest) {
+    let facts = guest.ask_facts("plant wander 1 2");
+    let mut gdb = Gdb::start(guest, &["--threads", "tasks"]);
+    gdb.ask("break __x64_sys_sched_setaffinity");
+    let mut left = std::collections::BTreeSet::new();
+    for _ in 0..3 {
+        let stop = gdb.ask("continue");
+        assert!(stop.contains("Breakpoint 1"), "{stop}");
+        let (from, before) = current(&mut gdb);
+        assert!(before.contains("kstub-wander") && before.contains(&facts["pid"]), "{before}");
+        assert_stopped_at(guest, &mut gdb, from);
+        let finish = gdb.ask("finish");
+        assert!(finish.contains("Run till exit") && !finish.contains("Breakpoint"), "{finish}");
+        let (to, after) = current(&mut gdb);
+        assert!(after.contains("kstub-wander") && after.contains(&facts["pid"]), "{after}");
+        assert_eq!(from + to, 3, "{before}; {after}");
+        assert_stopped_at(guest, &mut gdb, to);
+        left.insert(from);
+    }
+    assert_eq!(left.len(), 2, "{left:?}");
     leave(guest, gdb);
 }
 
