@@ -22,6 +22,7 @@ fn gdb_on_four_cpus_with_pti() {
                 ("break in a system call", system_call),
                 ("step, next, finish", stepping),
                 ("a task that moves", task_that_moves),
+                ("a task that sleeps", task_that_sleeps),
                 ("stepi alone", one_instruction),
                 ("a step of an idle CPU", step_of_an_idle_cpu),
                 ("a step that another CPU ends", step_that_another_ends),
@@ -260,6 +261,36 @@ fn task_that_moves(guest: &Guest) {
         left.insert(from);
     }
     assert_eq!(left.len(), 2, "{left:?}");
+    leave(guest, gdb);
+}
+
+/// A task that does not run takes no step, and stays what is looked at; the CPUs are where they were.
+fn task_that_sleeps(guest: &Guest) {
+    let mut gdb = Gdb::start(guest, &["--threads", "tasks"]);
+    let found = gdb.ask("thread find kstub-nap-1");
+    let napping = found.split(' ').nth(1).unwrap_or_else(|| panic!("{found}")).to_owned();
+    gdb.ask(&format!("thread {napping}"));
+    let bt = gdb.ask("bt");
+    assert!(
+        functions(&bt).iter().any(|name| name.contains("schedule")) && bt.contains("<user mode>"),
+        "{bt}"
+    );
+    let refused = gdb.ask("stepi");
+    assert!(refused.contains("does not run"), "{refused}");
+    assert_eq!(gdb.ask("bt"), bt);
+    let threads = gdb.ask("info threads");
+    let of_cpus = threads.lines().filter(|line| line.contains("(CPU "));
+    let registers = guest.registers();
+    let mut cpus = 0;
+    for line in of_cpus {
+        let thread = line.trim_start_matches(['*', ' ']).split(' ').next().unwrap();
+        let cpu = line.split("(CPU ").nth(1).and_then(|rest| rest.split([',', ')']).next()).unwrap();
+        gdb.ask(&format!("thread {thread}"));
+        let pc = number(&value(&mut gdb, "p/x $pc"));
+        assert_eq!(registers[cpu.parse::<usize>().unwrap()]["rip"], pc, "{line}");
+        cpus += 1;
+    }
+    assert_eq!(cpus, guest.plan.cpus, "{threads}");
     leave(guest, gdb);
 }
 

@@ -65,9 +65,10 @@ fn large_reads_are_whole() {
 #[test]
 fn requests_sent_in_one_go_are_all_answered() {
     let mut client = RspClient::tcp(&server(":0")).like_gdb();
-    client
-        .send_raw(&[packet("qC"), b"\n\x03+".to_vec(), packet("Hgp1.1"), packet("?"), packet("qC")].concat());
-    for answer in ["QCp1.4", "OK", "T05thread:p1.4;", "QCp1.1"] {
+    let asked = ["qC", "Hgp1.1", "qC", "?", "qC"].map(packet);
+    client.send_raw(&asked.join(&b"\n\x03+"[..]));
+    // A stop reply's thread is selected, as if by `Hg`.
+    for answer in ["QCp1.4", "OK", "QCp1.1", "T05thread:p1.4;", "QCp1.4"] {
         assert_eq!(client.receive().unwrap(), answer.as_bytes());
     }
 }

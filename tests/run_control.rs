@@ -226,6 +226,11 @@ fn a_guest_that_must_not_stop_is_only_looked_at() {
     assert!(body_of(&client.raw(b"\x03").0).starts_with("T00"));
     assert_ne!(client.ask("p10"), before, "Ctrl-C shows what is there now");
     assert!(client.ask("vCont;s:p1.1").starts_with("T00"), "it would wait for ever");
+    // The thread that is told to stand is selected from then on: gdb asks for its registers without `Hg`.
+    let mut of_thread = |select: &str| (client.ask(select), client.ask("p10"));
+    let [(_, third), (_, first)] = ["Hgp1.3", "Hgp1.1"].map(&mut of_thread);
+    assert_ne!(first, third);
+    assert_eq!(of_thread("vCont;s:p1.3"), ("T00thread:p1.3;".to_owned(), third));
     assert!(!client.front.is_running());
     drop(client);
     assert_eq!(guest.told(), [""; 0]);

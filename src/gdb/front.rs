@@ -416,16 +416,18 @@ impl Front {
         escape(bytes, MAX_REPLY - 1, body);
     }
 
-    /// A stop reply. It must name a thread, or gdb warns and selects the first one.
-    pub(super) fn stopped(&self, signal: &[u8], thread: Thread) -> Vec<u8> {
+    /// A stop reply. It must name a thread, or gdb warns and selects the first one. The client takes that thread for selected,
+    /// as if by `Hg`.
+    pub(super) fn stopped(&mut self, signal: &[u8], thread: Thread) -> Vec<u8> {
+        self.selection.stopped_on(thread);
+        if self.engine.select(thread).is_err() {
+            tracing::error!("{thread:?} cannot be selected");
+        }
         [signal, b"thread:", self.id(thread).as_bytes(), b";"].concat()
     }
 
-    /// Says why, then reports a stop at once, on the thread that was to run.
-    ///
-    /// Signal 0 lets gdb print just "stopped". lldb takes it for a request to go on, and takes SIGTRAP for a step that
-    /// went nowhere, which it repeats for ever; an exception ends whatever it had planned.
-    fn refuse_to_run(&mut self, request: &[u8]) -> Reply {
+    /// The thread that a request to run is about: the one that it names, else the one that the user has selected.
+    pub(super) fn asked_to_run(&self, request: &[u8]) -> Thread {
         let named = request.split(|&b| b == b';').find_map(|action| {
             let colon = action.iter().position(|&b| b == b':')?;
             match Choice::parse(action.get(colon + 1..)?)? {
@@ -433,12 +435,15 @@ impl Front {
                 Choice::Whichever => None,
             }
         });
-        let thread = named.unwrap_or(self.selection.user());
-        // The client takes the thread of a stop for selected, as if by `Hg`.
-        self.selection.stopped_on(thread);
-        if self.engine.select(thread).is_err() {
-            tracing::error!("{thread:?} cannot be selected");
-        }
+        named.unwrap_or(self.selection.user())
+    }
+
+    /// Says why, then reports a stop at once, on the thread that was to run.
+    ///
+    /// Signal 0 lets gdb print just "stopped". lldb takes it for a request to go on, and takes SIGTRAP for a step that
+    /// went nowhere, which it repeats for ever; an exception ends whatever it had planned.
+    fn refuse_to_run(&mut self, request: &[u8]) -> Reply {
+        let thread = self.asked_to_run(request);
         let stop = match self.client.gdb {
             true => self.stopped(b"T00", thread),
             false => {

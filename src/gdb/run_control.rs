@@ -30,12 +30,14 @@ impl Front {
                 // gdb takes the first packet for the answer, whatever it is: words wait for the next stop.
                 self.stop_reply().into()
             }
-            b"bc" => self.go(true, Vec::new(), |control| control.reverse(Go::Continue)),
-            b"bs" => self.go(true, Vec::new(), |control| control.reverse(Go::Step)),
+            b"bc" => self.go(body, true, Vec::new(), |control| control.reverse(Go::Continue)),
+            b"bs" => self.go(body, true, Vec::new(), |control| control.reverse(Go::Step)),
             [b'c' | b'C' | b's' | b'S', ..] | [b'v', b'C', b'o', b'n', b't', b';', ..] => {
                 match self.actions(body) {
-                    Ok(actions) => self.go(false, actions.clone(), move |control| control.resume(&actions)),
-                    Err(why) => self.no_run(why),
+                    Ok(actions) => {
+                        self.go(body, false, actions.clone(), move |control| control.resume(&actions))
+                    }
+                    Err(why) => self.no_run(body, why),
                 }
             }
             [b'Z', rest @ ..] => self.point(true, rest).into(),
@@ -93,7 +95,7 @@ impl Front {
             Ok(false) => {
                 self.owes_stop = false;
                 self.catch_up();
-                let stop = self.stop_of_now();
+                let stop = self.stop_of_now(b"");
                 self.reply(stop.into(), b"", out);
             }
             // It runs on, and so does the waiting for its stop.
@@ -118,6 +120,7 @@ impl Front {
 
     fn go(
         &mut self,
+        request: &[u8],
         backward: bool,
         actions: Actions,
         go: impl FnOnce(&dyn crate::backend::live::LiveControl) -> Result<(), LiveError>,
@@ -125,7 +128,7 @@ impl Front {
         let Some(live) = &self.live else { return Reply::Later };
         if !live.policy().control && (backward || actions.iter().any(|(_, go)| *go == Go::Step)) {
             let why = "kstub was started with --no-stop: nothing steps. 'continue' waits for Ctrl-C, which looks again.\n";
-            return self.no_run(why.to_owned());
+            return self.no_run(request, why.to_owned());
         }
         // Of several actions for a vCPU the first counts.
         let steps = |cpu| {
@@ -138,21 +141,21 @@ impl Front {
                 Reply::Later
             }
             Resumed::Stopped => self.stop_with_news(),
-            Resumed::No(why) => self.no_run(why),
+            Resumed::No(why) => self.no_run(request, why),
         }
     }
 
     /// It does not run: says why, and that it stands where it stood; or that it is gone.
-    fn no_run(&mut self, why: String) -> Reply {
+    fn no_run(&mut self, request: &[u8], why: String) -> Reply {
         if self.live.as_ref().is_some_and(|live| live.gone().is_some()) {
             return Reply::Console(why, GONE.to_vec());
         }
-        Reply::Console(why, self.stop_of_now())
+        Reply::Console(why, self.stop_of_now(request))
     }
 
-    /// A stop without a cause, on the thread that the user has selected.
-    fn stop_of_now(&mut self) -> Vec<u8> {
-        let thread = self.selection.user();
+    /// A stop without a cause, on the thread that the request is about.
+    fn stop_of_now(&mut self, request: &[u8]) -> Vec<u8> {
+        let thread = self.asked_to_run(request);
         let signal = if self.client.gdb { b"T00" } else { b"T05" };
         self.stopped(signal, thread)
     }
@@ -178,32 +181,26 @@ impl Front {
         let threads = &self.engine.target.threads;
         let thread = self.machine.cpu_of_saved(index).map(|cpu| threads.on(cpu));
         let thread = thread.filter(|&thread| threads.has(thread)).unwrap_or(self.first());
-        let body = match stopped.stop.reason {
-            StopReason::Signal(_) if stopped.new_module => self.stopped(b"T05library:;", thread),
+        let why = match stopped.stop.reason {
+            StopReason::Signal(_) if stopped.new_module => "T05library:;".to_owned(),
             StopReason::Signal(_) if self.client.tells_breakpoints && stopped.breakpoint.is_some() => {
                 let hardware = stopped.breakpoint == Some(Point::Hardware);
-                self.stopped(if hardware { b"T05hwbreak:;" } else { b"T05swbreak:;" }, thread)
+                if hardware { "T05hwbreak:;" } else { "T05swbreak:;" }.to_owned()
             }
-            StopReason::Signal(signal) => self.stopped(format!("T{signal:02x}").as_bytes(), thread),
+            StopReason::Signal(signal) => format!("T{signal:02x}"),
             StopReason::Watch(point, at) => {
                 let name = match point {
                     Point::Read => "rwatch",
                     Point::Access => "awatch",
                     Point::Write | Point::Software | Point::Hardware => "watch",
                 };
-                self.stopped(format!("T05{name}:{:x};", live.asked_address(at).0).as_bytes(), thread)
+                format!("T05{name}:{:x};", live.asked_address(at).0)
             }
             StopReason::ReplayEnd => {
-                let end: &[u8] = if stopped.backward { b"T05replaylog:begin;" } else { b"T05replaylog:end;" };
-                self.stopped(end, thread)
+                format!("T05replaylog:{};", if stopped.backward { "begin" } else { "end" })
             }
         };
-        // The client takes the thread of a stop for selected, as if by `Hg`.
-        self.selection.stopped_on(thread);
-        if self.engine.select(thread).is_err() {
-            tracing::error!("{thread:?} cannot be selected");
-        }
-        body
+        self.stopped(why.as_bytes(), thread)
     }
 
     /// What `vCont;…`, `c`, `s` and the like ask for. Signals mean nothing to a machine.

@@ -36,6 +36,8 @@ const MAX_NOTES: u64 = 64 << 20;
 const MAX_VMCOREINFO: u64 = 1 << 20;
 /// Blocks of descriptors looked at to tell the compression.
 const SAMPLES: u64 = 64;
+/// How many blocks from the last one backwards are looked at for the end of the pages. They are of half a gigabyte of memory.
+const MOST_LAST_BLOCKS: usize = 1024;
 
 /// What `dump_level` excludes (makedumpfile(8), option -d).
 const LEVELS: [(u32, &str); 5] = [(1, "zero"), (2, "cache"), (4, "cache-private"), (8, "user"), (16, "free")];
@@ -124,7 +126,10 @@ impl Kdump {
         let step = (blocks / SAMPLES).max(1);
         let mut cut = None;
         let samples = (0..blocks).step_by(usize::try_from(step).unwrap_or(usize::MAX));
-        for block in samples.chain(blocks.checked_sub(1)) {
+        // The file ends with the last page that is not the shared one of zeros, which lies in front.
+        let mut ends = (0..blocks).rev().take(MOST_LAST_BLOCKS);
+        let last = ends.find(|&block| part.has_several_pages(block, index)).or(blocks.checked_sub(1));
+        for block in samples.chain(last.unwrap_or(blocks)..blocks) {
             let first = block * DESCRIPTORS_PER_BLOCK;
             for rank in first..(first + DESCRIPTORS_PER_BLOCK).min(part.pages) {
                 let Ok(descriptor) = part.descriptor(rank, index) else {

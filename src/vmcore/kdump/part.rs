@@ -138,6 +138,15 @@ impl Part {
         Descriptor::parse(&block, at).ok_or_else(|| Unreadable::Truncated { offset: self.source.end() })
     }
 
+    /// Whether the descriptors of a block are not all of one page that they share. One that cannot be read is not.
+    pub fn has_several_pages(&self, number: u64, index: &PageCache) -> bool {
+        let Ok(block) = self.descriptor_block(number, index) else { return true };
+        let mut offsets =
+            (0..).map_while(|at| Descriptor::parse(&block, at)).map(|descriptor| descriptor.offset);
+        let first = offsets.next();
+        offsets.any(|offset| Some(offset) != first)
+    }
+
     /// Refuses a descriptor that cannot be followed.
     pub fn check(&self, descriptor: &Descriptor, pfn: u64, rank: u64) -> Result<(), Unreadable> {
         let corrupt = |what: String| {

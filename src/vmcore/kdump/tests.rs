@@ -251,6 +251,22 @@ fn cut_anywhere_it_says_so_and_keeps_what_is_there() {
     }
 }
 
+/// Pages of zeros have descriptors and no place of their own: that of the last other page may be far from the table's end.
+#[test]
+fn the_end_of_the_pages_is_not_that_of_the_descriptors() {
+    let blocks = 3 * SAMPLES as usize;
+    let mut pages = vec![Zero; blocks * DESCRIPTORS_PER_BLOCK as usize];
+    // In no block that is a sample.
+    pages[(blocks - 40) * DESCRIPTORS_PER_BLOCK as usize + 5] = Raw;
+    pages[(blocks - 41) * DESCRIPTORS_PER_BLOCK as usize] = Raw;
+    let mut file = Builder::new(&pages).build();
+    assert!(open(file.clone()).unwrap().complete);
+    file.pop();
+    let kdump = open(file).unwrap();
+    let said = kdump.problems.join("; ");
+    assert!(!kdump.complete && said.contains(&format!("about {} of", pages.len() - 1)), "{said}");
+}
+
 #[test]
 fn incomplete_dumps_have_pages_that_were_not_written() {
     let builder = Builder { status: 1 | header::flags::INCOMPLETE, ..Builder::new(&[Raw, Raw]) };
