@@ -130,7 +130,7 @@ fn tests_begin_again() {
 fn deaths_by_qemu_are_told_from_breakpoints_that_were_left() {
     let rest = |code: &str| format!("int3: 0000 [#1] SMP\n[ 1.7] RIP: 0010:f+0x9\n[ 1.7] Code: {code}\n");
     let console = |code: &str| format!("up\n[ 1.7] Oops: {}", rest(code));
-    // Before about v6.8.
+    // As 6.1 has it.
     assert!(live::died_of_qemu(&format!("up\n[ 1.7] {}", rest("66 <90>"))));
     assert!(live::died_of_qemu(&console("41 54 55 53 66 <90> e8 31")));
     assert!(!live::died_of_qemu(&console("41 54 55 53 cc <90> e8 31")));

@@ -322,6 +322,8 @@ impl Guest {
         if beats() && !has_failed() {
             return Ok(());
         }
+        // The rest of an oops is still to come: what died is told by its code.
+        std::thread::sleep(Duration::from_secs(1));
         let (report, console, log) = (self.report(), self.console(), self.qemu_log());
         Err(format!("the guest has not come up: {report} {console} {log}"))
     }
@@ -571,7 +573,7 @@ impl Guest {
         self.events();
     }
 
-    /// Whether it runs, and nothing comes at all: so end some of a hundred boots.
+    /// Whether it runs, and nothing comes at all: so ends one in some hundred boots.
     fn is_mute(&self) -> bool {
         let mut qmp = self.qmp.lock().unwrap_or_else(|e| e.into_inner());
         let status = qmp.ask("query-status", json!({}));

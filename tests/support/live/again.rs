@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 /// How often a guest is booted, and a test begun, before it counts.
 pub const BOOTS: u32 = 3;
 
-/// What the kernel says of an `int3` that it does not expect; since about v6.8 behind "Oops: ".
+/// What the kernel says of an `int3` that it does not expect; 6.12 has "Oops: " in front, 6.1 has not.
 pub const INT3: &str = "int3: 0000 [#";
 
 thread_local! {
