@@ -394,20 +394,24 @@ def answer_of(packet):
 
 class Moved:
     """Moves gdb's symbols, and with them its breakpoints, when a guest has its kernel elsewhere than gdb was told, or has
-    one only now: gdb itself asks for that (qOffsets) only as it connects. Those of another kernel are loaded, or go."""
+    one only now: gdb itself asks for that (qOffsets) only as it connects. Those of another kernel are loaded, or go; those
+    of modules go with every boot."""
 
     def __init__(self):
-        self.is_connected, self.known = False, None
+        self.forget()
         gdb.events.stop.connect(self.look)
         if hasattr(gdb.events, "connection_removed"):
             gdb.events.connection_removed.connect(self.forget)
         self.look()
 
     def forget(self, event=None):
-        self.is_connected, self.known = False, None
+        self.is_connected, self.number, self.known = False, None, None
 
     def look(self, event=None):
         if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
+            return
+        number = answer_of("qkstub.kernel")
+        if not number or number == self.number:
             return
         offsets = answer_of("qOffsets") or ""
         was_connected, self.is_connected = self.is_connected, True
@@ -415,9 +419,21 @@ class Moved:
         if not offsets.startswith("TextSeg="):
             return
         # Another kernel may be in the same place.
-        before, self.known = self.known, (offsets, named_file())
-        if was_connected and before != self.known:
+        before, self.number, self.known = self.known, number, (offsets, named_file())
+        if not was_connected:
+            return
+        if before != self.known:
             self.move()
+        else:
+            self.boot()
+
+    def boot(self):
+        """The kernel is where it was, and has yet to load its modules, or has others."""
+        gdb.execute("nosharedlibrary")
+        gdb.execute("sharedlibrary", to_string=True)
+        gdb.write("kstub: gdb's symbols of modules are those of the modules that are there now\n")
+        # What gdb has just shown may have been by the symbols of before.
+        gdb.execute("frame")
 
     def move(self):
         kernel = run("info")["kernel"]

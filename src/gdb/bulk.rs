@@ -1,9 +1,11 @@
 //! kstub's own packets, which `scripts/kstub.py` sends: commands as JSON, and many pieces of memory at once.
 //!
 //! `qkstub.run:THREAD:LINE` (a thread-id, or nothing for the selected one; LINE in hex) answers with the JSON of
-//! [`crate::command::envelope`] in hex, `qkstub.text:THREAD:LINE` with the text for people. `qkstub.read:ADDR,LEN;ADDR,LEN;...` (hex) answers with one field each,
-//! `;` between: the bytes in hex, as many as can be read. `qkstub.unwind:THREAD` answers with the JSON of
-//! [`super::frames`] in hex. `qkstub.supported` names them.
+//! [`crate::command::envelope`] in hex, `qkstub.text:THREAD:LINE` with the text for people.
+//! `qkstub.read:ADDR,LEN;ADDR,LEN;...` (hex) answers with one field each, `;` between: the bytes in hex, as many as can be
+//! read. `qkstub.unwind:THREAD` answers with the JSON of [`super::frames`] in hex. `qkstub.kernel` answers with a number (hex)
+//! that is another once there is another kernel, or the guest was started again; [`super::front`] does.
+//! `qkstub.supported` names them.
 
 use super::frames;
 use super::memory::{self, Space};
@@ -19,7 +21,7 @@ const READ_MAX: usize = 4 << 20;
 /// Answers `body` if it is one of these packets.
 pub(super) fn answer(target: &Target, space: Space, body: &[u8]) -> Option<Result<Vec<u8>, u8>> {
     if body == b"qkstub.supported" {
-        return Some(Ok(b"run;text;read;unwind".to_vec()));
+        return Some(Ok(b"run;text;read;unwind;kernel".to_vec()));
     }
     if let Some(request) = body.strip_prefix(b"qkstub.run:") {
         let json = |line: &str, result| command::envelope(line, result).to_string();

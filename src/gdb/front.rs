@@ -300,6 +300,10 @@ impl Front {
             _ if body.starts_with(b"qRcmd,") => self.monitor(body),
             _ if body.starts_with(b"qXfer:threads:read:") => self.thread_list(body).into(),
             _ if body.starts_with(b"qXfer:osdata:read:") => self.osdata(body).into(),
+            b"qkstub.kernel" => {
+                let number = self.live.as_ref().map_or(0, Session::kernels);
+                format!("{number:x}").into_bytes().into()
+            }
             _ if body.starts_with(b"qkstub.") => self.bulk(body).into(),
             _ => {
                 let ours = self.files.answer(body).or_else(|| self.qemu(body));

@@ -123,6 +123,8 @@ struct State {
     is_stale: bool,
     /// Counts what made it so.
     resets: u64,
+    /// Counts that, and the kernels that were found.
+    kernels: u64,
     /// When the kernel was last looked for.
     looked: Instant,
     /// Why the one that is there is not known, as was told.
@@ -146,10 +148,10 @@ struct Waiter {
 }
 
 /// Which kernel, and where.
-#[derive(Clone, PartialEq, Eq)]
 struct Known {
     text: Option<VirtAddr>,
     release: String,
+    /// As the kernel tells it, which it does not while it starts; else that of the vmlinux that was found to be its.
     build_id: Option<String>,
 }
 
@@ -206,6 +208,7 @@ impl Live {
             owes_trap: false,
             waiting: HashMap::new(),
             resets: 0,
+            kernels: 0,
             looked: Instant::now(),
             unknown: None,
             news: HashMap::new(),
@@ -380,18 +383,25 @@ fn is_there(kernel: &Kernel) -> bool {
 
 impl Known {
     fn of(machine: &Machine) -> Option<Self> {
-        let found = machine.kernel()?.found();
-        let (release, build_id) = (found.release.clone(), found.build_id.clone());
-        Some(Self { text: machine.text_base(), release, build_id })
+        let kernel = machine.kernel()?;
+        let of_vmlinux = || kernel.debug_info()?.build_id();
+        let build_id = kernel.found().build_id.as_deref().or_else(of_vmlinux).map(str::to_owned);
+        Some(Self { text: machine.text_base(), release: kernel.found().release.clone(), build_id })
+    }
+
+    /// Whether it is surely another: there may be no build-id to tell.
+    fn is_other_than(&self, before: &Self) -> bool {
+        let ids = self.build_id.as_ref().zip(before.build_id.as_ref());
+        self.release != before.release || ids.is_some_and(|(id, before)| id != before)
     }
 
     /// What a client that has the symbols of `before` is to do.
     fn cure(&self, before: Option<&Self>) -> &'static str {
         match before {
-            Some(before) if before == self => "It is where it was.",
-            Some(before) if before.build_id != self.build_id || before.release != self.release => {
+            Some(before) if self.is_other_than(before) => {
                 "gdb's symbols are of another: kstub.py loads those of this one, else connect again."
             }
+            Some(before) if self.text == before.text => "It is where it was.",
             _ => "gdb's symbols are not there: kstub.py moves them, else connect again.",
         }
     }
@@ -413,6 +423,7 @@ impl State {
             let (release, text) = (crate::bytes::printable(&known.release).to_string(), known.text);
             let text = text.unwrap_or_default();
             self.known = Some(known);
+            self.kernels += 1;
             self.tell(&format!("A kernel was found: {release} at {text}. {cure}\n"));
         }
         if let Some(why) = unknown.as_ref().filter(|why| self.unknown.as_ref() != Some(why)) {

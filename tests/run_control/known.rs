@@ -70,6 +70,8 @@ fn another_kernel_is_not_taken_for_the_one_before() {
     let mut client = Client::new(&live);
     client.ask("?");
     assert!(client.ask("qOffsets").starts_with("TextSeg="));
+    let number = client.ask("qkstub.kernel");
+    assert_eq!(client.ask("qkstub.kernel"), number, "nothing has happened");
     *is_other.lock().unwrap() = true;
     guest.happened.lock().unwrap().push(Happening::Reset);
     std::thread::sleep(Duration::from_millis(500));
@@ -93,6 +95,7 @@ fn another_kernel_is_not_taken_for_the_one_before() {
     guest.stops(0, StopReason::Signal(2));
     let (news, _) = client.wait_with_news();
     assert!(news.contains("A kernel was found") && news.contains("It is where it was"), "{news}");
+    assert_ne!(client.ask("qkstub.kernel"), number, "it is another boot's");
 }
 
 /// Whoever comes once the kernel is known is told of its file; and whoever was there, if asked.

@@ -98,6 +98,11 @@ impl Session {
         Stopped { stop: state.stop, backward: state.backward, new_module, breakpoint }
     }
 
+    /// A number that is another once the guest was started again, or another kernel was found in it.
+    pub(in crate::gdb) fn kernels(&self) -> u64 {
+        self.live.state().kernels
+    }
+
     /// What else to tell the user, once.
     pub(in crate::gdb) fn news(&self) -> String {
         self.live.state().news.get_mut(&self.id).map(std::mem::take).unwrap_or_default().concat()

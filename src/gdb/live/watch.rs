@@ -93,6 +93,7 @@ impl Live {
             }
             (state.is_stale, state.unknown) = (true, None);
             state.resets += 1;
+            state.kernels += 1;
             drop(state);
             if is_known && let Err(error) = self.leave_the_old() {
                 tracing::warn!("breakpoints of before may be left: {error}");
