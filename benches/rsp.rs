@@ -159,7 +159,7 @@ fn decode(from: &[u8], len: usize, binary: bool, out: &mut [u8]) -> Option<usize
             out[filled..filled + count].fill(last);
             filled += count;
         } else {
-            filled += unhex(&[last; MOST_REPEATS][..count], &mut half, &mut out[filled..])?;
+            filled += unhex_run(last, count, &mut half, &mut out[filled..])?;
         }
         at = star + 2;
     }
@@ -170,9 +170,6 @@ fn decode(from: &[u8], len: usize, binary: bool, out: &mut [u8]) -> Option<usize
 const BLOCK: usize = 64;
 /// What [`unescape`] reads behind the end.
 const SLACK: usize = 2 * BLOCK + 1;
-/// The most that one count stands for.
-const MOST_REPEATS: usize = b'~' as usize - 29;
-
 /// Writes `len` bytes of an answer to `x` to the start of `out`, in blocks, and behind each escaped byte again, one further
 /// back; how many that makes.
 fn unescape(from: &[u8], len: usize, out: &mut [u8]) -> usize {
@@ -232,6 +229,19 @@ fn unhex(mut digits: &[u8], half: &mut Option<u8>, out: &mut [u8]) -> Option<usi
     }
     to_rest.iter_mut().zip(rest).for_each(|(out, pair)| *out = byte(*pair));
     Some(filled + pairs.len())
+}
+
+/// As [`unhex`], of `count` times the same digit.
+fn unhex_run(digit: u8, mut count: usize, half: &mut Option<u8>, out: &mut [u8]) -> Option<usize> {
+    let nibble = |digit: u8| Some(char::from(digit).to_digit(16)? as u8);
+    let (last, mut filled) = (nibble(digit)?, 0);
+    if let Some(first) = half.take() {
+        out[0] = nibble(first)? << 4 | last;
+        (filled, count) = (1, count - 1);
+    }
+    *half = (count % 2 == 1).then_some(digit);
+    out[filled..filled + count / 2].fill(last << 4 | last);
+    Some(filled + count / 2)
 }
 
 fn sum(bytes: &[u8]) -> u64 {
