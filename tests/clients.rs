@@ -81,7 +81,8 @@ fn printed(program: &Path, arguments: &[OsString]) -> String {
 /// gdb's words on `commands`, after it has connected to `address`.
 fn gdb(program: &Path, address: &str, commands: &[&str]) -> String {
     let connect = format!("target remote {address}");
-    let settings = ["set pagination off", "set confirm off", "set width 0", &connect];
+    let settings =
+        ["set remotetimeout 120", "set pagination off", "set confirm off", "set width 0", &connect];
     let mut arguments: Vec<OsString> = ["-nx", "-q", "-batch"].map(OsString::from).to_vec();
     arguments.extend(settings.iter().chain(commands).flat_map(|command| ["-ex".into(), (*command).into()]));
     printed(program, &arguments)

@@ -358,7 +358,7 @@ fn every_misbehaving_server_is_named_and_leaves_nothing_behind() {
         for word in words {
             assert!(text.contains(word), "{name}: no '{word}' in: {text}");
         }
-        assert!(took < Duration::from_secs(10), "{name}: took {took:?}");
+        assert!(took < Duration::from_secs(60), "{name}: took {took:?}");
         let left = files_in(cache.path());
         let kept = if name == "absent" { vec![client.cached(ID)] } else { vec![] };
         assert_eq!(left, kept, "{name}");

@@ -552,7 +552,7 @@ fn corrupt_stacks_are_bounded() {
             let started = std::time::Instant::now();
             let tasks = task_list(kernel);
             let traces = tracer.tasks(&tasks);
-            assert!(started.elapsed().as_secs() < 20, "{}: {:?}", set.name(), started.elapsed());
+            assert!(started.elapsed().as_secs() < 60, "{}: {:?}", set.name(), started.elapsed());
             let mut broken = 0;
             for trace in &traces {
                 let mut seen = std::collections::BTreeSet::new();

@@ -31,7 +31,7 @@ fn gdb(gdb: &Path, dump: &Path, script: bool, commands: &[&str]) -> String {
     let connect = format!("target remote {}", socket.display());
     let source = format!("source {}/scripts/kstub.py", env!("CARGO_MANIFEST_DIR"));
     let mut session = Command::new(gdb);
-    session.args(["-nx", "-batch", "-ex", &connect]);
+    session.args(["-nx", "-batch", "-ex", "set remotetimeout 120", "-ex", &connect]);
     if script {
         session.args(["-ex", &source]);
     }

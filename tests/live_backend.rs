@@ -407,7 +407,7 @@ fn a_running_guest_is_read_stopped_and_left_as_it_was() {
     assert!(guest.take_snapshot().is_err());
     let asked = Instant::now();
     assert!(matches!(guest.attach(), Err(LiveError::Gone(_))));
-    assert!(asked.elapsed() < Duration::from_secs(1));
+    assert!(asked.elapsed() < Duration::from_secs(9), "less than a request may take");
 }
 
 /// One snapshot of a running guest sees memory change, also by reads that are small enough for a cache.

@@ -102,6 +102,7 @@ impl Server {
     fn gdb(&self) -> Gdb {
         let mut gdb = Gdb::spawn(Command::new("gdb").args(["-nx", "-q", "-ex", "set confirm off"]));
         gdb.ask("set pagination off");
+        gdb.ask("set remotetimeout 120");
         let answer = gdb.ask(&format!("target remote {}", self.socket.display()));
         assert!(!answer.contains("onnection"), "{answer}");
         gdb

@@ -721,6 +721,7 @@ fn no_stop(guest: &Guest) {
     guest.assert_alive("while it is looked at");
     // Registers and memory are those of one look; `continue` waits, Ctrl-C looks again.
     gdb.send("continue");
+    assert!(gdb.wait_text("Continuing."), "{}", gdb.everything());
     guest.assert_alive("while gdb waits");
     gdb.interrupt();
     let stop = gdb.wait().unwrap();

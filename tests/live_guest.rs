@@ -77,6 +77,26 @@ fn a_guest_waits_under_s() {
     });
 }
 
+/// Only a guest of whose boot nothing comes is mute.
+#[test]
+fn who_is_mute() {
+    assert!(!live::says_of_its_boot("", ""));
+    assert!(!live::says_of_its_boot(
+        "beat 7 100\nbeat 8 200\n",
+        "\r\n[    9.1] reboot: Restarting system\r\n"
+    ));
+    assert!(live::says_of_its_boot("beat 7 100\nKSTUB-FACTS\n", ""));
+    assert!(live::says_of_its_boot("", "[    0.1] Kernel panic - not syncing\n"));
+    live::again(|| {
+        let Some(guest) = Plan::new("6.1").argument("-S").boot() else { return };
+        assert!(!guest.is_mute(), "it was only not let run");
+        guest.wait_ready();
+        guest.send("reboot");
+        assert!(!guest.is_mute(), "it has started again");
+        assert!(live::wait_until(live::PATIENCE * 2, || guest.boots() == 2), "{}", guest.console());
+    });
+}
+
 /// What is recorded can be replayed to the same heartbeat.
 #[test]
 fn a_recording_replays() {
@@ -91,7 +111,11 @@ fn a_recording_replays() {
     guest.qmp("quit", serde_json::json!({}));
     assert!(live::wait_until(live::PATIENCE, || !guest.qemu_runs()));
     drop(guest);
-    let guest = plan("replay").boot().unwrap();
+    // It may be over before it is looked at: it stands until somebody does.
+    let guest = plan("replay").argument("-S").boot().unwrap();
+    guest.cont();
+    let replayed = || guest.boots() == 1;
+    assert!(live::wait_until(live::PATIENCE * 2, replayed), "{}", guest.console());
     assert_eq!(guest.facts(), facts);
 }
 

@@ -122,6 +122,10 @@ fn breakpoints_stay_with_a_kernel_that_does_not_move() {
 /// Whoever leaves, or is killed, while the guest boots leaves nothing in it.
 #[test]
 fn who_leaves_while_it_boots() {
+    live::again(leave_while_it_boots);
+}
+
+fn leave_while_it_boots() {
     let Some(guest) = Plan::new("6.12").shared_ram().boot() else { return };
     for (number, how) in ["quit", "Ctrl-C and quit", "killed"].into_iter().enumerate() {
         let mut gdb = Gdb::start(&guest, &[]);
@@ -156,6 +160,10 @@ fn who_leaves_while_it_boots() {
 /// A snapshot of an earlier boot is loaded below gdb: the kernel is where it was then.
 #[test]
 fn a_snapshot_is_loaded() {
+    live::again(load_a_snapshot);
+}
+
+fn load_a_snapshot() {
     let disk = tempfile::tempdir().unwrap();
     let image = disk.path().join("snapshots");
     live::empty_qcow2(&image);
@@ -183,19 +191,27 @@ fn a_snapshot_is_loaded() {
     gdb.ask("disable");
     gdb.send("continue");
     guest.answer().unwrap();
-    guest.send("reboot");
-    let stop = gdb.wait().unwrap();
-    assert!(stop.contains("The guest was started again"), "{stop}");
-    let second = address(&mut gdb, "&_text");
-    gdb.send("continue");
-    assert!(wait_until(PATIENCE * 3, || guest.boots() == 2), "{}", guest.console());
-    guest.assert_alive("after its reboot");
+    let mut boots = 1;
+    loop {
+        guest.send("reboot");
+        let stop = gdb.wait().unwrap();
+        assert!(stop.contains("The guest was started again"), "{stop}");
+        let second = address(&mut gdb, "&_text");
+        gdb.send("continue");
+        boots += 1;
+        assert!(wait_until(PATIENCE * 3, || guest.boots() == boots), "{}", guest.console());
+        guest.assert_alive("after its reboot");
+        // Once in some hundred boots KASLR chooses the same place again.
+        if second != text {
+            break;
+        }
+    }
     assert_eq!(guest.human("loadvm first"), "");
     // Not every QEMU tells of it: kstub sees it at the next stop.
     gdb.interrupt();
     let stop = gdb.wait().unwrap();
     assert!(stop.contains("A kernel was found"), "{stop}");
-    assert_eq!(stop.contains("were moved"), text != second, "{stop}");
+    assert!(stop.contains("were moved"), "{stop}");
     assert_eq!(address(&mut gdb, "&_text"), text);
     assert_eq!(address(&mut gdb, "kstub_live_constant"), constant);
     gdb.quit();

@@ -127,7 +127,7 @@ fn a_client_that_stalls_floods_or_vanishes_holds_up_nobody() {
     let started = Instant::now();
     let mut client = RspClient::tcp(&address).like_gdb();
     (0..100).for_each(|_| assert_eq!(client.ask(format!("m{DATA:x},1000")).len(), 0x2000));
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     drop(client);
     // Whether it is still stuck does not matter to anyone.
     drop(flood);
@@ -147,7 +147,17 @@ fn a_defect_ends_one_session_only() {
 /// gdb's output for some commands, or `None` where there is no gdb.
 fn run_gdb(address: &str, commands: &[&str]) -> Option<String> {
     let mut gdb = Command::new("gdb");
-    gdb.args(["-nx", "-q", "-batch", "-ex", "set pagination off", "-ex", "set confirm off"]);
+    gdb.args([
+        "-nx",
+        "-q",
+        "-batch",
+        "-ex",
+        "set remotetimeout 120",
+        "-ex",
+        "set pagination off",
+        "-ex",
+        "set confirm off",
+    ]);
     gdb.args(["-ex".to_owned(), format!("target remote {address}")]);
     for command in commands {
         gdb.args(["-ex", command]);

@@ -16,7 +16,6 @@ use kstub::backend::live::{Happening, LiveError, Point, StopReason};
 use kstub::gdb::{Flow, OnDisconnect, Policy};
 use rsp_client::packet;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use std::time::Duration;
 
 #[test]
 fn the_first_that_asks_controls_and_leaves_it_as_it_was() {
@@ -256,8 +255,7 @@ fn a_reset_is_told_with_the_next_stop() {
     let mut client = Client::new(&live);
     client.ask("?");
     client.ask("vCont;c");
-    guest.happened.lock().unwrap().push(Happening::Reset);
-    std::thread::sleep(Duration::from_millis(500));
+    guest.happens(Happening::Reset);
     guest.stops(0, StopReason::Signal(5));
     let wake = client.front.wake().unwrap();
     let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
@@ -281,8 +279,7 @@ fn what_has_happened_does_not_come_between_a_question_and_its_answer() {
     let (mut client, mut other) = (Client::new(&live), Client::new(&live));
     client.ask("?");
     other.ask("?");
-    guest.happened.lock().unwrap().push(Happening::Reset);
-    std::thread::sleep(Duration::from_millis(500));
+    guest.happens(Happening::Reset);
     for client in [&mut client, &mut other] {
         assert_eq!(client.raw(&packet("?")).0.matches('$').count(), 1);
     }

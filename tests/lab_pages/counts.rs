@@ -66,7 +66,8 @@ fn memory_by_use_is_that_of_meminfo() {
             ("MemTotal", "total", 0),
             ("SwapTotal", "swap_total", 0),
             ("CommitLimit", "commit_limit", 8),
-            ("MemFree", "free", 48 << 10),
+            // A CPU may keep some thousand free pages to itself, which counts as used.
+            ("MemFree", "free", 80 << 10),
             ("SwapFree", "swap_free", 512),
             ("SwapCached", "swap_cached", 256),
             ("Buffers", "buffers", 256),
@@ -94,6 +95,19 @@ fn memory_by_use_is_that_of_meminfo() {
     });
 }
 
+/// Counters that only grow, and do by what is written down of the guest between the file and the dump.
+const GROW: [&str; 9] = [
+    "NR_DIRTIED",
+    "NR_WRITTEN",
+    "NR_FOLL_PIN_ACQUIRED",
+    "NR_FOLL_PIN_RELEASED",
+    "PGPGIN",
+    "PGPGOUT",
+    "PGALLOC_DMA32",
+    "PGACTIVATE",
+    "PGFAULT",
+];
+
 #[test]
 fn free_lists_hold_what_is_counted() {
     for_each_set(false, &mut |set, _, machine, what| {
@@ -119,8 +133,12 @@ fn free_lists_hold_what_is_counted() {
             let value =
                 ["zone", "node", "event"].iter().find_map(|group| counters[group][&name]["value"].as_i64());
             let Some(value) = value else { continue };
-            all += 1;
             let told: i64 = told.trim().parse().unwrap();
+            if GROW.contains(&name.as_str()) {
+                assert!(value >= told, "{what}: {name}: {told} then, {value} now");
+                continue;
+            }
+            all += 1;
             let is_near = value.abs_diff(told) <= 500 + told.unsigned_abs() / 4;
             near += usize::from(is_near);
             if !is_near {

@@ -151,6 +151,6 @@ pub fn client_is_gone(guest: &Guest) {
         assert!(server.runs());
     }
     let took = server.end();
-    assert!(took < Duration::from_secs(5), "its end took {took:?}");
+    assert!(took < Duration::from_secs(30), "its end took {took:?}");
     assert_free(guest, "after the server");
 }

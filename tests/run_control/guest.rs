@@ -13,7 +13,7 @@ use kstub::memory::{MemoryImage, PhysicalMemory, ReadOutcome};
 use kstub::rsp::Framer;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const GDB: &str = "qSupported:multiprocess+;QThreadEvents+;error-message+";
 
@@ -75,7 +75,7 @@ pub struct FakeGuest {
     /// Counts moments, so that each has other registers.
     moment: Mutex<u64>,
     me: Mutex<std::sync::Weak<FakeGuest>>,
-    pub happened: Mutex<Vec<Happening>>,
+    happened: Mutex<Vec<Happening>>,
     /// Run control that was taken before: whether it ran then.
     pub taken: Mutex<Option<bool>>,
     /// The next snapshots fail so.
@@ -101,6 +101,17 @@ impl FakeGuest {
     fn note(&self, what: String) -> Result<(), LiveError> {
         self.told.lock().unwrap().push(what);
         Ok(())
+    }
+    /// By other hands: returns when it has been noticed.
+    pub fn happens(&self, happening: Happening) {
+        self.happened.lock().unwrap().push(happening);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.happened.lock().unwrap().is_empty() {
+            assert!(Instant::now() < deadline, "nobody looks");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // Whoever took it has yet to act by it.
+        std::thread::sleep(Duration::from_millis(200));
     }
     pub fn stops(&self, cpu: u32, reason: StopReason) {
         self.stops.lock().unwrap().push(Ok(Stop { cpu, reason }));

@@ -4,7 +4,6 @@ use super::guest::{Client, FakeGuest, live, policy};
 use kstub::addr::VirtAddr;
 use kstub::backend::live::{Happening, LiveError, Point, Stop, StopReason};
 use kstub::gdb::{OnDisconnect, Policy};
-use std::time::Duration;
 
 fn timeout() -> LiveError {
     LiveError::Timeout { what: "asking".into(), seconds: 10 }
@@ -169,8 +168,7 @@ fn somebody_else_lets_it_run() {
     client.ask("?");
     let resumed = || {
         *guest.is_running.lock().unwrap() = true;
-        guest.happened.lock().unwrap().push(Happening::Resumed);
-        std::thread::sleep(Duration::from_millis(500));
+        guest.happens(Happening::Resumed);
     };
     resumed();
     client.ask("vCont;c");

@@ -73,8 +73,7 @@ fn another_kernel_is_not_taken_for_the_one_before() {
     let number = client.ask("qkstub.kernel");
     assert_eq!(client.ask("qkstub.kernel"), number, "nothing has happened");
     *is_other.lock().unwrap() = true;
-    guest.happened.lock().unwrap().push(Happening::Reset);
-    std::thread::sleep(Duration::from_millis(500));
+    guest.happens(Happening::Reset);
     let mut stop = || {
         client.ask("vCont;c");
         // Each is looked at: somebody has asked for it.
@@ -89,8 +88,7 @@ fn another_kernel_is_not_taken_for_the_one_before() {
     assert!(client.command("info").contains("'/old/vmlinux' is another kernel's"));
     // The old one comes back.
     *is_other.lock().unwrap() = false;
-    guest.happened.lock().unwrap().push(Happening::Reset);
-    std::thread::sleep(Duration::from_millis(500));
+    guest.happens(Happening::Reset);
     client.ask("vCont;c");
     guest.stops(0, StopReason::Signal(2));
     let (news, _) = client.wait_with_news();

@@ -10,7 +10,7 @@ mod gdb;
 mod qmp;
 mod watch;
 
-pub use again::{BOOTS, again, died_of_qemu, note_end};
+pub use again::{BOOTS, again, died_of_qemu, note_end, says_of_its_boot};
 pub use disk::empty_qcow2;
 pub use gdb::{Gdb, Session};
 pub use qmp::Qmp;
@@ -38,6 +38,8 @@ pub fn qemu() -> String {
 const BOOT: Duration = Duration::from_secs(120);
 /// How long something that takes a moment may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a guest that boots may say nothing.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// Every kernel series that live guests are made of.
 pub const SERIES: [&str; 2] = ["6.1", "6.12"];
@@ -250,6 +252,8 @@ pub struct Guest {
     ended: Receiver<()>,
     qmp: Mutex<Qmp>,
     agent: Mutex<Agent>,
+    /// What it had said, and its kernel had printed, when it was told to start again.
+    said_before: Mutex<(String, String)>,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -302,7 +306,8 @@ impl Guest {
         let agent = socket("agent");
         let agent =
             Mutex::new(Agent { stream: BufReader::new(agent), part: String::new(), lines: Vec::new() });
-        Self { plan, manifest, dir, pid, end: Some(end), ended, qmp, agent, _turn: turn }
+        let said_before = Mutex::default();
+        Self { plan, manifest, dir, pid, end: Some(end), ended, qmp, agent, said_before, _turn: turn }
     }
 
     /// Waits until the guest has planted everything and its heart beats.
@@ -437,6 +442,9 @@ impl Guest {
     }
 
     pub fn qmp(&self, command: &str, arguments: Value) -> Value {
+        if command == "system_reset" {
+            self.starts_again();
+        }
         let answer = self.qmp.lock().unwrap_or_else(|e| e.into_inner()).ask(command, arguments);
         answer.unwrap_or_else(|why| panic!("QMP {command}: {why}"))
     }
@@ -510,6 +518,9 @@ impl Guest {
 
     /// Sends the guest a command (the head of `qemu/live/init.c` has them) and leaves the answer for [`Self::answer`].
     pub fn send(&self, command: &str) {
+        if command == "reboot" {
+            self.starts_again();
+        }
         let agent = self.agent.lock().unwrap_or_else(|e| e.into_inner());
         agent.stream.get_ref().write_all(format!("{command}\n").as_bytes()).expect("agent");
     }
@@ -573,13 +584,30 @@ impl Guest {
         self.events();
     }
 
-    /// Whether it runs, and nothing comes at all: so ends one in some hundred boots.
-    fn is_mute(&self) -> bool {
+    fn starts_again(&self) {
+        *self.said_before.lock().unwrap_or_else(|e| e.into_inner()) = (self.report(), self.console());
+    }
+
+    /// Whether it runs, and nothing comes of its boot: so ends one in some hundred. One that still stands is let run.
+    pub fn is_mute(&self) -> bool {
+        let before = self.said_before.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        let has_said = || {
+            let (report, console) = (self.report(), self.console());
+            let new = |now: &str, before: &str| now.strip_prefix(before).unwrap_or(now).to_owned();
+            says_of_its_boot(&new(&report, &before.0), &new(&console, &before.1))
+        };
+        if has_said() {
+            return false;
+        }
         let mut qmp = self.qmp.lock().unwrap_or_else(|e| e.into_inner());
-        let status = qmp.ask("query-status", json!({}));
-        self.console().is_empty()
-            && self.report().is_empty()
-            && status.is_ok_and(|status| status["status"] == "running")
+        let runs = |qmp: &mut Qmp| {
+            qmp.ask("query-status", json!({})).is_ok_and(|status| status["status"] == "running")
+        };
+        if !runs(&mut qmp) {
+            // It fails where QEMU is gone, which the next question shows.
+            let _ = qmp.ask("cont", json!({}));
+        }
+        !wait_until(SILENCE, || has_said() || !self.qemu_runs()) && runs(&mut qmp)
     }
 
     pub fn kill_qemu(&self) {

@@ -7,7 +7,7 @@ mod begin;
 mod steps;
 
 use super::description::Description;
-use super::qmp::nonsense;
+use super::qmp::{GRACE, nonsense};
 use super::replies::{StopReply, ThreadId, refusal, register_bytes, stop_reply, unescape};
 use super::socket::{Socket, SocketAddress, timed_out};
 use crate::addr::{PhysAddr, VirtAddr};
@@ -347,6 +347,10 @@ impl Stub {
         self.send(packet)?;
         let deadline = Instant::now() + patience;
         let mut reply = self.receive(deadline)?;
+        if reply.is_none() {
+            // As the monitor's answers.
+            reply = self.receive(Instant::now() + patience / GRACE)?;
+        }
         // A stop that nobody asked about: that of our connecting, whose packet is answered next; or another monitor
         // had let the guest run, and QEMU took our first byte for an interrupt and dropped the rest.
         if packet != b"?" && reply.as_ref().is_some_and(|reply| reply.starts_with(b"T")) {

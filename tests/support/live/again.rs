@@ -24,6 +24,13 @@ pub fn died_of_qemu(console: &str) -> bool {
     first.into_iter().chain(codes).all(|code| !code.contains("cc <")) && first.is_some()
 }
 
+/// Whether what a guest has reported, and its kernel printed, since it was told to start is of the boot that was to come. Of
+/// the one before there may be a beat yet, and that it ends.
+pub fn says_of_its_boot(report: &str, console: &str) -> bool {
+    let is_of_the_end = |line: &str| line.trim().is_empty() || line.contains("reboot: ");
+    !report.lines().all(|line| line.starts_with("beat ")) || !console.lines().all(is_of_the_end)
+}
+
 /// Tells [`again`] of a failed test's guest whether its QEMU is to blame.
 pub fn note_end(by_qemu: impl FnOnce() -> bool) {
     if std::thread::panicking() && by_qemu() {
