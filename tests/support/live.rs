@@ -5,6 +5,7 @@
 //! line on which it takes commands.
 
 mod again;
+mod agent;
 mod disk;
 mod gdb;
 mod qmp;
@@ -19,13 +20,12 @@ pub use watch::{Ended, finish, finish_within, kill, wait_until};
 use super::gdb_session::KSTUB;
 use super::lab;
 use again::INT3;
+use agent::Agent;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -257,13 +257,6 @@ pub struct Guest {
     _turn: MutexGuard<'static, ()>,
 }
 
-/// The serial line that takes commands, and what has arrived of an answer.
-struct Agent {
-    stream: BufReader<UnixStream>,
-    part: String,
-    lines: Vec<String>,
-}
-
 /// One beat of the guest's heart.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Debug)]
 pub struct Beat {
@@ -303,9 +296,7 @@ impl Guest {
             stream.unwrap_or_else(|| panic!("QEMU has not opened {name} ({connected}): {}", said()))
         };
         let qmp = Mutex::new(Qmp::new(socket("qmp-tests")));
-        let agent = socket("agent");
-        let agent =
-            Mutex::new(Agent { stream: BufReader::new(agent), part: String::new(), lines: Vec::new() });
+        let agent = Mutex::new(Agent::new(socket("agent")));
         let said_before = Mutex::default();
         Self { plan, manifest, dir, pid, end: Some(end), ended, qmp, agent, said_before, _turn: turn }
     }
@@ -514,74 +505,6 @@ impl Guest {
     /// All RAM, in the order of its addresses.
     pub fn ram(&self) -> Vec<u8> {
         self.ram_ranges().into_iter().flat_map(|(at, len)| self.memory(at, len)).collect()
-    }
-
-    /// Sends the guest a command (the head of `qemu/live/init.c` has them) and leaves the answer for [`Self::answer`].
-    pub fn send(&self, command: &str) {
-        if command == "reboot" {
-            self.starts_again();
-        }
-        let agent = self.agent.lock().unwrap_or_else(|e| e.into_inner());
-        agent.stream.get_ref().write_all(format!("{command}\n").as_bytes()).expect("agent");
-    }
-
-    /// The lines that answer the last command, or why it failed.
-    pub fn answer(&self) -> Result<Vec<String>, String> {
-        self.answer_within(PATIENCE)
-            .unwrap_or_else(|| Err(format!("no answer; the guest is {}", self.run_state())))
-    }
-
-    /// The same, or nothing if no line comes for so long.
-    pub fn answer_within(&self, patience: Duration) -> Option<Result<Vec<String>, String>> {
-        let mut agent = self.agent.lock().unwrap_or_else(|e| e.into_inner());
-        let Agent { stream, part, lines } = &mut *agent;
-        stream.get_ref().set_read_timeout(Some(patience)).expect("timeout");
-        loop {
-            if stream.read_line(part).is_err() {
-                return None;
-            }
-            let line = std::mem::take(part);
-            match line.trim_end() {
-                "" if line.is_empty() => return Some(Err("the serial line is closed".to_owned())),
-                "ok" => return Some(Ok(std::mem::take(lines))),
-                error if error.starts_with("error ") => {
-                    let said = std::mem::take(lines).join("; ");
-                    return Some(Err(format!("{error}; {said}")));
-                }
-                line => lines.push(line.to_owned()),
-            }
-        }
-    }
-
-    pub fn ask(&self, command: &str) -> Vec<String> {
-        self.send(command);
-        self.answer().unwrap_or_else(|why| panic!("{command}: {why}; {}", self.console()))
-    }
-
-    /// As [`Self::ask`] for an answer of `key=value` lines.
-    pub fn ask_facts(&self, command: &str) -> BTreeMap<String, String> {
-        let lines = self.ask(command);
-        lines.iter().filter_map(|line| line.split_once('=')).map(|(k, v)| (k.into(), v.into())).collect()
-    }
-
-    /// The guest as it should be between two checks: running, with nothing planted, and all answers read.
-    pub fn settle(&self) {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let token = format!("settle-{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        self.send(&format!("ping {token}"));
-        // A breakpoint that somebody has left stops it again and again.
-        let deadline = Instant::now() + PATIENCE;
-        while self
-            .answer_within(Duration::from_millis(500))
-            .is_none_or(|answer| answer != Ok(vec![token.clone()]))
-        {
-            assert!(Instant::now() < deadline, "the guest does not go on: {}", self.run_state());
-            if self.run_state() != "running" {
-                self.cont();
-            }
-        }
-        self.ask("quiet");
-        self.events();
     }
 
     fn starts_again(&self) {
