@@ -5,11 +5,17 @@
 //! at each stop, its run state, the guest's heartbeat.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "live_gdb/steps.rs"]
+mod steps;
 mod support;
+#[path = "live_gdb/watches.rs"]
+mod watches;
 
 use std::time::Duration;
+use steps::*;
 use support::gdb_session::functions;
 use support::live::{self, Gdb, Guest, PATIENCE, Plan, Session, checks, number, wait_until};
+use watches::*;
 
 #[test]
 fn gdb_on_four_cpus_with_pti() {
@@ -196,165 +202,6 @@ fn system_call(guest: &Guest) {
     leave(guest, gdb);
 }
 
-fn stepping(guest: &Guest) {
-    let cpu = cpu_of(guest, 2);
-    let facts = guest.ask_facts(&format!("plant syscalls {cpu}"));
-    let mut gdb = Gdb::start(guest, &[]);
-    gdb.ask("tbreak __do_sys_sysinfo");
-    gdb.ask("continue");
-    assert_eq!(functions(&gdb.ask("bt 1")), ["__do_sys_sysinfo"]);
-    // Into the function that it calls.
-    let start = std::time::Instant::now();
-    for _ in 0..5 {
-        if functions(&gdb.ask("bt 1")) == ["do_sysinfo"] {
-            break;
-        }
-        gdb.ask("step");
-    }
-    let bt = gdb.ask("bt 2");
-    assert_eq!(functions(&bt), ["do_sysinfo", "__do_sys_sysinfo"], "{bt}");
-    assert_eq!(current(&mut gdb).0, cpu);
-    assert_stopped_at(guest, &mut gdb, cpu);
-    // Over what it calls: never deeper, line by line.
-    let mut lines = Vec::new();
-    for _ in 0..3 {
-        gdb.ask("next");
-        let here = gdb.ask("bt 1");
-        assert_eq!(functions(&here).len(), 1, "{here}");
-        assert_eq!(current(&mut gdb).0, cpu, "{here}");
-        let depth = gdb.ask("bt");
-        assert!(functions(&depth).contains(&"__do_sys_sysinfo".to_owned()), "{depth}");
-        lines.push(here);
-    }
-    assert!(lines[0] != lines[2], "{lines:?}");
-    // Out of it: what it computed is there.
-    gdb.ask("frame function do_sysinfo");
-    let finish = gdb.ask("finish");
-    assert!(finish.contains("Run till exit"), "{finish}");
-    assert_eq!(functions(&gdb.ask("bt 1")), ["__do_sys_sysinfo"], "{finish}");
-    assert_eq!(value(&mut gdb, "p val.totalram"), facts["totalram"]);
-    assert_eq!(value(&mut gdb, "p val.mem_unit"), facts["mem_unit"]);
-    eprintln!("  step, 3 next, finish: {} ms", start.elapsed().as_millis());
-    let advance = gdb.ask("finish");
-    assert_eq!(current(&mut gdb).0, cpu, "{advance}");
-    leave(guest, gdb);
-}
-
-/// Where tasks are the threads, gdb follows one to another CPU.
-fn task_that_moves(guest: &Guest) {
-    let facts = guest.ask_facts("plant wander 1 2");
-    let mut gdb = Gdb::start(guest, &["--threads", "tasks"]);
-    gdb.ask("break __x64_sys_sched_setaffinity");
-    let mut left = std::collections::BTreeSet::new();
-    for _ in 0..3 {
-        let stop = gdb.ask("continue");
-        assert!(stop.contains("Breakpoint 1"), "{stop}");
-        let (from, before) = current(&mut gdb);
-        assert!(before.contains("kstub-wander") && before.contains(&facts["pid"]), "{before}");
-        assert_stopped_at(guest, &mut gdb, from);
-        let finish = gdb.ask("finish");
-        assert!(finish.contains("Run till exit") && !finish.contains("Breakpoint"), "{finish}");
-        let (to, after) = current(&mut gdb);
-        assert!(after.contains("kstub-wander") && after.contains(&facts["pid"]), "{after}");
-        assert_eq!(from + to, 3, "{before}; {after}");
-        assert_stopped_at(guest, &mut gdb, to);
-        left.insert(from);
-    }
-    assert_eq!(left.len(), 2, "{left:?}");
-    leave(guest, gdb);
-}
-
-/// A task that does not run takes no step, and stays what is looked at; the CPUs are where they were.
-fn task_that_sleeps(guest: &Guest) {
-    let mut gdb = Gdb::start(guest, &["--threads", "tasks"]);
-    let found = gdb.ask("thread find kstub-nap-1");
-    let napping = found.split(' ').nth(1).unwrap_or_else(|| panic!("{found}")).to_owned();
-    gdb.ask(&format!("thread {napping}"));
-    let bt = gdb.ask("bt");
-    assert!(
-        functions(&bt).iter().any(|name| name.contains("schedule")) && bt.contains("<user mode>"),
-        "{bt}"
-    );
-    let refused = gdb.ask("stepi");
-    assert!(refused.contains("does not run"), "{refused}");
-    assert_eq!(gdb.ask("bt"), bt);
-    let threads = gdb.ask("info threads");
-    let of_cpus = threads.lines().filter(|line| line.contains("(CPU "));
-    let registers = guest.registers();
-    let mut cpus = 0;
-    for line in of_cpus {
-        let thread = line.trim_start_matches(['*', ' ']).split(' ').next().unwrap();
-        let cpu = line.split("(CPU ").nth(1).and_then(|rest| rest.split([',', ')']).next()).unwrap();
-        gdb.ask(&format!("thread {thread}"));
-        let pc = number(&value(&mut gdb, "p/x $pc"));
-        assert_eq!(registers[cpu.parse::<usize>().unwrap()]["rip"], pc, "{line}");
-        cpus += 1;
-    }
-    assert_eq!(cpus, guest.plan.cpus, "{threads}");
-    leave(guest, gdb);
-}
-
-/// With scheduler-locking one CPU takes one instruction and no other moves.
-fn one_instruction(guest: &Guest) {
-    guest.ask("plant load 4");
-    let mut gdb = Gdb::start(guest, &[]);
-    gdb.ask("set scheduler-locking on");
-    gdb.ask("thread 2");
-    let mut moves = 0;
-    for _ in 0..20 {
-        let before = guest.registers();
-        gdb.ask("stepi");
-        let after = guest.registers();
-        assert_stopped_at(guest, &mut gdb, 1);
-        for cpu in [0, 2, 3] {
-            assert_eq!(before[cpu], after[cpu], "CPU {cpu} has moved");
-        }
-        moves += u32::from(before[1] != after[1]);
-    }
-    // A step may be a round of `rep`.
-    assert!(moves > 0, "CPU 1 takes no steps");
-    gdb.ask("set scheduler-locking off");
-    leave(guest, gdb);
-}
-
-/// A halted CPU takes no step until something wakes it: when the user gives up, nothing may be left of the step, for QEMU
-/// would end it at any time after gdb has gone, with nobody to let the guest go on.
-fn step_of_an_idle_cpu(guest: &Guest) {
-    let mut gdb = Gdb::start(guest, &[]);
-    gdb.ask("thread 2");
-    gdb.send("stepi");
-    std::thread::sleep(Duration::from_secs(1));
-    gdb.interrupt();
-    gdb.wait().unwrap();
-    leave(guest, gdb);
-    assert_no_step_is_left(guest);
-}
-
-fn step_that_another_ends(guest: &Guest) {
-    let mut gdb = Gdb::start(guest, &[]);
-    gdb.ask("break kstub_live_tick");
-    // CPU 1 may just have been woken: then it takes its step.
-    let ended = (0..20).any(|_| {
-        gdb.ask("continue");
-        gdb.ask("thread 2");
-        gdb.ask("stepi").contains("hit Breakpoint 1")
-    });
-    assert!(ended, "{}", gdb.everything());
-    leave(guest, gdb);
-    assert_no_step_is_left(guest);
-}
-
-fn assert_no_step_is_left(guest: &Guest) {
-    let facts = guest.ask_facts("plant spin-user 1");
-    let rip = number(&facts["rip"]);
-    for _ in 0..10 {
-        std::thread::sleep(Duration::from_millis(200));
-        assert_eq!(guest.run_state(), "running", "the guest stops by itself");
-    }
-    assert!(wait_until(PATIENCE, || guest.registers()[1]["rip"] == rip), "CPU 1 does nothing");
-    guest.assert_alive("after the step");
-}
-
 fn hardware_breakpoint(guest: &Guest) {
     let cpu = cpu_of(guest, 1);
     guest.ask(&format!("plant syscalls {cpu}"));
@@ -383,78 +230,6 @@ fn counted_breakpoint(guest: &Guest) {
     gdb.ask("finish");
     assert_eq!(number(&value(&mut gdb, "p kstub_live.count")), count + 3);
     leave(guest, gdb);
-}
-
-/// Old and new value of a watchpoint that was hit.
-fn change(stop: &str) -> (u64, u64) {
-    let of = |what: &str| {
-        let line = stop.lines().find_map(|line| line.strip_prefix(what)).unwrap_or_else(|| panic!("{stop}"));
-        number(line.trim())
-    };
-    (of("Old value = "), of("New value = "))
-}
-
-fn watch(guest: &Guest) {
-    let cpu = cpu_of(guest, 3);
-    let mut gdb = Gdb::start(guest, &[]);
-    let set = gdb.ask("watch kstub_live.count");
-    assert!(set.contains("Hardware watchpoint"), "{set}");
-    let mut last = None;
-    for _ in 0..3 {
-        let stop = gdb.ask("continue");
-        let (old, new) = change(&stop);
-        assert_eq!(new, old + 3, "{stop}");
-        assert!(last.is_none_or(|last| last == old), "{last:?} {stop}");
-        last = Some(new);
-        let (seen, line) = current(&mut gdb);
-        assert_eq!(seen, cpu, "{line}");
-        assert!(line.contains("kstub-tick"), "{line}");
-        let functions = functions(&gdb.ask("bt"));
-        assert!(functions.iter().any(|name| name == "tick"), "{functions:?}");
-        assert_eq!(functions[0], "kstub_live_tick", "{functions:?}");
-        // QEMU's copy of that memory has the new value.
-        let phys = number(&value(&mut gdb, "p/x kstub_live.count"));
-        assert_eq!(phys, new);
-    }
-    // Reading is noticed, too, where it is asked for.
-    gdb.ask("delete");
-    gdb.ask("rwatch kstub_live.count");
-    let stop = gdb.ask("continue");
-    assert!(stop.contains("Hardware read watchpoint"), "{stop}");
-    leave(guest, gdb);
-}
-
-/// The same eight bytes further on: never hit.
-fn watch_in_vain(guest: &Guest) {
-    let mut gdb = Gdb::start(guest, &[]);
-    gdb.ask("watch kstub_live.magic");
-    gdb.ask("watch kstub_live_constant");
-    gdb.send("continue");
-    guest.assert_alive("while watched");
-    std::thread::sleep(Duration::from_secs(1));
-    gdb.interrupt();
-    let stop = gdb.wait().unwrap();
-    assert!(stop.contains("SIGINT") && !stop.contains("New value"), "{stop}");
-    leave(guest, gdb);
-}
-
-fn watch_per_cpu(guest: &Guest) {
-    for cpu in [1, 3] {
-        let mut gdb = Gdb::start(guest, &[]);
-        gdb.ask(&format!("thread {}", cpu + 1));
-        gdb.ask("watch runqueues.nr_switches");
-        let stop = gdb.ask("continue");
-        let (old, new) = change(&stop);
-        assert_eq!(new, old + 1, "{stop}");
-        let (seen, line) = current(&mut gdb);
-        assert_eq!(seen, cpu, "{line}");
-        assert!(functions(&gdb.ask("bt")).iter().any(|name| name == "__schedule"), "{stop}");
-        // It stays on that CPU's copy, whatever is selected when the guest goes on.
-        gdb.ask(&format!("thread {}", (cpu + 1) % 4 + 1));
-        let stop = gdb.ask("continue");
-        assert_eq!(current(&mut gdb).0, cpu, "{stop}");
-        leave(guest, gdb);
-    }
 }
 
 fn interrupt_under_load(guest: &Guest) {
