@@ -177,7 +177,7 @@ fn came_to(
 }
 
 /// A CPU that executes the kernel image.
-fn in_image(snapshot: &dyn Backend) -> Option<&SavedCpu> {
+pub fn in_image(snapshot: &dyn Backend) -> Option<&SavedCpu> {
     snapshot.saved_cpus().iter().find(|cpu| cpu.regs.u64(Reg::Rip).is_some_and(|pc| IMAGE.contains(&pc)))
 }
 

@@ -68,7 +68,22 @@ impl Live {
 
     /// What happened by other hands than ours.
     fn follow(&self) {
-        for happening in self.control.happenings() {
+        self.follow_all(self.control.happenings());
+    }
+
+    /// A kernel was followed to where it begins. A guest that is told to start again may be reset more than once: a kernel
+    /// goes on asking for it until it is done. What was reported of that until now is of this boot, if the guest has got
+    /// to its kernel nevertheless.
+    fn has_booted(&self) {
+        let mut happenings = self.control.happenings();
+        if self.control.snapshot().is_ok_and(|snapshot| boot::in_image(&*snapshot).is_some()) {
+            happenings.retain(|happening| *happening != Happening::Reset);
+        }
+        self.follow_all(happenings);
+    }
+
+    fn follow_all(&self, happenings: Vec<Happening>) {
+        for happening in happenings {
             tracing::info!("{happening:?}");
             let mut state = self.state();
             // Clients that have asked for modules can follow a kernel to where it is; others are told with the next
@@ -139,7 +154,11 @@ impl Live {
             return Ok(Some(stop));
         }
         let why = match boot::run(&*self.control, &wanted, &goes_on) {
-            Ok(Came::Exactly(stop) | Came::About(stop) | Came::Interrupted(stop)) => return Ok(Some(stop)),
+            Ok(Came::Exactly(stop) | Came::About(stop)) => {
+                self.has_booted();
+                return Ok(Some(stop));
+            }
+            Ok(Came::Interrupted(stop)) => return Ok(Some(stop)),
             Err(BootError::Guest(error @ LiveError::Gone(_))) => return Err(error),
             Err(error) => error,
         };
