@@ -170,6 +170,7 @@ fn decode(from: &[u8], len: usize, binary: bool, out: &mut [u8]) -> Option<usize
 const BLOCK: usize = 64;
 /// What [`unescape`] reads behind the end.
 const SLACK: usize = 2 * BLOCK + 1;
+
 /// Writes `len` bytes of an answer to `x` to the start of `out`, in blocks, and behind each escaped byte again, one further
 /// back; how many that makes.
 fn unescape(from: &[u8], len: usize, out: &mut [u8]) -> usize {
